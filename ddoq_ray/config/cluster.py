@@ -1,0 +1,47 @@
+"""Resources only: where Ray is and what each kind of worker asks of it. No science here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddoq_ray.config.schema import option, require
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
+    num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
+
+    def __post_init__(self) -> None:
+        require(self.num_cpus >= 0 and self.num_gpus >= 0, "cluster: num_cpus and num_gpus must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainerResources:
+    workers: int = option(1, "Ray Train workers (DDP ranks)")
+    num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
+    num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
+    threads: int = option(1, "torch threads in one worker")
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, f"cluster.trainer.workers={self.workers}: expected 1 or more")
+        require(self.threads >= 1, f"cluster.trainer.threads={self.threads}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: Literal["local", "auto"] = option(
+        "local", "local: a Ray of this run's own; auto: the running cluster (also RAY_ADDRESS, as in a Ray job)"
+    )
+    num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
+    threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
+    reader: WorkerResources = option(WorkerResources, "tasks that read and decode shards")
+    encoder: WorkerResources = option(WorkerResources, "encoder actors")
+    quantizer: WorkerResources = option(WorkerResources, "quantizer actors")
+    decoder: WorkerResources = option(WorkerResources, "decoder actors")
+    teacher: WorkerResources = option(WorkerResources, "teacher actors")
+    trainer: TrainerResources = option(TrainerResources, "Ray Train workers")
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")

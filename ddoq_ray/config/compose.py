@@ -1,0 +1,122 @@
+"""From a command line to a frozen `RunConfig`: finds the YAML, lets Hydra compose it, checks every key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddoq_ray.config.run import RunConfig, run_config
+from ddoq_ray.config.schema import from_mapping, plain, unknown_key
+
+T = TypeVar("T")
+
+
+def config_dir() -> Path:
+    """The YAML groups: the copy inside an installed wheel, else the checkout's configs/."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "_configs", package.parent / "configs"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ValueError(f"no configuration files: expected them in {package / '_configs'} or {package.parent / 'configs'}")
+
+
+# A key that the person set although another key makes it do nothing: (key or prefix, when, why).
+_INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    ("synthesizer.strength", lambda c: c.synthesizer.start == "noise", "synthesizer.start=noise starts from pure noise"),
+    ("encoder.", lambda c: c.latents.path is not None, "latents.path gives latents that are already encoded"),
+    ("labels.workers", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
+    ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
+    ("protocol.full_epochs", lambda c: "full" not in c.methods, "`full` is not among baselines"),
+    ("protocol.steps", lambda c: not set(c.stages) & {"label", "train"}, "no stage that trains is run"),
+    ("protocol.step_factor", lambda c: c.protocol.schedule != "step", "protocol.schedule is not step"),
+    ("cluster.num_cpus", lambda c: c.cluster.address == "auto", "cluster.address=auto joins a cluster as it is"),
+)
+
+
+def _override_key(override: str) -> str:
+    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def load_config(overrides: Sequence[str] = ()) -> RunConfig:
+    """Compose and check the configuration of a run.
+
+    Args:
+        overrides: `key=value` as on the command line, e.g. ``["ipc=50", "quantizer=gram"]``.
+
+    Raises:
+        ValueError: For an unknown, ineffective or invalid key, naming it and what was expected.
+    """
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ValueError(f"{override!r} is not key=value; see ddoq-ray --help")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+            values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides)) from error
+    config = run_config(values)
+    for override in overrides:
+        key = _override_key(override)
+        for prefix, when, why in _INEFFECTIVE:
+            if (key == prefix or (prefix.endswith(".") and key.startswith(prefix))) and when(config):
+                raise ValueError(f"{key} has no effect here: {why}; leave one of the two out")
+    return config
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error).strip()
+    match = re.search(r"Could not override '([^']+)'", text)
+    if match:
+        key = match.group(1)
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            groups = [o for o in overrides if "." not in _override_key(o) and (config_dir() / _override_key(o)).is_dir()]
+            try:
+                composed = OmegaConf.to_container(compose("config", overrides=groups))
+            except (HydraException, OmegaConfBaseException):
+                composed = OmegaConf.to_container(compose("config"))
+        parent, _, _ = key.rpartition(".")
+        node: Any = composed
+        for part in filter(None, parent.split(".")):
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        known = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, dict) else []
+        return unknown_key(key, known)
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)} must be given on the command line"
+    return re.sub(r"\s+", " ", text.split("Config search path")[0]).strip()
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def load_command(cls: type[T], overrides: Sequence[str]) -> T:
+    """The configuration of a command of its own (train-prior, train-teacher): a dataclass with a `dataset` group.
+
+    Raises:
+        ValueError: For an unknown or invalid key.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is not key=value; see ddoq-ray --help")
+    choices = [o for o in overrides if o.startswith("dataset=")]
+    name = choices[-1].split("=", 1)[1] if choices else "digits"
+    path = config_dir() / "dataset" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ValueError(f"dataset={name}: expected one of {', '.join(known)}")
+    given = OmegaConf.from_dotlist([o for o in overrides if o not in choices])
+    merged = OmegaConf.merge({"dataset": OmegaConf.load(path)}, given)
+    values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+    return from_mapping(cls, values)

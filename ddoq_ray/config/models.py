@@ -1,0 +1,23 @@
+"""The pretrained networks: the prior (encoder, latent diffusion, decoder) and the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddoq_ray.config.schema import option, require
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    path: str = option("shipped:digits-prior", "folder or hub id in diffusers' format; shipped:NAME is in the package")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: str = option("shipped:digits-teacher", "folder with config.json and model.safetensors; shipped:NAME")
+    min_top1: float = option(0.0, "stop before labelling when its top-1 on real validation images is below, in %")
+    batch: int = option(250, "views in one forward pass; part of what makes the labels the same bytes")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.min_top1 <= 100, f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100")
+        require(self.batch >= 1, f"teacher.batch={self.batch}: expected 1 or more")

@@ -1,0 +1,74 @@
+"""The quantizers, one dataclass an algorithm; each has only the keys that it obeys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ddoq_ray.config.schema import option, require
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """What every quantizer has. `streaming`: centroids move while latents arrive; else when a class is complete."""
+
+    streaming: ClassVar[bool] = False
+    name: str = option("", "the algorithm; set by the choice of the group (quantizer=gram)")
+    num_shards: int = option(2, "quantizer actors; the codebook's bytes do not depend on it")
+    snapshot_every: int = option(16, "shards consumed between two snapshots of an actor's open classes")
+
+    def __post_init__(self) -> None:
+        require(self.num_shards >= 1, f"quantizer.num_shards={self.num_shards}: expected 1 or more")
+        require(self.snapshot_every >= 1, f"quantizer.snapshot_every={self.snapshot_every}: expected 1 or more")
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that change centroids; how many actors hold them does not."""
+        from ddoq_ray.config.schema import plain
+
+        return {k: v for k, v in plain(self).items() if k not in ("num_shards", "snapshot_every")}
+
+
+@dataclass(frozen=True)
+class ClvqConfig(QuantizerConfig):
+    streaming: ClassVar[bool] = True
+    winner: Literal["corrected", "paper"] = option(
+        "corrected", "corrected: argmin v/(v+1)||x-c||^2; paper: Algorithm 3's nearest centroid"
+    )
+    batch: int = option(1, "samples that share one assignment; 1 is the algorithm as printed")
+    buffer: int = option(0, "first samples of a class, from which k-means++ seeds; 0 = chosen from K")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch >= 1, f"quantizer.batch={self.batch}: expected 1 or more")
+        require(self.buffer >= 0, f"quantizer.buffer={self.buffer}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class GramConfig(QuantizerConfig):
+    hartigan: bool = option(True, "finish Lloyd's optimum with Hartigan exchanges")
+
+
+@dataclass(frozen=True)
+class MinibatchKmeansConfig(QuantizerConfig):
+    variant: Literal["d4m", "sklearn"] = option(
+        "d4m", "d4m: partial_fit on batches of K, leftovers dropped, as D4M ran it; sklearn: MiniBatchKMeans.fit"
+    )
+
+
+@dataclass(frozen=True)
+class KmeansConfig(QuantizerConfig):
+    """scikit-learn's Lloyd with k-means++; no keys of its own."""
+
+
+@dataclass(frozen=True)
+class FaissConfig(QuantizerConfig):
+    """faiss.Kmeans; no keys of its own."""
+
+
+QUANTIZERS: dict[str, type[QuantizerConfig]] = {
+    "clvq": ClvqConfig,
+    "gram": GramConfig,
+    "minibatch_kmeans": MinibatchKmeansConfig,
+    "kmeans": KmeansConfig,
+    "faiss": FaissConfig,
+}

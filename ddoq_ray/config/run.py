@@ -1,0 +1,103 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ddoq_ray.config.cluster import ClusterConfig
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
+from ddoq_ray.config.models import PriorConfig, TeacherConfig
+from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
+from ddoq_ray.config.schema import from_mapping, option, require
+from ddoq_ray.config.synthesizer import SynthesizerConfig
+from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
+
+STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
+METHODS = ("ddoq", "ddoq-sqrt", "ddoq-uniform", "d4m", "random", "full")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_dir: str | None = option(None, "where everything goes; by default runs/<dataset>-ipc<ipc>")
+    seed: int = option(0, "the one seed from which everything derives")
+    ipc: int = option(10, "images per class")
+    stages: tuple[str, ...] = option(STAGES, "the stages to run, in order")
+    small_class: Literal["error", "cap", "drop"] = option(
+        "error", "a class with fewer than ipc images: error, cap (as many centroids as images) or drop (left out)"
+    )
+    baselines: tuple[str, ...] = option(
+        ("ddoq-sqrt", "d4m", "random", "full"), "methods to measure beside the run's own: " + ", ".join(METHODS)
+    )
+    num_seeds: int = option(3, "students of each method, with seeds 0 to num_seeds - 1")
+    max_bad_fraction: float = option(0.01, "stop when more than this part of the samples is refused")
+    overwrite: bool = option(False, "make anew a stage that another configuration made in the same run_dir")
+    dataset: DatasetConfig = dataclasses.field(
+        default_factory=lambda: DatasetConfig(source="digits"), metadata={"help": "what is distilled"}
+    )
+    latents: LatentsConfig = option(LatentsConfig, "the latent store")
+    prior: PriorConfig = option(PriorConfig, "encoder, latent diffusion and decoder")
+    encoder: EncoderConfig = option(EncoderConfig, "images to latents")
+    quantizer: QuantizerConfig = option(ClvqConfig, "latents to centroids and weights")
+    synthesizer: SynthesizerConfig = option(SynthesizerConfig, "centroids to images")
+    teacher: TeacherConfig = option(TeacherConfig, "the network that labels")
+    labels: LabelsConfig = option(LabelsConfig, "soft labels")
+    weights: WeightsConfig = option(WeightsConfig, "weights of the images in the student's loss")
+    student: StudentConfig = option(StudentConfig, "the network that is trained")
+    protocol: ProtocolConfig = option(ProtocolConfig, "how it is trained")
+    cluster: ClusterConfig = option(ClusterConfig, "resources")
+
+    def __post_init__(self) -> None:
+        require(self.ipc >= 1, f"ipc={self.ipc}: expected 1 or more images per class")
+        require(self.num_seeds >= 1, f"num_seeds={self.num_seeds}: expected 1 or more")
+        require(
+            0 <= self.max_bad_fraction <= 1, f"max_bad_fraction={self.max_bad_fraction}: expected a fraction, 0 to 1"
+        )
+        unknown = [s for s in self.stages if s not in STAGES]
+        require(not unknown and bool(self.stages), f"stages={unknown}: expected some of {', '.join(STAGES)}")
+        require(
+            list(self.stages) == sorted(set(self.stages), key=STAGES.index),
+            f"stages={list(self.stages)}: expected each at most once, in the order {', '.join(STAGES)}",
+        )
+        unknown = [m for m in self.baselines if m not in METHODS]
+        require(not unknown, f"baselines={unknown}: expected some of {', '.join(METHODS)}")
+        measured = [s for s in ("label", "train", "evaluate") if s in self.stages]
+        require(
+            not measured or self.dataset.path is None or self.dataset.val_path is not None,
+            f"dataset.val_path is not set, and {', '.join(measured)} need real validation images: give their shards, "
+            "or leave those stages out (stages=[prepare,encode,quantize,synthesize])",
+        )
+        require(
+            self.latents.path is None or "encode" not in self.stages or len(self.stages) > 1,
+            "latents.path has no effect on the encode stage alone; leave it out, or run the stages after it",
+        )
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.dataset.title}-ipc{self.ipc}"
+
+    @property
+    def own_method(self) -> str:
+        """The word of this run's own rows: Algorithm 4 is `ddoq`; other weights add their scheme."""
+        return "ddoq" if self.weights.scheme == "counts" else f"ddoq-{self.weights.scheme}"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (self.own_method, *(m for m in self.baselines if m != self.own_method))
+
+
+def run_config(values: dict[str, Any]) -> RunConfig:
+    """The frozen configuration from plain nested values.
+
+    Raises:
+        ValueError: Naming the key, what was expected and what came.
+    """
+    values = dict(values)
+    quantizer = values.pop("quantizer", {"name": "clvq"})
+    name = quantizer.get("name")
+    if name not in QUANTIZERS:
+        raise ValueError(f"quantizer.name={name}: expected one of {', '.join(QUANTIZERS)}")
+    config = from_mapping(RunConfig, values)
+    return dataclasses.replace(config, quantizer=from_mapping(QUANTIZERS[name], quantizer, "quantizer."))

@@ -1,0 +1,106 @@
+"""From plain mappings to frozen dataclasses, strictly: unknown keys and wrong types are errors with the key's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the words that ``--help`` prints."""
+    if isinstance(default, type) and dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Build the dataclass `cls` from `values`.
+
+    Raises:
+        ValueError: For an unknown key (with the nearest known one) or a value of the wrong type, naming the key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in fields]))
+    hints = get_type_hints(cls)
+    built = {name: _convert(hints[name], values[name], f"{prefix}{name}") for name in fields if name in values}
+    return cls(**built)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown configuration key {key}{hint} (known here: {', '.join(sorted(known))})"
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            if type(None) in args:
+                return None
+            raise ValueError(f"{key} must be given; expected {_words(kind)}")
+        options = [a for a in args if a is not type(None)]
+        if len(options) == 1:
+            return _convert(options[0], value, key)
+        for candidate in options:
+            try:
+                return _convert(candidate, value, key)
+            except ValueError:
+                continue
+        raise ValueError(f"{key}={value!r}: expected {_words(kind)}")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{key}={value}: expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ValueError(f"{key}={value!r}: expected a list such as [a,b]")
+        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key}={value!r}: expected a group of keys")
+        return from_mapping(kind, value, f"{key}.")  # type: ignore[arg-type]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r}: expected true or false")
+        return value
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key}={value!r}: expected a whole number")
+        return value
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key}={value!r}: expected a number")
+        return float(value)
+    if kind is str:
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ValueError(f"{key}={value!r}: expected text")
+        return str(value)
+    raise AssertionError(f"no conversion for {kind} at {key}")
+
+
+def _words(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return " or ".join(names.get(a, str(a)) for a in get_args(kind) if a is not type(None))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`; the validation of a configuration in one line a rule."""
+    if not condition:
+        raise ValueError(message)
+
+
+def plain(config: Any) -> Any:
+    """A dataclass as nested plain dicts, lists and scalars (for YAML, JSON and identities)."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [plain(v) for v in config]
+    return config

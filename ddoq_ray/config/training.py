@@ -1,0 +1,87 @@
+"""Soft labels, weights, the student and the protocol it is trained by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddoq_ray.config.schema import option, require
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    mode: Literal["auto", "logits", "features", "online"] = option(
+        "auto", "auto: the smaller of logits and features; online: the teacher labels while the student trains"
+    )
+    workers: int = option(2, "teacher actors")
+    epochs_per_unit: int = option(50, "epochs of one image shard labelled in one unit of work")
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, f"labels.workers={self.workers}: expected 1 or more")
+        require(self.epochs_per_unit >= 1, f"labels.epochs_per_unit={self.epochs_per_unit}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    scheme: Literal["counts", "sqrt", "uniform"] = option(
+        "counts", "counts: Algorithm 4 (mean 1 in a class); sqrt: Eq. 33, as the paper's tables; uniform: as D4M"
+    )
+    across_classes: Literal["balanced", "empirical"] = option(
+        "balanced", "balanced: every class counts the same; empirical: by its number of real images"
+    )
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    arch: str = option("convnet3-w32", "a small-image network or any torchvision classifier's name")
+    image_size: int = option(16, "side of the square the student sees, in pixels")
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 4, f"student.image_size={self.image_size}: expected 4 or more")
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    name: str = option("digits", "the preset's name, for tables")
+    epochs: int | None = option(300, "passes over an image set; null where steps are given")
+    full_epochs: int | None = option(90, "the same for the row `full`, which trains on all the real images")
+    steps: int | None = option(None, "optimization steps instead of epochs: the same compute for every method")
+    batch: int = option(50, "images in one step, over all workers")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "optimizer")
+    lr: float = option(1e-3, "learning rate")
+    weight_decay: float = option(0.01, "weight decay; none on biases and norms")
+    schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate over the epochs")
+    step_at: tuple[int, ...] = option((), "epochs at which schedule=step multiplies by step_factor")
+    step_factor: float = option(0.25, "see step_at")
+    temperature: float = option(20.0, "softmax temperature of teacher and student")
+    min_scale: float = option(0.08, "smallest crop area of a view")
+    flip: bool = option(True, "flip views left to right at random")
+    cutmix: bool = option(True, "paste a box of another image's view into each view")
+    eval_every: int = option(0, "epochs between two points of the validation curve; 0 = ten points")
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "full_epochs", "steps", "batch"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"protocol.{key}={value}: expected 1 or more")
+        by_epochs = self.epochs is not None and self.full_epochs is not None
+        require(
+            by_epochs if self.steps is None else self.epochs is None and self.full_epochs is None,
+            f"protocol.epochs={self.epochs}, protocol.full_epochs={self.full_epochs}, protocol.steps={self.steps}: "
+            "give epochs and full_epochs, or steps, and null for the others",
+        )
+        require(self.lr > 0, f"protocol.lr={self.lr}: expected more than 0")
+        require(self.temperature > 0, f"protocol.temperature={self.temperature}: expected more than 0")
+        require(0 < self.min_scale <= 1, f"protocol.min_scale={self.min_scale}: expected above 0, at most 1")
+        require(
+            bool(self.step_at) == (self.schedule == "step"),
+            f"protocol.step_at={list(self.step_at)} and protocol.schedule={self.schedule}: "
+            "step_at belongs to schedule=step, which needs it",
+        )
+
+    def epochs_for(self, images: int, *, full: bool = False) -> int:
+        """Passes over a set of `images`; from the number of steps where the protocol counts those."""
+        if self.steps is not None:
+            return -(-self.steps // -(-images // self.batch))
+        epochs = self.full_epochs if full else self.epochs
+        assert epochs is not None
+        return epochs

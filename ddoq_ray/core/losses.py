@@ -1,0 +1,176 @@
+"""Weighted distillation losses, and the weight of each image in them.
+
+Shapes: B images of a batch, n images of the distilled set, C classes, K images of a class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+SCHEMES = ("counts", "sqrt", "uniform")
+ACROSS = ("balanced", "empirical")
+NORMALIZE = ("batch", "weights")
+
+
+def weighted_kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    weights: torch.Tensor,
+    temperature: float,
+    normalize: str = "batch",
+    *,
+    t_squared: bool = False,
+) -> torch.Tensor:
+    """`sum_i w_i KL(softmax(teacher_i / T) || softmax(student_i / T)) / B`.
+
+    Source: Algorithm 4, line 5. Differences from the paper: it prints KL(student || teacher); D4M's and FKD's
+    code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the order here.
+
+    Args:
+        student_logits: float [B, C].
+        teacher_logits: float [B, C]; no gradient flows to them.
+        weights: float [B], see `image_weights`.
+        temperature: T, above 0.
+        normalize: "batch" divides by B, so the mean weight scales the step; "weights" divides by the batch's
+            sum of weights, which removes that but ties an image's share to the images drawn with it.
+        t_squared: multiply by T^2 (Hinton et al. 2015), which keeps the gradient's size as T grows. D4M and
+            FKD do not.
+
+    Returns:
+        float32 scalar; computed in float32 under autocast too.
+
+    Raises:
+        ValueError: shapes that do not agree, temperature not above 0, or an unknown `normalize`.
+    """
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "expected student and teacher logits of one shape [B, C], got "
+            f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    loss = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    return _weighted(loss, weights, normalize) * (temperature**2 if t_squared else 1.0)
+
+
+def weighted_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    normalize: str = "batch",
+    *,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`sum_i w_i CE(logits_i, targets_i) / B`.
+
+    Args:
+        logits: float [B, C].
+        targets: int64 [B] class ids, or float [B, C] probabilities (for CutMix: lam of one class, 1 - lam of
+            another).
+        weights: float [B].
+        normalize: as in `weighted_kl`.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Returns:
+        float32 scalar.
+
+    Raises:
+        ValueError: shapes that do not agree, or an unknown `normalize`.
+    """
+    if logits.ndim != 2 or targets.shape not in (logits.shape[:1], logits.shape):
+        raise ValueError(
+            "expected logits [B, C] and targets [B] or [B, C], got "
+            f"{list(logits.shape)} and {list(targets.shape)}"
+        )
+    targets = targets.float() if targets.ndim == 2 else targets
+    loss = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    return _weighted(loss, weights, normalize)
+
+
+def image_weights(
+    weights: npt.NDArray[np.float64],
+    class_ids: npt.NDArray[np.int64],
+    scheme: str = "counts",
+    across: str = "balanced",
+    class_mass: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Weight of each distilled image in the loss, from the companion weights of the codebook.
+
+    Within a class of K images:
+        counts: K w_k, of mean 1 in the class (Algorithm 4, line 3).
+        sqrt: sqrt(K) sqrt(w_k) (Eq. 33, with which the paper's tables were made). Not renormalised: its mean
+            is below 1 unless the weights are equal, so uneven classes count for less.
+        uniform: 1 (D4M).
+    Across classes, with C classes present:
+        balanced: nothing more; each image counts 1 on average, whatever its class.
+        empirical: times C times the class's share of the mass, so frequent classes count for more.
+
+    Args:
+        weights: float64 [n], companion weights; they sum to 1 within each class.
+        class_ids: int64 [n].
+        scheme: "counts", "sqrt" or "uniform".
+        across: "balanced" or "empirical".
+        class_mass: float64, indexed by class id, images (or share) of each class in the source data; needed
+            by "empirical" only. Classes without images are left out and the rest renormalised.
+
+    Returns:
+        float64 [n].
+
+    Raises:
+        ValueError: unknown names, weights that are negative or do not sum to 1 in some class, or mass that is
+            missing.
+
+    >>> image_weights(np.array([0.75, 0.25, 1.0]), np.array([0, 0, 1])).tolist()
+    [1.5, 0.5, 1.0]
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"weight scheme must be one of {SCHEMES}, got {scheme!r}")
+    if across not in ACROSS:
+        raise ValueError(f"weights across classes must be one of {ACROSS}, got {across!r}")
+    weights = np.asarray(weights, dtype=np.float64)
+    class_ids = np.asarray(class_ids, dtype=np.int64)
+    if weights.ndim != 1 or weights.shape != class_ids.shape:
+        raise ValueError(f"expected weights [n] and class_ids [n], got {weights.shape} and {class_ids.shape}")
+    if weights.size == 0:
+        return weights.copy()
+    if not (weights >= 0).all():
+        raise ValueError("companion weights must be 0 or more, got a negative one or NaN")
+    present, position, size = np.unique(class_ids, return_inverse=True, return_counts=True)
+    total = np.bincount(position, weights=weights)
+    worst = np.abs(total - 1).argmax()
+    if abs(total[worst] - 1) > 1e-5:  # float32 weights pass, counts do not
+        raise ValueError(
+            f"companion weights must sum to 1 within each class, got {total[worst]:g} "
+            f"for class {present[worst]}"
+        )
+    share = size[position] * weights
+    out = {"counts": share, "sqrt": np.sqrt(share), "uniform": np.ones_like(weights)}[scheme]
+    if across == "empirical":
+        if class_mass is None:
+            raise ValueError(
+                "weights across classes 'empirical' need class_mass, the images of each source class"
+            )
+        mass = np.asarray(class_mass, dtype=np.float64)
+        if mass.ndim != 1 or present[0] < 0 or present[-1] >= mass.size or not (mass[present] > 0).all():
+            raise ValueError(
+                f"class_mass must hold a number above 0 for each class id, got shape {mass.shape}"
+            )
+        out = out * (mass[present] / mass[present].sum() * present.size)[position]
+    return out
+
+
+def _weighted(loss: torch.Tensor, weights: torch.Tensor, normalize: str) -> torch.Tensor:
+    if weights.shape != loss.shape:
+        raise ValueError(f"expected one weight an image, [{loss.shape[0]}], got {list(weights.shape)}")
+    weights = weights.to(loss)
+    if normalize == "batch":
+        return (weights * loss).sum() / loss.shape[0]
+    if normalize == "weights":
+        # A batch of zero weights has no loss; the floor avoids 0 / 0 without waiting for the device.
+        return (weights * loss).sum() / weights.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+    raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")

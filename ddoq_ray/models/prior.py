@@ -1,0 +1,108 @@
+"""The prior: an encoder, a latent diffusion model and a decoder behind one small interface.
+
+Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddoq_ray.models.folders import read_json, resolve_folder
+
+Start = Literal["noised", "inversion", "noise"]
+STARTS: tuple[Start, ...] = ("noised", "inversion", "noise")
+
+
+class Prior(ABC):
+    """What the encode and synthesize stages need of a generative model.
+
+    Attributes:
+        latent_shape: (C, h, w) of one latent.
+        image_size: H = W of the images it reads and makes.
+        num_classes: labels are 0 .. num_classes - 1.
+        classes: names in label order, or None if the folder holds none.
+        id: content digest of configuration and weights; two priors with one id encode alike.
+    """
+
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    num_classes: int
+    classes: list[str] | None
+    id: str
+    device: torch.device
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images: the posterior's mode, scaled to about unit standard deviation.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float32 [B, C, h, w] on the prior's device.
+        """
+
+    @abstractmethod
+    def synthesize(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        start: Start = "noised",
+        strength: float,
+        steps: int,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Decode centroids through the diffusion model (Algorithm 4: x = D(U_t(z, y))).
+
+        Args:
+            latents: float32 [B, C, h, w], the centroids, scaled as `encode` gives them.
+            labels: int64 [B].
+            noise: float32 [B, C, h, w], standard normal; the noise of "noised" and the start of "noise".
+            generators: one a row, for schedulers that add noise in each step (DDPM); may be None for others.
+            start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "inversion":
+                reach that level by deterministic DDIM inversion; "noise": ignore centroid and strength.
+            strength: in [0, 1]; the last int(steps * strength) of `steps` timesteps are run, as in diffusers'
+                img2img pipelines. 0 decodes the centroid as it is.
+            steps: number of timesteps of the whole trajectory.
+            guidance: classifier-free guidance scale; 1 means none.
+
+        Returns:
+            uint8 [B, H, W, 3] on the CPU. The same bytes for the same batch, device and thread count.
+
+        Raises:
+            ValueError: shapes or labels that do not fit, an unknown start, or a strength that runs no step.
+        """
+
+
+def load_prior(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str = "float32"
+) -> Prior:
+    """Load a prior from a folder in diffusers' format, `shipped:<name>`, or a Hugging Face id.
+
+    Args:
+        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as DiTPipeline saves.
+        device: where it runs.
+        dtype: "float32", "float16" or "bfloat16": the networks' arithmetic. Latents stay float32.
+
+    Raises:
+        ValueError: the folder is missing, incomplete, of an unknown kind, or its parts do not fit together.
+    """
+    from ddoq_ray.models.prior_class_conditional import ClassConditionalPrior
+
+    folder = resolve_folder(path, "prior")
+    index = read_json(folder / "model_index.json", "prior")
+    if "text_encoder" in index:
+        raise ValueError(
+            f"prior: {folder} is a text-conditional pipeline ({index.get('_class_name')}); this version "
+            "reads class-conditional ones (vae + unet or transformer + scheduler)"
+        )
+    return ClassConditionalPrior.from_folder(folder, index, device=device, dtype=dtype)

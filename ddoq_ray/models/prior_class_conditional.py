@@ -1,0 +1,406 @@
+"""Class-conditional latent diffusion: AutoencoderKL + UNet2DModel or DiTTransformer2DModel + a scheduler.
+
+Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor
+
+from ddoq_ray.models.folders import content_digest, read_json
+from ddoq_ray.models.prior import STARTS, Prior, Start
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRIOR_JSON = "ddoq_prior.json"
+# DiT's published folders were saved before the class had its own name.
+_DENOISERS = {
+    "UNet2DModel": UNet2DModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    "Transformer2DModel": DiTTransformer2DModel,
+}
+
+
+class ClassConditionalPrior(Prior):
+    """See `Prior`. The null label of classifier-free guidance is num_classes, DiT's convention."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        denoiser: UNet2DModel | DiTTransformer2DModel,
+        scheduler: Any,
+        *,
+        classes: list[str] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+        id: str | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            vae: the autoencoder; its config holds scaling_factor and perhaps shift_factor.
+            denoiser: class-conditional, latents in, noise (or noise and variance) out.
+            scheduler: any diffusers scheduler with add_noise and step.
+            classes: names in label order.
+            device: where both networks run.
+            dtype: their arithmetic.
+            id: the content digest if known; computed otherwise.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"prior: expected a dtype of {sorted(DTYPES)}, got {dtype!r}")
+        size = denoiser.config["sample_size"]
+        if size is None:
+            raise ValueError(
+                "prior: the denoiser's config has no sample_size, so the latents' size is unknown"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = denoiser.config["in_channels"]
+        if vae.config["latent_channels"] != channels:
+            raise ValueError(
+                f"prior: the autoencoder makes {vae.config['latent_channels']} latent channels, "
+                f"the denoiser expects {channels}; the two folders belong to different models"
+            )
+        out_channels = denoiser.config["out_channels"] or channels
+        if out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}"
+            )
+        if not hasattr(scheduler, "add_noise"):
+            raise ValueError(
+                f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM"
+            )
+        if height != width:
+            raise ValueError(f"prior: expected square latents, got {height} x {width}")
+        self.num_classes, self._has_null = _class_count(denoiser, classes)
+        self.classes = classes
+        self.latent_shape = (channels, height, width)
+        self.image_size = height * 2 ** (len(vae.config["block_out_channels"]) - 1)
+        configs = {
+            "vae": dict(vae.config),
+            "denoiser": dict(denoiser.config),
+            "scheduler": dict(scheduler.config),
+        }
+        self.id = id or content_digest(configs, _tensors(vae, denoiser))
+        self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
+        self.vae = _cast(vae, self.device, self.dtype).eval().requires_grad_(False)
+        self.denoiser = _cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        index: dict[str, Any],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+    ) -> ClassConditionalPrior:
+        """Read a folder as `load_prior` describes it; `index` is its model_index.json."""
+        part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
+        if part is None:
+            raise ValueError(f"prior: expected a subfolder unet/ or transformer/ in {folder}, found neither")
+        raw = {name: read_json(folder / name / "config.json", "prior") for name in ("vae", part)}
+        raw["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json", "prior")
+        kind = raw[part].get("_class_name")
+        if kind not in _DENOISERS or raw["vae"].get("_class_name") != "AutoencoderKL":
+            raise ValueError(
+                f"prior: expected AutoencoderKL with one of {sorted(_DENOISERS)}, "
+                f"got {raw['vae'].get('_class_name')} with {kind} in {folder}"
+            )
+        vae = _load_network(AutoencoderKL, folder, "vae")
+        denoiser = _load_network(_DENOISERS[kind], folder, part)
+        scheduler_class = getattr(diffusers, str(raw["scheduler"].get("_class_name")), None)
+        if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
+            raise ValueError(
+                f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})"
+            )
+        # The digest covers the files' own configs: a newer diffusers adds defaults to the loaded ones.
+        digest = content_digest(
+            {"vae": raw["vae"], "denoiser": raw[part], "scheduler": raw["scheduler"]}, _tensors(vae, denoiser)
+        )
+        extra = read_json(folder / PRIOR_JSON, "prior") if (folder / PRIOR_JSON).is_file() else {}
+        prior = cls(
+            vae,
+            denoiser,
+            scheduler_class.from_config(raw["scheduler"]),
+            classes=_class_names(index, extra),
+            device=device,
+            dtype=dtype,
+            id=digest,
+        )
+        if extra.get("image_size", prior.image_size) != prior.image_size:
+            raise ValueError(
+                f"prior: {PRIOR_JSON} says image_size {extra['image_size']}, but the networks in {folder} "
+                f"make {prior.image_size} px images"
+            )
+        return prior
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"prior.encode: expected images [B, {expected}], got {tuple(images.shape)}")
+        mode = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode().float()
+        return (mode - self._shift) * self._scale
+
+    @torch.inference_mode()
+    def synthesize(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        start: Start = "noised",
+        strength: float,
+        steps: int,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        run = self._check(latents, labels, noise, generators, start, strength, steps, guidance)
+        z = latents.to(self.device, torch.float32)
+        y = labels.to(self.device)
+        if run == 0:
+            return self._decode(z)
+        # A fresh scheduler a call: multistep ones carry state, which a retried unit must not see.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        first = max(steps - run, 0) * scheduler.order
+        timesteps = scheduler.timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        e = noise.to(self.device, torch.float32)
+        if start == "noise":
+            z = e * scheduler.init_noise_sigma
+        elif start == "inversion":
+            z = self._invert(z, y, timesteps)
+        else:
+            z = scheduler.add_noise(z, e, timesteps[:1].expand(len(z)))
+        options = _step_options(scheduler, generators)
+        for t in timesteps:
+            output = self._predict(scheduler.scale_model_input(z, t), t, y, guidance)
+            z = scheduler.step(output, t, z, **options).prev_sample
+        return self._decode(z)
+
+    def save(self, out: Path, extra: dict[str, Any], *, dtype: str = "float32") -> None:
+        """Write the parts into the folder `out` in diffusers' format; `extra` goes into ddoq_prior.json."""
+        from ddoq_ray.models.folders import write_json
+
+        part = "unet" if isinstance(self.denoiser, UNet2DModel) else "transformer"
+        index: dict[str, Any] = {
+            # diffusers has no pipeline of these parts with a class-conditional UNet; they load one by one.
+            "_class_name": "DiTPipeline" if part == "transformer" else "DiffusionPipeline",
+            "_diffusers_version": diffusers.__version__,
+            part: ["diffusers", type(self.denoiser).__name__],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        if self.classes is not None and part == "transformer":
+            index["id2label"] = {str(label): name for label, name in enumerate(self.classes)}
+        write_json(out / "model_index.json", index)
+        for name, network in (("vae", self.vae), (part, self.denoiser)):
+            stored = copy.deepcopy(network)  # not cast in place: this prior stays what it was
+            _cast(stored, self.device, DTYPES[dtype]).save_pretrained(out / name)
+        self.scheduler.save_pretrained(out / "scheduler")
+        write_json(
+            out / PRIOR_JSON,
+            {"kind": "class_conditional", "classes": self.classes, "image_size": self.image_size, **extra},
+        )
+
+    @property
+    def _scale(self) -> float:
+        return float(self.vae.config["scaling_factor"])
+
+    @property
+    def _shift(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        pixels = self.vae.decode((z / self._scale + self._shift).to(self.dtype)).sample.float()
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def _predict(self, z: Tensor, t: Tensor, y: Tensor, guidance: float) -> Tensor:
+        """The denoiser's output at z, guided; more than C channels only for a learned variance."""
+        channels = self.latent_shape[0]
+        guided = guidance != 1.0
+        if guided:
+            z = torch.cat([z, z])
+            y = torch.cat([y, torch.full_like(y, self.num_classes)])
+        times = t.to(self.device).expand(len(z))
+        output = self.denoiser(z.to(self.dtype), timestep=times, class_labels=y).sample.float()
+        eps, rest = output[:, :channels], output[:, channels:]
+        if guided:
+            conditional, unconditional = eps.chunk(2)
+            eps = unconditional + guidance * (conditional - unconditional)
+            rest = rest.chunk(2)[0]
+        if rest.shape[1] and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+            return torch.cat([eps, rest], dim=1)
+        return eps
+
+    def _invert(self, z: Tensor, y: Tensor, timesteps: Tensor) -> Tensor:
+        """Deterministic DDIM inversion of z up to the noise level of timesteps[0], without guidance.
+
+        Each step is DDIM's formula read upwards, the noise being predicted at the level that is reached; the
+        levels are those the denoising passes, so that small steps bring z back.
+        Source: Song et al., Denoising Diffusion Implicit Models, Eq. 12; diffusers' DDIMInverseScheduler.
+        """
+        alphas = self.scheduler.alphas_cumprod.to(self.device)
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        alpha = torch.as_tensor(getattr(self.scheduler, "final_alpha_cumprod", 1.0), device=self.device)
+        for t in timesteps.flip(0):
+            output = self._predict(z, t, y, 1.0)[:, : self.latent_shape[0]]
+            signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+            if kind == "epsilon":
+                eps = output
+                clean = (z - sigma * eps) / signal
+            elif kind == "v_prediction":
+                clean, eps = signal * z - sigma * output, signal * output + sigma * z
+            else:
+                raise ValueError(
+                    f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}"
+                )
+            alpha = alphas[t]
+            z = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps
+        return z
+
+    def _check(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator] | None,
+        start: Start,
+        strength: float,
+        steps: int,
+        guidance: float,
+    ) -> int:
+        """The number of steps to run, once every argument has been found to fit."""
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(f"prior: expected latents [B, {self.latent_shape}], got {tuple(latents.shape)}")
+        if noise.shape != latents.shape:
+            raise ValueError(f"prior: expected noise {tuple(latents.shape)}, got {tuple(noise.shape)}")
+        if labels.shape != latents.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"prior: expected int64 labels [{len(latents)}], got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"prior: labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
+                f"{int(labels.max())}; check prior_label in classes.json"
+            )
+        if generators is not None and len(generators) != len(latents):
+            raise ValueError(f"prior: expected {len(latents)} generators, one a row, got {len(generators)}")
+        if start not in STARTS:
+            raise ValueError(f"prior: expected a start of {list(STARTS)}, got {start!r}")
+        trained = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= trained:
+            raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {steps}")
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"prior: strength must lie in [0, 1], got {strength}")
+        if guidance != 1.0 and not self._has_null:
+            raise ValueError(
+                f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1"
+            )
+        if start == "inversion" and not (
+            hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0
+        ):
+            raise ValueError(
+                f"prior: start=inversion needs a variance-preserving scheduler such as DDIM, "
+                f"not {type(self.scheduler).__name__}"
+            )
+        if start == "noise":
+            return steps
+        run = min(int(steps * strength), steps)
+        if run == 0 and strength > 0:
+            raise ValueError(
+                f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
+                f"decode or at least {1 / steps:.3g}"
+            )
+        return run
+
+
+def _tensors(vae: AutoencoderKL, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
+    networks = {"vae": vae, "denoiser": denoiser}
+    return {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
+
+
+def _cast(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    # torch's own `to`: diffusers' warns of every cast, even when no part of the network must stay float32.
+    return torch.nn.Module.to(network, device, dtype)
+
+
+def _load_network(network_class: Any, folder: Path, part: str) -> Any:
+    try:
+        # Without low_cpu_mem_usage no accelerate is needed; random values must not stand in for tensors
+        # that are absent or of a wrong shape, so the report of what was missing is asked for and read.
+        network, report = network_class.from_pretrained(
+            os.fspath(folder), subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+            output_loading_info=True, local_files_only=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"prior: {folder / part} does not load as {network_class.__name__}: {error}"
+        ) from error
+    absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if absent:
+        raise ValueError(f"prior: {folder / part} lacks {len(absent)} tensors, such as {absent[:3]}")
+    return network
+
+
+def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | None:
+    """Names from ddoq_prior.json, else from DiTPipeline's id2label."""
+    if extra.get("classes") is not None:
+        return [str(name) for name in extra["classes"]]
+    id2label = index.get("id2label")
+    if not id2label:
+        return None
+    names = {int(label): str(name) for label, name in id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            "prior: id2label in model_index.json must name the labels 0, 1, 2, ... without a gap"
+        )
+    return [names[label] for label in range(len(names))]
+
+
+def _class_count(
+    denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None
+) -> tuple[int, bool]:
+    """(num_classes, has a null label). A UNet's table does not tell if its last row is the null."""
+    if isinstance(denoiser, DiTTransformer2DModel):
+        count = int(denoiser.config["num_embeds_ada_norm"])
+        if classes is not None and len(classes) != count:
+            raise ValueError(f"prior: {len(classes)} class names for a transformer of {count} classes")
+        return count, True
+    rows = denoiser.config["num_class_embeds"]
+    if not rows or denoiser.config["class_embed_type"] is not None:
+        raise ValueError(
+            "prior: the UNet has no table of class embeddings (num_class_embeds); it is not class-conditional"
+        )
+    if classes is None:
+        return rows - 1, True
+    if rows - len(classes) not in (0, 1):
+        raise ValueError(
+            f"prior: {len(classes)} class names for a UNet with {rows} class embeddings; expected {rows - 1} "
+            f"(and the null label) or {rows}"
+        )
+    return len(classes), rows == len(classes) + 1
+
+
+def _step_options(scheduler: Any, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
+    """The step noise's source. Without generators it is a fixed one of the batch, never the global one."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": list(generators) if generators is not None else torch.Generator().manual_seed(0)}

@@ -1,0 +1,189 @@
+"""The stages in order, top to bottom: the only file that knows them all.
+
+A run's own method lives in the run directory itself; every other method has the same folders under
+``compare/<method>-ipc<K>/``. Latents, data and the teacher are shared.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddoq_ray.artifacts import Artifact, Folder
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.compose import load_config, to_yaml
+from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
+from ddoq_ray.records import StudentRow
+from ddoq_ray.runtime import Events, ray_session, say
+from ddoq_ray.stages import encode, evaluate, label, networks, prepare, quantize, report, select, synthesize, train
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the comparison, and where its parts are, relative to the run directory.
+
+    Attributes:
+        name: The word of the report's rows.
+        images: Folders with an image set each (`random` draws one a seed); empty when it trains on the real data.
+        students: Folder under which its students/ is.
+        quantizer: How its codebook is made; None when it has none of its own.
+        scheme: Weight scheme of its images.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    students: str
+    quantizer: QuantizerConfig | None
+    scheme: str
+
+
+def plan_methods(config: RunConfig) -> list[Method]:
+    """The run's own method and its baselines, as folders, quantizers and weights."""
+    methods = []
+    for name in config.methods:
+        place = "" if name == config.own_method else f"compare/{name}-ipc{config.ipc}"
+        if name.startswith("ddoq"):
+            scheme = {"ddoq": "counts", "ddoq-sqrt": "sqrt", "ddoq-uniform": "uniform"}[name]
+            own = name == config.own_method
+            methods.append(Method(name, ("",), place, config.quantizer if own else None, scheme))
+        elif name == "d4m":
+            d4m = MinibatchKmeansConfig(name="minibatch_kmeans", variant="d4m", num_shards=config.quantizer.num_shards)
+            methods.append(Method(name, (place,), place, d4m, "uniform"))
+        elif name == "random":
+            draws = tuple(f"{place}/draw-{k}" for k in range(config.num_seeds))
+            methods.append(Method(name, draws, place, None, "uniform"))
+        else:
+            assert name == "full", name
+            methods.append(Method(name, (), place, None, "uniform"))
+    return methods
+
+
+def student_rows(config: RunConfig, methods: Sequence[Method]) -> list[StudentRow]:
+    """Every (method, seed), rows of one image set next to each other."""
+    rows = []
+    for m in methods:
+        for seed in range(config.num_seeds):
+            place = m.images[seed if len(m.images) > 1 else 0] if m.images else None
+            folder = f"{m.students}/students/{config.student.arch}-seed{seed}".lstrip("/")
+            join = lambda part: f"{place}/{part}".lstrip("/")  # noqa: E731, B023
+            online = config.labels.mode == "online"
+            rows.append(
+                StudentRow(
+                    method=m.name,
+                    images="data" if place is None else join("images"),
+                    labels=None if place is None or online else join("labels"),
+                    folder=folder,
+                    scheme=m.scheme,
+                    seed=seed,
+                )
+            )
+    return rows
+
+
+def run(config: RunConfig) -> str | None:
+    """Run the configured stages; return the report's path when there is one.
+
+    Raises:
+        ValueError: For anything that the person can mend: data, configuration, permissions, class mappings.
+    """
+    start = time.time()
+    folder = Folder(config.folder)
+    folder.check_writable()
+    check_run_folder(config, folder)
+    wanted = set(config.stages)
+    with ray_session(config.cluster):
+        folder.publish("config.yaml", to_yaml(config).encode())
+        events = Events(folder)
+        events.add("run started", stages=list(config.stages), command=sys.argv[1:])
+        path = _stages(config, folder, events, wanted)
+        events.add("run finished", seconds=round(time.time() - start, 1))
+    say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
+    return path
+
+
+def check_run_folder(config: RunConfig, folder: Folder) -> None:
+    """Before Ray starts: refuse a run directory that another configuration made, naming both."""
+    if config.overwrite:
+        return
+    checks = [
+        ("data", "prepare", prepare.identity(config)),
+        ("codebook", "quantize", quantize.identity(config, config.quantizer)),
+        ("images", "synthesize", synthesize.identity(config)),
+        ("labels", "label", label.identity(config)),
+    ]
+    for place, stage, facts in checks:
+        Artifact(folder / place, stage).check(facts)
+
+
+def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str]) -> str | None:
+    methods = plan_methods(config)
+    rows = student_rows(config, methods)
+    image_folders = list(dict.fromkeys(f for m in methods for f in m.images))
+    codebooks = {m.name: m.images[0] for m in methods if m.quantizer is not None}
+    inquiry = networks.Inquiry(config, teacher=bool(wanted & {"label", "train", "evaluate"}))
+
+    # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
+    data = prepare.run(config, folder, events)
+    if wanted & {"quantize", "synthesize"}:
+        prepare.check_small_classes(config, data.counts, data.classes)
+    known = inquiry.result()
+    data = prepare.resolve(data, known)
+
+    latents = Folder(config.latents.path) if config.latents.path else folder / "latents"
+    if wanted & {"encode", "quantize"}:
+        # Quantizers pull the latent log while encoders still write it.
+        quantizers = [
+            quantize.Quantizers(config, folder, m.images[0], m.quantizer, data, latents, known)
+            for m in methods
+            if m.quantizer is not None and "quantize" in wanted
+        ]
+
+        def on_shard(shard: int) -> None:
+            for q in quantizers:
+                q.shard_done(shard)
+
+        try:
+            if "encode" in wanted and not config.latents.path:
+                encode.run(config, folder, data, events, networks=known, on_shard=on_shard)
+            else:
+                encode.reuse(latents, data, known, on_shard)
+            for q in quantizers:
+                q.finish(events)
+        finally:
+            for q in quantizers:
+                q.close()
+    if "synthesize" in wanted:
+        made = [m.images[0] for m in methods if m.quantizer is not None]
+        synthesize.run(config, folder, made, data, events, known)
+        for m in methods:
+            if m.name == "random":
+                for k, place in enumerate(m.images):
+                    select.run(config, folder, place, data, latents, events, k)
+    if "label" in wanted:
+        label.run(config, folder, image_folders, data, events, known)
+    if "train" in wanted:
+        train.run(config, folder, rows, data, events, known)
+    if "evaluate" in wanted:
+        evaluate.run(config, folder, rows, data, events)
+    path = None
+    if "report" in wanted:
+        shown = {m.name: m.images[0] for m in methods if m.images and not (m.name.startswith("ddoq") and m.quantizer is None)}
+        path = report.run(config, folder, data, known, latents, codebooks, shown, image_folders, rows)
+    if not config.latents.keep:
+        encode.discard(folder / "latents", events)
+    return path
+
+
+def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:
+    """Run from a notebook: ``distill("ipc=1", "quantizer=gram")``; returns the run directory.
+
+    Args:
+        overrides: `key=value` as on the command line.
+        run_dir: Where everything goes; by default runs/<dataset>-ipc<ipc>.
+    """
+    config = load_config([*overrides, *([f"run_dir={os.fspath(run_dir)}"] if run_dir is not None else [])])
+    run(config)
+    return Folder(config.folder).uri

@@ -1,0 +1,240 @@
+"""The types and Arrow schemas that cross a stage's border.
+
+Everything that one stage writes and another reads has its shape here, so that a stage can be replaced
+without reading the others.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class of the data, and where the networks know it.
+
+    Attributes:
+        class_id: The label in the shards' ``.cls`` files, 0 to C - 1.
+        name: The source's own name of the class (a folder's name, a WordNet id).
+        prompt: A person's words for it; what a text-conditional prior is asked for.
+        teacher_index: The output of the teacher that means this class; None until it is resolved.
+        prior_label: The class label of a class-conditional prior; None until it is resolved.
+    """
+
+    class_id: int
+    name: str
+    prompt: str
+    teacher_index: int | None = None
+    prior_label: int | None = None
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What one tar shard holds, read from its member table.
+
+    Attributes:
+        path: Where the shard is: a path, or a URL that fsspec opens.
+        samples: Labelled samples with an image (decodable or not: that shows only when encoding).
+        bytes: Size of the tar.
+        images: class_id -> number of such samples.
+        digest: Short digest of the member table and the labels; changes when the shard does.
+    """
+
+    path: str
+    samples: int
+    bytes: int
+    images: dict[int, int]
+    digest: str
+
+    def to_json(self) -> dict[str, object]:
+        row = asdict(self)
+        row["images"] = {str(c): n for c, n in sorted(self.images.items())}
+        return row
+
+    @staticmethod
+    def from_json(row: dict) -> ShardInfo:
+        images = {int(c): int(n) for c, n in row["images"].items()}
+        return ShardInfo(row["path"], row["samples"], row["bytes"], images, row["digest"])
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One published file of the latent log: its name, its rows of each class, its digest."""
+
+    file: str
+    rows: int
+    classes: dict[int, int]
+    sha256: str
+
+    def to_json(self) -> dict[str, object]:
+        row = asdict(self)
+        row["classes"] = {str(c): n for c, n in sorted(self.classes.items())}
+        return row
+
+    @staticmethod
+    def from_json(row: dict) -> ChunkRecord:
+        classes = {int(c): int(n) for c, n in row["classes"].items()}
+        return ChunkRecord(row["file"], row["rows"], classes, row["sha256"])
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """The done record of an encoded shard (``<run>/latents/<shard>/done.json``).
+
+    Attributes:
+        shard: Index of the shard in the run's ``shards.json``.
+        chunks: The shard's files, in order. Rows of a file are stably sorted by class.
+        classes: class_id -> rows, over all chunks.
+        refused: Samples of the shard in quarantine.
+    """
+
+    shard: int
+    chunks: tuple[ChunkRecord, ...]
+    classes: dict[int, int]
+    refused: int
+
+    def dumps(self) -> bytes:
+        row = {
+            "shard": self.shard,
+            "chunks": [c.to_json() for c in self.chunks],
+            "classes": {str(c): n for c, n in sorted(self.classes.items())},
+            "refused": self.refused,
+        }
+        return (json.dumps(row, indent=1) + "\n").encode()
+
+    @staticmethod
+    def loads(data: bytes) -> ShardDone:
+        row = json.loads(data)
+        return ShardDone(
+            row["shard"],
+            tuple(ChunkRecord.from_json(c) for c in row["chunks"]),
+            {int(c): int(n) for c, n in row["classes"].items()},
+            row["refused"],
+        )
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Centroids, counts, weights and distortion of one class.
+
+    Attributes:
+        class_id: The class.
+        centroids: float32 [K, D], D the flattened latent dimension.
+        counts: int64 [K], exact Voronoi counts of the class's latents; they sum to n.
+        distortion: Mean squared distance of the n latents to their nearest centroid, in latent units squared.
+        stream_counts: int64 [K], the counts that the algorithm kept while it ran (stale after the last move).
+    """
+
+    class_id: int
+    centroids: np.ndarray
+    counts: np.ndarray
+    distortion: float
+    stream_counts: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float64 [K]: companion weights, the mass of each Voronoi cell; they sum to 1."""
+        return self.counts / max(1, int(self.counts.sum()))
+
+    @property
+    def k(self) -> int:
+        return len(self.counts)
+
+
+def latent_schema(shape: tuple[int, ...], prior_id: str) -> pa.Schema:
+    """Schema of a file of the latent log: fp16 little-endian latents as fixed-size binary."""
+    return pa.schema(
+        [
+            pa.field("key", pa.string()),
+            pa.field("class_id", pa.int32()),
+            pa.field("latent", pa.binary(2 * int(np.prod(shape)))),
+        ],
+        metadata={"latent_shape": json.dumps(list(shape)), "prior_id": prior_id},
+    )
+
+
+def codebook_schema(shape: tuple[int, ...], prior_id: str) -> pa.Schema:
+    """Schema of a codebook part: one row a centroid, float32 little-endian centroids."""
+    return pa.schema(
+        [
+            pa.field("class_id", pa.int32()),
+            pa.field("centroid_id", pa.int32()),
+            pa.field("centroid", pa.binary(4 * int(np.prod(shape)))),
+            pa.field("count", pa.int64()),
+            pa.field("weight", pa.float64()),
+            pa.field("distortion", pa.float64()),
+            pa.field("stream_count", pa.int64()),
+        ],
+        metadata={"latent_shape": json.dumps(list(shape)), "prior_id": prior_id, "scaling": "prior"},
+    )
+
+
+def label_schema(codec: str, nbytes: int) -> pa.Schema:
+    """Schema of a label shard: soft labels keyed (image_id, epoch), in image order."""
+    return pa.schema(
+        [
+            pa.field("image_id", pa.int64()),
+            pa.field("epoch", pa.int32()),
+            pa.field("label", pa.binary(nbytes)),
+        ],
+        metadata={"codec": codec},
+    )
+
+
+def fixed_binary(array: np.ndarray) -> pa.Array:
+    """The rows of a 2-D array as a fixed-size binary Arrow array, without a copy."""
+    array = np.ascontiguousarray(array)
+    width = array.shape[1] * array.itemsize
+    return pa.Array.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(array)])
+
+
+def binary_rows(column: pa.ChunkedArray | pa.Array, dtype: str) -> np.ndarray:
+    """Inverse of `fixed_binary`: an array [rows, width // itemsize] of `dtype`."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # a column without rows has no chunks to combine
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    width = array.type.byte_width
+    start = array.offset * width
+    flat = np.frombuffer(array.buffers()[1], dtype="u1")[start : start + len(array) * width]
+    return flat.view(dtype).reshape(len(array), -1)
+
+
+@dataclass(frozen=True)
+class ImageUnit:
+    """The unit of synthesis: one image shard, a fixed list of (class_id, centroid_id)."""
+
+    index: int
+    class_ids: tuple[int, ...]
+    centroid_ids: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"images-{self.index:06d}"
+
+
+@dataclass(frozen=True)
+class StudentRow:
+    """One student to train: a line of the report.
+
+    Attributes:
+        method: The word of the report's row.
+        images: The images/ folder, relative to the run directory; the word `data` for all the real images.
+        labels: The labels/ folder; None when the teacher labels while training.
+        folder: Where the student's checkpoint and metrics go.
+        scheme: Weight scheme (`counts`, `sqrt`, `uniform`).
+        seed: The student's own seed (initialization and order).
+    """
+
+    method: str
+    images: str
+    labels: str | None
+    folder: str
+    scheme: str
+    seed: int

@@ -1,0 +1,250 @@
+"""report: what the distilled sets are worth, as results.json, one HTML page, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from ddoq_ray.artifacts import Artifact, Folder
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.schema import plain
+from ddoq_ray.records import StudentRow, binary_rows
+from ddoq_ray.runtime import Progress, say
+from ddoq_ray.stages.encode import quarantine_reasons
+from ddoq_ray.stages.latent_log import LatentLog
+from ddoq_ray.stages.networks import Networks
+from ddoq_ray.stages.prepare import Data
+from ddoq_ray.stages.quantize import read_part
+
+BASELINE = "random"  # what every method is paired with
+
+
+@ray.remote(num_cpus=0.5)
+def _part_distances(codebook: Folder, part: str, latents: Folder, shards: int) -> list[dict[str, Any]]:
+    """Distortion and exact W2 of each class of a codebook part, by optimal transport on the class's latents."""
+    from ddoq_ray.core.distortion import w2_squared
+
+    table = read_part(codebook, part)
+    class_ids = table["class_id"].to_numpy()
+    centroids, weights = binary_rows(table["centroid"], "<f4"), table["weight"].to_numpy()
+    wanted = sorted(set(class_ids.tolist()))
+    log = LatentLog(latents)
+    pieces: dict[int, list[np.ndarray]] = {c: [] for c in wanted}
+    for shard in range(shards):
+        for chunk in log.done(shard).chunks:
+            for c, x, _ in log.read(chunk, wanted):
+                pieces[c].append(x)
+    rows = []
+    for c in wanted:
+        x, mine = np.concatenate(pieces[c]), class_ids == c
+        k = int(mine.sum())
+        rows.append(
+            {
+                "class_id": c,
+                "n": len(x),
+                "k": k,
+                "distortion": float(table["distortion"].to_numpy()[mine][0]),
+                "w2_voronoi": float(np.sqrt(w2_squared(x, centroids[mine], weights[mine]))),
+                "w2_uniform": float(np.sqrt(w2_squared(x, centroids[mine], np.full(k, 1 / k)))),
+                "weight_min": float(weights[mine].min()),
+                "weight_max": float(weights[mine].max()),
+            }
+        )
+    return rows
+
+
+def class_distances(run: Folder, folders: dict[str, str], latents: Folder, data: Data, ipc: int) -> list[dict[str, Any]]:
+    """Rows {method, ipc, class_id, name, n, k, distortion, w2_voronoi, w2_uniform} of every codebook in `folders`."""
+    jobs = [
+        (method, _part_distances.remote(run / f / "codebook", part, latents, len(data.train)))
+        for method, f in folders.items()
+        for part in (run / f / "codebook").names("part-*.parquet")
+    ]
+    rows = []
+    with Progress("report", len(jobs), "codebook parts") as progress:
+        for method, ref in jobs:
+            rows += [{"method": method, "ipc": ipc, "name": data.classes[r["class_id"]].name, **r} for r in ray.get(ref)]
+            progress.advance()
+    return rows
+
+
+def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
+    """Each method against `random`, seed by seed: mean and std of the top-1 difference, in points."""
+    from ddoq_ray.core.metrics import paired_difference
+
+    by_method: dict[str, dict[int, float]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["seed"]] = row["top1_pct"]
+    base = by_method.get(BASELINE, {})
+    lines = []
+    for method, values in by_method.items():
+        seeds = sorted(set(values) & set(base))
+        if method == BASELINE or not seeds:
+            continue
+        d = paired_difference([values[s] for s in seeds], [base[s] for s in seeds])
+        std = None if np.isnan(d.std) else d.std
+        lines.append(
+            {"method": method, "baseline": BASELINE, "ipc": ipc, "n": d.n, "mean_diff_pct": d.mean, "std_diff_pct": std}
+        )
+    return lines
+
+
+def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
+    """Seconds, items and bytes of each stage, from the manifests; a stage of several sets is their sum."""
+    places: list[tuple[str, Folder]] = [("prepare", run / "data"), ("encode", run / "latents")]
+    for folder in folders:
+        places += [(s, run / folder / d) for s, d in (("quantize", "codebook"), ("synthesize", "images"), ("label", "labels"))]
+    places += [("train", run / row.folder) for row in trained]
+    costs: dict[str, dict[str, Any]] = {}
+    for stage, place in places:
+        manifest = Artifact(place, stage).manifest()
+        if manifest is None or manifest["stage"] != stage:
+            continue
+        if "random" in manifest["identity"]:
+            stage = "select"
+        total = costs.setdefault(stage, {"stage": stage, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0})
+        for key in ("seconds", "items", "bytes"):
+            total[key] += manifest[key]
+    if (run / "report").exists("evaluate.json"):
+        costs["evaluate"] = {"stage": "evaluate", **(run / "report").read_json("evaluate.json")}
+    return list(costs.values())
+
+
+def _curves(run: Folder, trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
+    curves = []
+    for row in trained:
+        if not (run / row.folder).exists("metrics.jsonl"):
+            continue
+        points = [json.loads(line) for line in (run / row.folder).read("metrics.jsonl").splitlines()]
+        curves.append(
+            {
+                "method": row.method,
+                "seed": row.seed,
+                "epochs": [p["epoch"] for p in points],
+                "train_loss": [p["train_loss"] for p in points],
+                "top1_pct": [p["top1_pct"] for p in points],
+            }
+        )
+    return curves
+
+
+def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) -> list[dict[str, Any]]:
+    """The first `limit` distilled images of each method, for the page."""
+    import io
+
+    from PIL import Image
+
+    from ddoq_ray.distilled import read_images
+
+    found = []
+    for method, folder in folders.items():
+        images = run / folder / "images"
+        for count, item in enumerate(read_images([images.path(n) for n in images.names("images-*.tar")])):
+            if count == limit:
+                break
+            width, height = Image.open(io.BytesIO(item.data)).size
+            found.append(
+                {
+                    "method": method,
+                    "class_id": item.class_id,
+                    "class_name": data.classes[item.class_id].name,
+                    "centroid_id": item.centroid_id,
+                    "weight": item.weight,
+                    "png": item.data,
+                    "width": width,
+                    "height": height,
+                }
+            )
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def run(
+    config: RunConfig,
+    run_folder: Folder,
+    data: Data,
+    networks: Networks,
+    latents: Folder,
+    codebooks: dict[str, str],
+    image_sets: dict[str, str],
+    label_folders: Sequence[str],
+    rows: Sequence[StudentRow],
+) -> str:
+    """Gather everything, write ``report/results.json`` and ``report/index.html``; return the page's path.
+
+    Args:
+        codebooks: method -> folder of those that have a codebook.
+        image_sets: method -> folder of those whose images the page shows.
+        label_folders: All image sets, for the costs.
+        rows: Students whose results are wanted; those that are not trained are left out.
+    """
+    from ddoq_ray.page import accuracy_table, render_page
+
+    start = time.time()
+    report = run_folder / "report"
+    measured = report.read_json("rows.json") if report.exists("rows.json") else []
+    have_latents = latents.exists("manifest.json") and latents.read_json("manifest.json").get("kept", True)
+    made = {m: f for m, f in codebooks.items() if (run_folder / f / "codebook").exists("manifest.json")}
+    drawn = {m: f for m, f in image_sets.items() if (run_folder / f / "images").exists("manifest.json")}
+    classes = class_distances(run_folder, made, latents, data, config.ipc) if have_latents else []
+    trained = [r for r in rows if (run_folder / r.folder).exists("manifest.json")]
+    labels = run_folder / "labels"
+    distilled = (run_folder / "images").read_json("manifest.json")["items"] if "images" and drawn else 0
+    results: dict[str, Any] = {
+        "name": os.path.basename(run_folder.uri),
+        "dataset": config.dataset.title,
+        "ipc": config.ipc,
+        "own_method": config.own_method,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": "ddoq-ray " + " ".join(sys.argv[1:]),
+        "commit": _commit(),
+        "versions": networks.environment | {"python": sys.version.split()[0]},
+        "config": plain(config),
+        "counts": {
+            "train_images": sum(data.counts.values()),
+            "classes": len(data.classes),
+            "distilled_images": distilled,
+            "val_images": sum(s.samples for s in data.val),
+        },
+        "teacher": labels.read_json("manifest.json")["teacher"] | {"split": "val"} if labels.exists("manifest.json") else None,
+        "rows": measured,
+        "paired": paired(measured, config.ipc),
+        "classes": classes,
+        "curves": _curves(run_folder, trained),
+        "quarantine": {
+            "samples": sum(quarantine_reasons(run_folder).values()), "reasons": dict(quarantine_reasons(run_folder))
+        },
+    }
+    costs = stage_costs(run_folder, label_folders, trained)
+    costs.append(
+        {"stage": "report", "seconds": round(time.time() - start, 3), "items": len(classes), "unit": "classes", "bytes": 0}
+    )
+    results["stages"] = costs
+    report.publish_json("results.json", results)
+    report.publish("index.html", render_page(results, _images(run_folder, drawn, data)).encode())
+    if measured:
+        print(accuracy_table(results))
+    path = report.path("index.html")
+    say(f"report     {path}")
+    return path

@@ -1,0 +1,150 @@
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from ddoq_ray.core import gram_kmeans as g
+from ddoq_ray.core.distortion import assign, distortion, voronoi_counts
+from ddoq_ray.core.rng import philox
+
+
+def mixture(n, dim, modes, seed):
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(modes, dim))
+    return (means[rng.integers(modes, size=n)] + rng.normal(size=(n, dim)) + 2).astype(np.float32)
+
+
+def direct_sum(x, labels):
+    x = x.astype(np.float64)
+    return sum(((x[labels == c] - x[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels))
+
+
+def test_by_hand():
+    x = np.array([[0.0], [1.0], [10.0], [11.0], [12.0]])
+    centroids, counts = g.gram_kmeans(x, 2, seed=0, class_id=0)
+    assert sorted(zip(centroids[:, 0].tolist(), counts.tolist(), strict=True)) == [(0.5, 2), (11.0, 3)]
+    assert centroids.dtype == np.float32 and counts.dtype == np.int64
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_finds_the_optimum_of_tiny_problems(seed):
+    x = np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)
+    best = min(
+        direct_sum(x, np.array(cells))
+        for cells in itertools.product(range(3), repeat=8)
+        if len({*cells}) == 3
+    )
+    centroids, _ = g.gram_kmeans(x, 3, seed=seed, class_id=0, restarts=20)
+    assert distortion(x, centroids) * 8 == pytest.approx(best, rel=1e-5)
+
+
+def test_hartigan_leaves_an_optimum_of_lloyd_that_is_not_one_of_exchange():
+    # Cells {-3, 0} and {2}: 0 is at 1.5 from its own mean and at 2 from the other one: Lloyd stops.
+    # Exchange: leaving gains 2/1 * 2.25 = 4.5, entering {2} costs 1/2 * 4 = 2: it moves.
+    x = np.array([[-3.0], [0.0], [2.0]])
+    gram, mass, start = g.gram_matrix(x), np.ones(3), np.array([0, 0, 1])
+    assert g.lloyd_gram(gram, mass, start, 2).tolist() == [0, 0, 1]
+    assert g.hartigan_gram(gram, mass, start, 2).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lloyd_in_gram_space_equals_lloyd_on_vectors(seed):
+    x = mixture(200, 300, 6, seed)
+    start = np.random.default_rng(seed).integers(7, size=200)
+    start[:7] = np.arange(7)
+    ours = g.lloyd_gram(g.gram_matrix(x), np.ones(200), start, 7)
+    means = np.array([x[start == c].mean(0) for c in range(7)])
+    theirs = KMeans(7, init=means, n_init=1, tol=0, max_iter=300).fit(x)
+    assert (ours == theirs.labels_).all()
+
+
+@pytest.mark.parametrize("hartigan", [False, True])
+def test_the_sum_in_gram_space_is_the_direct_one_and_the_counts_are_voronoi_counts(hartigan):
+    x = mixture(250, 400, 8, 1)
+    labels, total = g.partition_gram(g.gram_matrix(x), np.ones(250), 12, philox(0), hartigan=hartigan)
+    assert total == pytest.approx(direct_sum(x, labels), rel=1e-5)
+    centroids, counts = g.cell_means(x, labels)
+    assert distortion(x, centroids) * 250 == pytest.approx(total, rel=1e-5)
+    assert (counts == voronoi_counts(x, centroids)).all()
+    assert (assign(x, centroids)[0] == labels).all()
+
+
+def test_no_pass_raises_the_distortion():
+    x = mixture(300, 50, 10, 2)
+    gram, mass = g.gram_matrix(x), np.ones(300)
+    labels = np.random.default_rng(0).integers(15, size=300)
+    labels[:15] = np.arange(15)
+    for step in (g.lloyd_gram, g.hartigan_gram):
+        for _ in range(60):
+            moved = step(gram, mass, labels, 15, max_iter=1)
+            assert direct_sum(x, moved) <= direct_sum(x, labels) * (1 + 1e-9)
+            if (moved == labels).all():
+                break
+            labels = moved
+        else:
+            pytest.fail("no convergence")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_not_worse_than_scikit_learn(seed):
+    x = mixture(400, 64, 12, seed)
+    theirs = KMeans(20, n_init=1, random_state=seed).fit(x).inertia_ / 400
+    assert distortion(x, g.gram_kmeans(x, 20, seed=seed, class_id=0, restarts=2)[0]) <= theirs * (1 + 1e-6)
+
+
+def test_copies_share_a_cell_and_weigh():
+    x = np.repeat(mixture(60, 20, 4, 3), np.random.default_rng(0).integers(1, 5, 60), axis=0)
+    x = x[np.random.default_rng(1).permutation(len(x))]
+    labels = g.gram_labels(x, 9, seed=0, class_id=0, restarts=8)
+    for row in np.unique(x, axis=0):
+        assert len({*labels[(x == row).all(1)].tolist()}) == 1
+    theirs = KMeans(9, n_init=8, random_state=0).fit(x).inertia_
+    assert direct_sum(x, labels) <= theirs * 1.02
+
+
+def test_fewer_distinct_samples_than_k():
+    x = np.array([[1.0, -0.0], [2.0, 0.0], [1.0, 0.0], [1.0, 0.0]], np.float32)
+    centroids, counts = g.gram_kmeans(x, 5, seed=0, class_id=0)
+    assert centroids.tolist() == [[1.0, 0.0], [2.0, 0.0]] and counts.tolist() == [3, 1]
+
+
+def test_near_copies_never_leave_a_cell_empty():
+    x = np.full((30, 4), 1000.0, np.float32)
+    x[:, 0] += np.arange(30, dtype=np.float32) * 1e-4
+    x[:3] = 0.0
+    centroids, counts = g.gram_kmeans(x, 6, seed=0, class_id=0)
+    assert len(centroids) == min(6, len(np.unique(x, axis=0))) and counts.sum() == 30 and counts.min() >= 1
+
+
+def test_an_empty_cell_is_seeded_with_the_farthest_point():
+    labels = np.array([0, 0, 0, 2])
+    g._reseed_empty(labels, np.array([1.0, 5.0, 2.0, 9.0]), 3)
+    assert labels.tolist() == [0, 1, 0, 2]
+
+
+def test_kmeans_plus_plus_draws_by_squared_distance():
+    # From 0: squared distances 1 and 9, so the far point follows with probability .9 (one trial, no greed).
+    gram = g.gram_matrix(np.array([[0.0], [1.0], [3.0]]))
+    first_at_zero = [
+        p for i in range(6000) if (p := g.kmeans_plus_plus(gram, np.ones(3), 2, philox(i), 1))[0] == 0
+    ]
+    share = np.mean([p[1] == 2 for p in first_at_zero])
+    assert abs(share - 0.9) < 4 * np.sqrt(0.09 / len(first_at_zero))
+
+
+def test_same_bytes_again_and_another_class_another_draw():
+    x = mixture(200, 30, 9, 4)
+    one, two = (g.gram_kmeans(x, 10, seed=5, class_id=3) for _ in range(2))
+    assert one[0].tobytes() == two[0].tobytes() and one[1].tobytes() == two[1].tobytes()
+    assert g.gram_kmeans(x, 10, seed=5, class_id=4)[0].tobytes() != one[0].tobytes()
+
+
+def test_refusals():
+    x = mixture(50, 4, 2, 0)
+    with pytest.raises(ValueError, match=r"4 n\^2 = 10000 bytes, above max_gram_bytes=9999"):
+        g.gram_kmeans(x, 2, seed=0, class_id=0, max_gram_bytes=9999)
+    with pytest.raises(ValueError, match="empty"):
+        g.gram_kmeans(x[:0], 2, seed=0, class_id=0)
+    with pytest.raises(ValueError, match="k, restarts and max_iter"):
+        g.gram_kmeans(x, 0, seed=0, class_id=0)

@@ -1,0 +1,120 @@
+"""Oracles: torch's own fp16, hand-computed bytes, and the bounds that the codecs promise."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddoq_ray.core.labels import FeaturesCodec, LogitsCodec, bytes_per_label, choose_codec, make_codec
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sizes_of_the_design():
+    assert bytes_per_label("logits", 1000, None) / bytes_per_label("features", 1000, 512) == pytest.approx(
+        3.9, abs=0.1
+    )
+    assert bytes_per_label("logits", 10450, None) / bytes_per_label("features", 10450, 512) > 40
+    assert choose_codec(1000, 512) == "features"
+    assert choose_codec(1000, 2048) == "logits"
+    assert choose_codec(10, 512) == "logits"
+    assert choose_codec(100000, None) == "logits"
+    assert choose_codec(100, 196) == "logits"  # equal sizes
+    assert choose_codec(100, 195) == "features"
+
+
+def test_logits_are_fp16():
+    logits = randn(7, 13) * 20
+    codec = LogitsCodec(13)
+    packed = codec.encode(logits)
+    assert packed.dtype == np.uint8 and packed.shape == (7, codec.nbytes) == (7, 26)
+    assert torch.equal(codec.decode(packed), logits.half().float())
+    assert torch.equal(codec.decode(torch.from_numpy(packed)), logits.half().float())
+    assert codec.encode(torch.tensor([[1.0] + [0.0] * 12]))[0, :2].tolist() == [
+        0x00,
+        0x3C,
+    ]  # fp16 1.0, little endian
+
+
+def test_labels_survive_storage():
+    for codec, values in ((LogitsCodec(10), randn(4, 10)), (FeaturesCodec(10, 32), randn(4, 32))):
+        packed = codec.encode(values)
+        stored = np.frombuffer(packed.tobytes(), dtype=np.uint8).reshape(4, codec.nbytes)  # read-only
+        assert torch.equal(
+            codec.decode(stored, torch.nn.Linear(32, 10)).isfinite(), torch.ones(4, 10, dtype=bool)
+        )
+        np.testing.assert_array_equal(codec.encode(values[2:3])[0], packed[2])
+
+
+def test_features_by_hand():
+    codec = FeaturesCodec(2, 4)
+    packed = codec.encode(torch.tensor([[0.0, 127.5, 63.75, 1.0]]))
+    # offset 0, scale 0.5 (fp16 0x3800); 63.75 / 0.5 = 127.5 rounds to even
+    assert packed[0].tolist() == [0x00, 0x38, 0x00, 0x00, 0, 255, 128, 2]
+    assert codec.features(packed).tolist() == [[0.0, 127.5, 64.0, 1.0]]
+
+
+@pytest.mark.parametrize("make", ["relu", "signed", "tiny", "large", "shifted"])
+def test_features_are_within_half_a_step(make):
+    x = randn(200, 64)
+    x = {"relu": x.relu(), "signed": x, "tiny": x * 1e-6, "large": x * 1e4, "shifted": x + 1000}[make]
+    packed = FeaturesCodec(5, 64).encode(x)
+    scale = packed[:, :2].copy().view("<f2").astype(np.float64)
+    restored = FeaturesCodec(5, 64).features(packed).double().numpy()
+    error = np.abs(restored - x.double().numpy())
+    rounding = np.abs(restored) * 2**-23  # the decoder works in float32
+    assert (error <= scale / 2 + rounding).all()
+    if make != "tiny" and make != "shifted":
+        span = (x.max(1).values - x.min(1).values).numpy()
+        assert (error.max(1) <= span / 510 * 1.02).all()
+
+
+def test_constant_rows_are_kept():
+    x = torch.tensor([[0.0] * 3, [2.5] * 3, [-7.0] * 3])
+    codec = FeaturesCodec(2, 3)
+    assert torch.equal(codec.features(codec.encode(x)), x)
+
+
+def test_features_and_head_give_the_teachers_logits():
+    head = torch.nn.Linear(512, 100)
+    with torch.no_grad():
+        head.weight.copy_(randn(100, 512) * 0.2)
+    features = randn(32, 512, seed=1).relu()
+    codec = FeaturesCodec(100, 512)
+    logits = codec.decode(codec.encode(features), head)
+    expected = head(features).detach()
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    assert (logits - expected).abs().max() < 0.02 * expected.std()
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
+    plain = torch.nn.Linear(512, 100, bias=False)
+    assert torch.equal(
+        codec.decode(codec.encode(features), plain), codec.features(codec.encode(features)) @ plain.weight.T
+    )
+
+
+def test_make_codec():
+    assert make_codec("logits", 10, None) == LogitsCodec(10)
+    assert make_codec("features", 10, 4) == FeaturesCodec(10, 4)
+    assert (make_codec("logits", 10, None).name, make_codec("features", 10, 4).name) == ("logits", "features")
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="one of"):
+        make_codec("int4", 10, 4)
+    with pytest.raises(ValueError, match="penultimate"):
+        make_codec("features", 10, None)
+    with pytest.raises(ValueError, match="num_classes=10"):
+        LogitsCodec(10).encode(torch.zeros(2, 11))
+    for bad in (float("nan"), float("inf"), 1e5):
+        with pytest.raises(ValueError, match="fp16"):
+            LogitsCodec(2).encode(torch.tensor([[0.0, bad]]))
+        with pytest.raises(ValueError, match="fp16"):
+            FeaturesCodec(2, 2).encode(torch.tensor([[0.0, bad]]))
+    with pytest.raises(ValueError, match=r"\[B, 20\]"):
+        LogitsCodec(10).decode(np.zeros((2, 19), dtype=np.uint8))
+    packed = FeaturesCodec(3, 4).encode(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="head"):
+        FeaturesCodec(3, 4).decode(packed)
+    with pytest.raises(ValueError, match="not the head"):
+        FeaturesCodec(3, 4).decode(packed, torch.nn.Linear(4, 5))

@@ -1,0 +1,395 @@
+"""The prior against diffusers itself, on tiny random models written in diffusers' own format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
+from PIL import Image
+
+from ddoq_ray import sources
+from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.prior import load_prior
+from ddoq_ray.models.prior_class_conditional import ClassConditionalPrior
+from ddoq_ray.samples import to_square
+
+CLASSES = ["cat", "dog", "fish"]
+STEPS = 10
+
+
+def tiny_vae(scaling_factor: float = 0.5, shift_factor: float | None = None) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        mid_block_add_attention=False,
+    )
+
+
+def tiny_unet(num_class_embeds: int = len(CLASSES) + 1) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        num_class_embeds=num_class_embeds,
+    )
+
+
+def tiny_dit(num_classes: int = len(CLASSES), out_channels: int = 8) -> DiTTransformer2DModel:
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        norm_num_groups=4,
+        num_embeds_ada_norm=num_classes,
+    )
+    return model.eval()
+
+
+def save_parts(folder: Path, part: str, denoiser, scheduler=None, extra: dict | None = None, **vae) -> Path:
+    """A folder of parts, each saved by diffusers itself."""
+    tiny_vae(**vae).save_pretrained(folder / "vae")
+    denoiser.save_pretrained(folder / part)
+    (scheduler or DDIMScheduler(clip_sample=False)).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    if extra is not None:
+        (folder / "ddoq_prior.json").write_text(json.dumps(extra))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("priors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_parts(root / "unet", "unet", tiny_unet(), extra={"classes": CLASSES, "image_size": 8})
+        DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(root / "dit")
+        # Published DiT folders name their labels in model_index.json; diffusers reads but never writes that.
+        index = json.loads((root / "dit/model_index.json").read_text())
+        (root / "dit/model_index.json").write_text(
+            json.dumps({**index, "id2label": {"0": "a", "1": "b", "2": "c"}})
+        )
+    return {name: root / name for name in ("unet", "dit")}
+
+
+@pytest.fixture(scope="module", params=["unet", "dit"])
+def prior(request, folders):
+    return load_prior(folders[request.param])
+
+
+def batch(seed: int = 0, n: int = 3):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % len(CLASSES)
+    return torch.randn(n, 4, 4, 4, generator=g), labels, torch.randn(n, 4, 4, 4, generator=g)
+
+
+def test_attributes(folders):
+    unet, dit = load_prior(folders["unet"]), load_prior(folders["dit"])
+    for p in (unet, dit):
+        assert p.latent_shape == (4, 4, 4) and p.image_size == 8 and p.num_classes == 3
+    assert unet.classes == CLASSES and dit.classes == ["a", "b", "c"]
+    assert unet.id != dit.id and len(unet.id) == 16
+
+
+def test_encode_is_the_scaled_posterior_mode(prior):
+    x = torch.rand(5, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        expected = prior.vae.encode(x).latent_dist.mean * 0.5
+    z = prior.encode(x)
+    assert z.shape == (5, 4, 4, 4) and z.dtype == torch.float32
+    torch.testing.assert_close(z, expected)
+    with pytest.raises(ValueError, match="expected images"):
+        prior.encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_shift_factor_is_undone_by_decoding(tmp_path):
+    plain = load_prior(save_parts(tmp_path / "a", "unet", tiny_unet()))
+    shifted = ClassConditionalPrior(tiny_vae(shift_factor=0.3), tiny_unet(), DDIMScheduler(clip_sample=False))
+    shifted.vae.load_state_dict(plain.vae.state_dict())
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(shifted.encode(x), plain.encode(x) - 0.3 * 0.5)
+    _, y, e = batch(n=2)
+    a, b = (p.synthesize(p.encode(x), y, e, strength=0, steps=5) for p in (plain, shifted))
+    assert int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_strength_zero_is_a_plain_decode(prior):
+    z, y, e = batch()
+    images = prior.synthesize(z, y, e, strength=0.0, steps=STEPS)
+    with torch.no_grad():
+        pixels = prior.vae.decode(z / 0.5).sample
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert images.shape == (3, 8, 8, 3) and torch.equal(images, expected)
+
+
+def test_same_noise_same_bytes_other_noise_other_bytes(prior):
+    z, y, e = batch()
+    run = {"strength": 0.5, "steps": STEPS}
+    first = prior.synthesize(z, y, e, **run)
+    torch.rand(7)  # the global generator must not matter
+    assert torch.equal(first, prior.synthesize(z, y, e, **run))
+    assert not torch.equal(first, prior.synthesize(z, y, -e, **run))
+    assert not torch.equal(first, prior.synthesize(z, y.flip(0), e, **run))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_from_pure_noise_equals_diffusers_own_pipeline(folders, guidance, monkeypatch):
+    """DiTPipeline hard-codes ImageNet's null label 1000, so the guided case has 1000 classes."""
+    if guidance == 1.0:
+        pipeline = DiTPipeline.from_pretrained(folders["dit"])
+    else:
+        pipeline = DiTPipeline(tiny_dit(1000), tiny_vae(), DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline([0, 1, 2], guidance, torch.Generator().manual_seed(3), STEPS, output_type="np").images
+    prior = ClassConditionalPrior(pipeline.vae, pipeline.transformer, pipeline.scheduler)
+    z, y, _ = batch()
+    e = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    images = prior.synthesize(z, y, e, start="noise", strength=0.0, steps=STEPS, guidance=guidance)
+    assert (images.float() / 255 - torch.from_numpy(expected)).abs().max() <= 0.5 / 255 + 1e-4
+
+
+def test_noised_runs_the_last_steps_from_the_noised_centroid(prior):
+    """SDEdit by hand: int(10 * 0.3) = 3 steps of DDIM."""
+    z, y, e = batch()
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        x = scheduler.add_noise(z, e, scheduler.timesteps[7:8].expand(3))
+        for t in scheduler.timesteps[7:]:
+            out = prior.denoiser(x, timestep=t.expand(3), class_labels=y).sample[:, :4]
+            x = scheduler.step(out, t, x).prev_sample
+    expected = prior.synthesize(x, y, e, strength=0.0, steps=STEPS)
+    assert torch.equal(prior.synthesize(z, y, e, strength=0.3, steps=STEPS), expected)
+
+
+def test_guidance_one_is_the_conditional_model(prior):
+    z, y, e = batch()
+    run = {"strength": 0.6, "steps": STEPS}
+    plain = prior.synthesize(z, y, e, **run)
+    near = prior.synthesize(z, y, e, guidance=1.0 + 1e-9, **run)
+    assert int((plain.int() - near.int()).abs().max()) <= 1
+    assert not torch.equal(plain, prior.synthesize(z, y, e, guidance=30.0, **run))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_inversion_equals_diffusers_inverse_scheduler(folders, prediction_type):
+    base = load_prior(folders["unet"])
+    options = {"clip_sample": False, "prediction_type": prediction_type}
+    prior = ClassConditionalPrior(base.vae, base.denoiser, DDIMScheduler(**options))
+    z, y, _ = batch()
+    inverse = DDIMInverseScheduler(**options)
+    inverse.set_timesteps(STEPS)
+    x = z
+    for t in inverse.timesteps[:4]:
+        with torch.no_grad():
+            x = inverse.step(prior.denoiser(x, timestep=t.expand(3), class_labels=y).sample, t, x).prev_sample
+    scheduler = DDIMScheduler(**options)
+    scheduler.set_timesteps(STEPS)
+    with torch.inference_mode():
+        mine = prior._invert(z, y, scheduler.timesteps[STEPS - 4 :])
+    torch.testing.assert_close(mine, x, atol=1e-5, rtol=1e-5)
+
+
+def test_inversion_brings_the_image_back_and_ignores_the_noise(prior):
+    z, y, e = batch()
+    plain = prior.synthesize(z, y, e, strength=0.0, steps=50)
+    back = prior.synthesize(z, y, e, start="inversion", strength=0.4, steps=50)
+    assert torch.equal(back, prior.synthesize(z, y, -e, start="inversion", strength=0.4, steps=50))
+    assert (plain.int() - back.int()).abs().float().mean() < 2.0
+
+
+def test_step_noise_comes_from_the_generators(folders):
+    base = load_prior(folders["dit"])
+    prior = ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False))
+    z, y, e = batch()
+
+    def run(*seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds] if seeds else None
+        return prior.synthesize(z, y, e, generators, strength=0.5, steps=STEPS)
+
+    assert torch.equal(run(1, 2, 3), run(1, 2, 3)) and torch.equal(run(), run())
+    other = run(1, 2, 4)
+    assert torch.equal(run(1, 2, 3)[:2], other[:2]) and not torch.equal(run(1, 2, 3)[2], other[2])
+
+
+def test_a_learned_variance_reaches_the_scheduler(folders):
+    base = load_prior(folders["dit"])  # 8 output channels: noise and variance
+    z, y, e = batch()
+    images = [
+        ClassConditionalPrior(
+            base.vae, base.denoiser, DDPMScheduler(clip_sample=False, variance_type=kind)
+        ).synthesize(z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
+        for kind in ("fixed_small", "learned_range")
+    ]
+    assert not torch.equal(*images)
+
+
+def test_a_multistep_scheduler_keeps_no_state_between_calls(folders):
+    base = load_prior(folders["unet"])
+    prior = ClassConditionalPrior(base.vae, base.denoiser, DPMSolverMultistepScheduler())
+    z, y, e = batch()
+    run = {"strength": 0.5, "steps": STEPS}
+    assert torch.equal(prior.synthesize(z, y, e, **run), prior.synthesize(z, y, e, **run))
+
+
+def test_the_published_dit_folder_format_loads(folders, tmp_path):
+    """facebook/DiT-XL-2-256: class name of before DiTTransformer2DModel, .bin weights, extra keys."""
+    shutil.copytree(folders["dit"], tmp_path / "old")
+    for part, loaded in (("vae", AutoencoderKL), ("transformer", DiTTransformer2DModel)):
+        model = loaded.from_pretrained(folders["dit"], subfolder=part)
+        shutil.rmtree(tmp_path / "old" / part)
+        model.save_pretrained(tmp_path / "old" / part, safe_serialization=False)
+    path = tmp_path / "old" / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config.update(_class_name="Transformer2DModel", cross_attention_dim=None, num_vector_embeds=None)
+    path.write_text(json.dumps(config))
+    old, new = load_prior(tmp_path / "old"), load_prior(folders["dit"])
+    z, y, e = batch()
+    run = {"strength": 0.5, "steps": STEPS, "guidance": 4.0}
+    assert torch.equal(old.synthesize(z, y, e, **run), new.synthesize(z, y, e, **run))
+
+
+def test_the_id_names_values_not_files(folders, tmp_path):
+    prior = load_prior(folders["unet"])
+    assert load_prior(folders["unet"]).id == prior.id
+    with torch.no_grad():
+        prior.denoiser.conv_in.weight[0, 0, 0, 0] += 1
+    prior.save(tmp_path, {})
+    assert load_prior(tmp_path).id != prior.id
+
+
+def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="no existing folder"):
+        load_prior(tmp_path / "absent")
+    with pytest.raises(ValueError, match="ships"):
+        load_prior("shipped:absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected the file model_index"):
+        load_prior(tmp_path / "empty")
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(folders["unet"], tmp_path / name))
+
+    shutil.rmtree((folder := broken("no-unet")) / "unet")
+    with pytest.raises(ValueError, match="unet/ or transformer/"):
+        load_prior(folder)
+    (folder := broken("no-weights")).joinpath("unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not load"):
+        load_prior(folder)
+    (folder := broken("size")).joinpath("ddoq_prior.json").write_text('{"image_size": 32}')
+    with pytest.raises(ValueError, match="image_size 32"):
+        load_prior(folder)
+    (folder := broken("classes")).joinpath("ddoq_prior.json").write_text('{"classes": ["cat"]}')
+    with pytest.raises(ValueError, match="1 class names"):
+        load_prior(folder)
+    (folder := broken("text")).joinpath("model_index.json").write_text(
+        '{"text_encoder": ["transformers", "X"]}'
+    )
+    with pytest.raises(ValueError, match="text-conditional"):
+        load_prior(folder)
+    folder = broken("lacking")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
+    with pytest.raises(ValueError, match=r"lacks|does not load"):
+        load_prior(folder)
+    folder = broken("channels")
+    shutil.rmtree(folder / "vae")
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3,
+                        norm_num_groups=4)  # fmt: skip
+    vae.save_pretrained(folder / "vae")
+    with pytest.raises(ValueError, match="3 latent channels"):
+        load_prior(folder)
+
+
+def test_arguments_that_do_not_fit_are_refused(prior):
+    z, y, e = batch()
+    good = {"strength": 0.5, "steps": STEPS}
+    for arguments, options, match in [
+        ((z[:, :3], y, e), good, "latents"),
+        ((z, y, e[:2]), good, "noise"),
+        ((z, y[:2], e), good, "labels"),
+        ((z, y + 3, e), good, "labels must lie in"),
+        ((z, y, e, [torch.Generator()]), good, "generators"),
+        ((z, y, e), {**good, "start": "warm"}, "start"),
+        ((z, y, e), {**good, "strength": 1.5}, "strength"),
+        ((z, y, e), {**good, "strength": 0.05}, "runs none"),
+        ((z, y, e), {**good, "steps": 0}, "steps"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            prior.synthesize(*arguments, **options)
+    with pytest.raises(ValueError, match="dtype"):
+        ClassConditionalPrior(prior.vae, prior.denoiser, prior.scheduler, dtype="int8")
+
+
+def test_guidance_without_a_null_label_is_refused(tmp_path):
+    folder = save_parts(tmp_path, "unet", tiny_unet(3), extra={"classes": CLASSES})
+    z, y, e = batch()
+    prior = load_prior(folder)
+    prior.synthesize(z, y, e, strength=0.5, steps=STEPS)
+    with pytest.raises(ValueError, match="null label"):
+        prior.synthesize(z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
+
+
+def test_half_precision_stays_close(folders):
+    z, y, e = batch()
+    run = {"strength": 0.5, "steps": STEPS}
+    full = load_prior(folders["dit"]).synthesize(z, y, e, **run)
+    half = load_prior(folders["dit"], dtype="bfloat16")
+    assert half.encode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+    assert (full.int() - half.synthesize(z, y, e, **run).int()).abs().float().mean() < 3
+
+
+def test_the_shipped_digits_prior():
+    """Digits survive the round trip, noise is undone within the class, and labels steer pure noise."""
+    prior = load_prior("shipped:digits-prior")
+    teacher = load_classifier("shipped:digits-teacher")
+    assert prior.image_size == teacher.image_size == 16 and prior.classes == teacher.classes
+    digits, ids = sources.digits()["selection"]
+    digits, labels = digits[:60], torch.from_numpy(ids[:60])
+    rgb = np.stack([to_square(Image.fromarray(d).convert("RGB"), 16) for d in digits])
+    pixels = torch.from_numpy(rgb).permute(0, 3, 1, 2)
+    z = prior.encode(pixels.float() / 127.5 - 1)
+    assert 0.8 < float(z.std()) < 1.2
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    runs = {"decoded": ("noised", 0.0), "noised": ("noised", 0.4), "noise": ("noise", 1.0)}
+    images = {
+        name: prior.synthesize(z, labels, noise, start=start, strength=strength, steps=25)
+        for name, (start, strength) in runs.items()
+    }
+    assert (images["decoded"].float() - torch.from_numpy(rgb).float()).abs().mean() < 10
+    for name, made in images.items():
+        with torch.inference_mode():
+            right = (teacher(made.permute(0, 3, 1, 2).float() / 255).argmax(1) == labels).float().mean()
+        assert right > 0.9, name

@@ -1,0 +1,157 @@
+"""Training on a handful of images: reproducible, published whole, better than nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.prior import load_prior
+from ddoq_ray.models.train_prior import PriorTraining, batches, train_prior
+from ddoq_ray.models.train_teacher import TeacherTraining, accuracy, train_teacher
+
+CLASSES = ["dark", "light"]
+TINY = {
+    "autoencoder_widths": (8, 8), "autoencoder_steps": 60, "autoencoder_batch": 16, "denoiser_steps": 40,
+    "denoiser_batch": 16, "unet_widths": (8,), "dit_layers": 1, "dit_heads": 2, "dit_width": 16,
+}  # fmt: skip
+
+
+def data(n: int = 32, size: int = 8, seed: int = 0):
+    """Noise, dark in its lower half or light everywhere: separable by mean and, for instance norm, shape."""
+    rng = np.random.default_rng(seed)
+    ids = np.arange(n) % 2
+    images = rng.integers(0, 100, (n, 3, size, size)) + 150 * ids[:, None, None, None]
+    images[:, :, : size // 2] += 150 * (1 - ids)[:, None, None, None]
+    return images.astype(np.uint8), ids.astype(np.int64)
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "dit"])
+def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
+    images, ids = data()
+    config = PriorTraining(denoiser=denoiser, flip=denoiser == "dit", **TINY)
+    seen: list[tuple[str, int, int, float]] = []
+    shuffled = np.random.default_rng(5).permutation(len(images))
+    for name, order in (("a", np.arange(len(images))), ("b", shuffled)):  # shards may come in any order
+        record = train_prior(
+            images[order], ids[order], CLASSES, tmp_path / name, config=config, extra={"data": "noise"},
+            on_progress=lambda *progress: seen.append(progress),
+        )  # fmt: skip
+        torch.rand(3)
+    a, b = load_prior(tmp_path / "a"), load_prior(tmp_path / "b")
+    assert a.id == b.id and a.classes == CLASSES and a.image_size == 8 and a.latent_shape == (4, 4, 4)
+    assert {phase for phase, *_ in seen} == {"autoencoder", "denoiser"}
+    assert all(step <= steps and np.isfinite(loss) for _, step, steps, loss in seen)
+    assert a.denoiser.dtype == torch.float32
+    # Latents have unit deviation, and decode to what they were.
+    pixels = torch.from_numpy(images).float() / 127.5 - 1
+    z = a.encode(pixels)
+    assert abs(float(z.std()) - 1) < 0.2
+    back = (
+        a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.0, steps=5)
+        .float()
+        .mean((1, 2, 3))
+    )
+    assert back[ids == 1].mean() > back[ids == 0].mean() + 5
+    sampled = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.4, steps=5, guidance=2.0)
+    assert sampled.shape == (32, 8, 8, 3)
+    written = json.loads((tmp_path / "a/ddoq_prior.json").read_text())
+    assert written["training"]["options"]["denoiser"] == denoiser and written["training"]["data"] == "noise"
+    assert record["images"] == 32 and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    other = PriorTraining(denoiser=denoiser, seed=1, **TINY)
+    train_prior(images, ids, CLASSES, tmp_path / "c", config=other)
+    assert load_prior(tmp_path / "c").id != a.id
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    images, ids = data()
+    state = torch.random.get_rng_state()
+    train_prior(
+        images, ids, CLASSES, tmp_path / "p", config=PriorTraining(**{**TINY, "autoencoder_steps": 2})
+    )
+    train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("options", [{"arch": "convnet3-w8"}, {"arch": "resnet18-small-w8", "cutmix": True}])
+def test_a_trained_teacher_classifies_and_is_reproducible(tmp_path, options):
+    images, ids = data(64)
+    config = TeacherTraining(epochs=25, batch=16, lr=1e-2, dtype="float32", **options)
+    held_out, seen = data(40, seed=1), []
+    records = [
+        train_teacher(
+            images, ids, CLASSES, tmp_path / name, config=config, held_out=held_out,
+            on_progress=lambda *progress: seen.append(progress),
+        )
+        for name in ("a", "b")
+    ]  # fmt: skip
+    a, b = load_classifier(tmp_path / "a"), load_classifier(tmp_path / "b")
+    assert a.id == b.id and records[0] == records[1]
+    assert accuracy(a, *held_out) == records[0]["held_out_accuracy"] > 80.0
+    assert a.classes == CLASSES and seen[-1][1] == seen[-1][2]
+    expected = images.astype(np.float64).mean((0, 2, 3)) / 255
+    np.testing.assert_allclose(a.mean.flatten().numpy(), expected, atol=1e-6)
+
+
+def test_sgd_and_a_failed_run_leaves_nothing(tmp_path):
+    images, ids = data()
+    config = TeacherTraining(arch="convnet3-w8", epochs=1, optimizer="sgd", lr=0.05)
+    train_teacher(images, ids, CLASSES, tmp_path / "t", config=config)
+
+    def stop(*progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(images, ids, CLASSES, tmp_path / "u", config=config, on_progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_prior(images, ids, CLASSES, tmp_path / "u", config=PriorTraining(**TINY), on_progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    with pytest.raises(ValueError, match="exists already"):  # before training, not after
+        train_prior(images, ids, CLASSES, tmp_path / "t", config=PriorTraining(**TINY), on_progress=stop)
+
+
+def test_batches_are_seeded_passes_over_all_rows():
+    def run(seed):
+        return [b.tolist() for b in batches(10, 4, 5, torch.Generator().manual_seed(seed))]
+
+    assert run(0) == run(0) != run(1)
+    flat = [row for index in run(0) for row in index]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert [len(b) for b in batches(3, 8, 2, torch.Generator())] == [3, 3]
+
+
+def test_inputs_that_do_not_fit_are_refused(tmp_path):
+    images, ids = data()
+    for arguments, match in [
+        ((images.astype(np.float32), ids), "uint8"),
+        ((images[..., :4], ids), "uint8"),
+        ((images, ids[:3]), "labels"),
+        ((images, ids + 1), "0 .. 1"),
+        ((images[:0], ids[:0]), "at least one"),
+    ]:
+        for train in (train_prior, train_teacher):
+            with pytest.raises(ValueError, match=match):
+                train(*arguments, CLASSES, tmp_path / "x")
+    with pytest.raises(ValueError, match="divisible by 4"):
+        train_prior(images[:, :, :6, :6], ids, CLASSES, tmp_path / "x")
+    for options in ({"denoiser": "mlp"}, {"dtype": "int8"}, {"ema": 1.0}, {"unet_widths": (12,)},
+                    {"prediction_type": "sample"}, {"denoiser_steps": 0}):  # fmt: skip
+        with pytest.raises(ValueError, match="prior training"):
+            PriorTraining(**options)
+    for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="teacher training"):
+            TeacherTraining(**options)
+
+
+def test_models_import_without_ray():
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "import ddoq_ray.models.prior_class_conditional\n"
+        "import ddoq_ray.models.train_prior, ddoq_ray.models.train_teacher\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
