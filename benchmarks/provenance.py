@@ -1,0 +1,54 @@
+"""What every measured row says of itself, and how rows reach a file and the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A benchmark's command line: ``--json FILE`` and what the benchmark adds."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", metavar="FILE", help="write the rows here, a JSON list")
+    return made
+
+
+def hardware() -> str:
+    """The processor's own name and what of it this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def provenance() -> dict[str, str]:
+    """Hardware, commit and command of this measurement."""
+    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    module = Path(sys.argv[0]).stem
+    words = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--json" and sys.argv[i - 1] != "--json"]
+    return {
+        "hardware": hardware(),
+        "commit": out.stdout.strip() or "unknown",
+        "command": " ".join(["python -m", f"benchmarks.{module}", *words]),
+    }
+
+
+def finish(rows: list[dict[str, Any]], columns: list[str], path: str | None) -> None:
+    """Print the rows as a Markdown table of `columns`, and write all of them with their provenance to `path`."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)]
+        print("| " + " | ".join(cells) + " |")
+    if path:
+        about = provenance()
+        Path(path).write_text(json.dumps([row | about for row in rows], indent=1) + "\n")

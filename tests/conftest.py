@@ -1,0 +1,46 @@
+"""What several test files share: one Ray a module, and small corpora of real digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddoq_ray.samples import encode_png, write_tar
+from ddoq_ray.sources import DIGIT_NAMES, digits
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A Ray of two CPUs in this process; address="local", so that no other Ray on the machine is joined."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def digit_members() -> list[list[tuple[str, bytes]]]:
+    """The 1,000 training digits, each as the members of its sample; classes are mixed."""
+    images, class_ids = digits()["train"]
+    samples = zip(images, class_ids, strict=True)
+    return [[(f"d{i:04d}.png", encode_png(x)), (f"d{i:04d}.cls", str(c).encode())] for i, (x, c) in enumerate(samples)]
+
+
+@pytest.fixture(scope="session")
+def write_corpus(digit_members: list[list[tuple[str, bytes]]]) -> Callable[..., Path]:
+    """write_corpus(folder, shards, per_shard): mixed digits in tars, with their classes.json; returns the folder."""
+
+    def write(folder: Path, shards: int, per_shard: int) -> Path:
+        folder.mkdir(parents=True)
+        for shard, indices in enumerate(np.arange(shards * per_shard).reshape(shards, per_shard)):
+            members = [member for i in indices for member in digit_members[i]]
+            (folder / f"digits-{shard:03d}.tar").write_bytes(write_tar(members))
+        (folder / "classes.json").write_text(json.dumps(DIGIT_NAMES))
+        return folder
+
+    return write
