@@ -48,10 +48,14 @@ def main() -> None:
             cases = [("noised", s) for s in asked.strength] + [("noise", 1.0)]
             for start, strength in cases:
                 run_dir = f"{folder}/{ipc}-{start}-{strength}"
-                how = [f"synthesizer.start={start}"] + ([f"synthesizer.strength={strength}"] if start == "noised" else [])
-                only = ["baselines=[random]" if (start, strength) == cases[0] else "baselines=[]"]
-                only += [f"latents.path={first}/latents", f"ipc={ipc}", f"num_seeds={asked.seeds}", f"run_dir={run_dir}"]
-                pipeline.run(load_config([*data, *how, *only]))
+                baselines = "[random]" if (start, strength) == cases[0] else "[]"
+                overrides = [
+                    *data, f"latents.path={first}/latents", f"run_dir={run_dir}", f"ipc={ipc}",
+                    f"num_seeds={asked.seeds}", f"baselines={baselines}", f"synthesizer.start={start}",
+                ]  # fmt: skip
+                if start == "noised":
+                    overrides.append(f"synthesizer.strength={strength}")
+                pipeline.run(load_config(overrides))
                 results = json.loads(Path(run_dir, "report/results.json").read_text())
                 for case in summarize(results["rows"], against=()):
                     about = {"dataset": "digits", "split": "selection"}

@@ -115,7 +115,10 @@ class Folder:
     def check_writable(self) -> None:
         """Raise ValueError now, not after hours of work, when nothing can be written here."""
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
-        self.publish(probe, b"")
+        try:
+            self.publish(probe, b"")
+        except ValueError as error:
+            raise ValueError(str(error).replace(self.path(probe), self.uri)) from error.__cause__
         with contextlib.suppress(OSError):
             self.remove(probe)
 
@@ -125,7 +128,7 @@ def write_error(path: str, error: OSError) -> str:
         return f"no permission to write {path} ({error.strerror}); choose another run_dir, or mend its permissions"
     if error.errno == errno.ENOTDIR or error.errno == errno.EEXIST:
         return f"cannot write {path}: a part of that path is a file, not a folder; choose another run_dir"
-    return f"cannot write {path}: {error}"
+    return f"cannot write {path}: {error.strerror or error}; choose another run_dir"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

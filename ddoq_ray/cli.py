@@ -37,23 +37,22 @@ Everything of a run goes to run_dir; report/index.html is the page to open.
 
 
 def help_text() -> str:
-    """What ``--help`` prints: the commands, then every key with its default and its words."""
-    from ddoq_ray.config.compose import config_dir
+    """What ``--help`` prints: the commands, then every key with its words and its value when nothing is asked."""
+    from ddoq_ray.config.compose import config_dir, load_config
     from ddoq_ray.config.quantizer import QUANTIZERS
 
+    config = load_config()
     lines = [_INTRO.format(stages=", ".join(STAGES)), "Keys (group=CHOICE takes a whole set of values at once)"]
-    for field in dataclasses.fields(RunConfig):
-        default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if not dataclasses.is_dataclass(default):
-            lines.append(_line(field.name, field))
-    for field in dataclasses.fields(RunConfig):
-        if field.default_factory is dataclasses.MISSING or not dataclasses.is_dataclass(field.default_factory()):
-            continue
+    groups = [f for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(config, f.name))]
+    lines += [_line(f.name, f, getattr(config, f.name)) for f in dataclasses.fields(RunConfig) if f not in groups]
+    for field in groups:
         choices = sorted(p.stem for p in (config_dir() / field.name).glob("*.yaml"))
-        lines += ["", f"{field.name}: {field.metadata['help']}" + (f" ({field.name}={'|'.join(choices)})" if choices else "")]
-        groups = QUANTIZERS.values() if field.name == "quantizer" else [type(field.default_factory())]
+        lines += ["", f"{field.name}: {field.metadata['help']} ({field.name}={'|'.join(choices)})"]
+        shown = [getattr(config, field.name)]
+        if field.name == "quantizer":  # the keys of every algorithm, each once
+            shown += [load_config([f"quantizer={name}"]).quantizer for name in QUANTIZERS]
         seen: set[str] = set()
-        for group in groups:
+        for group in shown:
             lines += _group_lines(group, f"{field.name}.", seen)
     return "\n".join(lines) + "\n"
 
@@ -65,21 +64,18 @@ def _group_lines(group: Any, prefix: str, seen: set[str]) -> list[str]:
         if key in seen:
             continue
         seen.add(key)
-        factory = field.default_factory
-        if factory is not dataclasses.MISSING and dataclasses.is_dataclass(factory):
-            inner = ", ".join(f.name for f in dataclasses.fields(factory))  # type: ignore[arg-type]
-            lines.append(_line(key, field, f"{field.metadata['help']}: {inner}"))
-        else:
-            lines.append(_line(key, field))
+        lines.append(_line(key, field, getattr(group, field.name)))
     return lines
 
 
-def _line(key: str, field: Any, words: str | None = None) -> str:
-    words = words or field.metadata["help"]
-    default = field.default
-    if default is not dataclasses.MISSING and default not in (None, ""):
-        shown = "[" + ",".join(map(str, default)) + "]" if isinstance(default, tuple) else default
-        words += f" [{str(shown).lower() if isinstance(shown, bool) else shown}]"
+def _line(key: str, field: Any, value: Any) -> str:
+    words = field.metadata["help"]
+    if dataclasses.is_dataclass(value):
+        words += f" [{', '.join(f'{f.name}={getattr(value, f.name)}' for f in dataclasses.fields(value))}]"
+    elif isinstance(value, tuple):
+        words += f" [{','.join(map(str, value))}]" if value else " [none]"
+    elif value is not None:
+        words += f" [{str(value).lower() if isinstance(value, bool) else value}]"
     return textwrap.fill(words, width=100, initial_indent=f"  {key:<28} ", subsequent_indent=" " * 31)
 
 

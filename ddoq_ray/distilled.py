@@ -38,19 +38,26 @@ def read_images(shards: list[str]) -> Iterator[DistilledImage]:
         ValueError: When a shard is not one that `synthesize` (or a baseline) wrote.
     """
     for shard in shards:
-        with fsspec.open(shard, "rb") as f, tarfile.open(fileobj=f) as tar:
-            members: dict[str, bytes] = {}
-            key = ""
-            for info in tar:
-                stem, _, extension = info.name.partition(".")
-                if stem != key and members:
-                    yield _image(shard, key, members)
-                    members = {}
-                key = stem
-                member = tar.extractfile(info)
-                members[extension] = member.read() if member else b""
-            if members:
+        try:
+            yield from _read_shard(shard)
+        except tarfile.ReadError as error:
+            raise ValueError(f"{shard}: {error}; expected a whole tar of images, made by synthesize") from error
+
+
+def _read_shard(shard: str) -> Iterator[DistilledImage]:
+    with fsspec.open(shard, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+        members: dict[str, bytes] = {}
+        key = ""
+        for info in tar:
+            stem, _, extension = info.name.partition(".")
+            if stem != key and members:
                 yield _image(shard, key, members)
+                members = {}
+            key = stem
+            member = tar.extractfile(info)
+            members[extension] = member.read() if member else b""
+        if members:
+            yield _image(shard, key, members)
 
 
 def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
@@ -60,6 +67,8 @@ def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
             f"{shard}: sample {key} has {sorted(members)}; a distilled sample has an image, a .cls and a .json"
         )
     facts = json.loads(members["json"])
+    if "centroid_id" not in facts or "weight" not in facts:
+        raise ValueError(f"{shard}: {key}.json has {sorted(facts)}; a distilled sample has centroid_id and weight")
     return DistilledImage(
         key, int(members["cls"]), int(facts["centroid_id"]), float(facts["weight"]), facts.get("prompt", ""), picture
     )

@@ -7,6 +7,7 @@ A run's own method lives in the run directory itself; every other method has the
 from __future__ import annotations
 
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Sequence
@@ -67,14 +68,13 @@ def student_rows(config: RunConfig, methods: Sequence[Method]) -> list[StudentRo
     for m in methods:
         for seed in range(config.num_seeds):
             place = m.images[seed if len(m.images) > 1 else 0] if m.images else None
-            folder = f"{m.students}/students/{config.student.arch}-seed{seed}".lstrip("/")
-            join = lambda part: f"{place}/{part}".lstrip("/")  # noqa: E731, B023
+            folder = posixpath.join(m.students, "students", f"{config.student.arch}-seed{seed}")
             online = config.labels.mode == "online"
             rows.append(
                 StudentRow(
                     method=m.name,
-                    images="data" if place is None else join("images"),
-                    labels=None if place is None or online else join("labels"),
+                    images="data" if place is None else posixpath.join(place, "images"),
+                    labels=None if place is None or online else posixpath.join(place, "labels"),
                     folder=folder,
                     scheme=m.scheme,
                     seed=seed,
@@ -108,14 +108,14 @@ def check_run_folder(config: RunConfig, folder: Folder) -> None:
     """Before Ray starts: refuse a run directory that another configuration made, naming both."""
     if config.overwrite:
         return
-    checks = [
-        ("data", "prepare", prepare.identity(config)),
-        ("codebook", "quantize", quantize.identity(config, config.quantizer)),
-        ("images", "synthesize", synthesize.identity(config)),
-        ("labels", "label", label.identity(config)),
-    ]
-    for place, stage, facts in checks:
-        Artifact(folder / place, stage).check(facts)
+    Artifact(folder / "data", "prepare").check(prepare.identity(config))
+    for method in plan_methods(config):
+        for place in method.images:
+            if method.quantizer is not None:
+                made = quantize.identity(config, method.quantizer)
+                Artifact(folder / place / "codebook", "quantize").check(made)
+                Artifact(folder / place / "images", "synthesize").check(synthesize.identity(config))
+            Artifact(folder / place / "labels", "label").check(label.identity(config))
 
 
 def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str]) -> str | None:
@@ -170,7 +170,8 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         evaluate.run(config, folder, rows, data, events)
     path = None
     if "report" in wanted:
-        shown = {m.name: m.images[0] for m in methods if m.images and not (m.name.startswith("ddoq") and m.quantizer is None)}
+        # ddoq-sqrt beside ddoq has the same images: the page shows them once.
+        shown = {m.name: m.images[0] for m in methods if m.images and (m.quantizer is not None or m.name == "random")}
         path = report.run(config, folder, data, known, latents, codebooks, shown, image_folders, rows)
     if not config.latents.keep:
         encode.discard(folder / "latents", events)

@@ -86,7 +86,8 @@ class Progress:
         of = f" of {self.total:,}" if self.total else ""
         rate = f", {self.done / seconds:,.1f} a second" if seconds > 0.5 and self.done else ""
         note = f" ({note})" if note else ""
-        print(f"{self.stage:<10} {self.done:,}{of} {self.unit}{rate}, {seconds:.0f} s{note}", file=sys.stderr, flush=True)
+        line = f"{self.stage:<10} {self.done:,}{of} {self.unit}{rate}, {seconds:.0f} s{note}"
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -121,7 +122,8 @@ class Events:
                 f.write(line)
             return
         if self._lines is None:  # an object store cannot append: publish the (short) log again
-            self._lines = self.run.read("events.jsonl").decode().splitlines(True) if self.run.exists("events.jsonl") else []
+            there = self.run.read("events.jsonl").decode() if self.run.exists("events.jsonl") else ""
+            self._lines = there.splitlines(True)
         self._lines.append(line)
         self.run.publish("events.jsonl", "".join(self._lines).encode())
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -103,10 +104,14 @@ def read_classes(path: str) -> list[ClassInfo]:
             '(or of objects with "class_id", "name", "prompt", "teacher_index", "prior_label"); '
             "set dataset.classes to yours"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"cannot read the class list {path}: {why}; set dataset.classes to a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {type(rows).__name__}")
+        came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
+        raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
     classes = []
     for i, row in enumerate(rows):
         if isinstance(row, str):
@@ -114,11 +119,18 @@ def read_classes(path: str) -> list[ClassInfo]:
         elif isinstance(row, dict) and "name" in row:
             unknown = set(row) - {"class_id", "name", "prompt", "teacher_index", "prior_label"}
             if unknown:
-                raise ValueError(f"{path}: class {i} has unknown fields {sorted(unknown)}")
+                raise ValueError(
+                    f"{path}: class {i} has unknown fields {sorted(unknown)}; expected some of class_id, name, prompt, "
+                    "teacher_index, prior_label"
+                )
+            for field in ("class_id", "teacher_index", "prior_label"):
+                value = row.get(field)
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                    raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a whole number")
             name = str(row["name"])
             classes.append(
                 ClassInfo(
-                    int(row.get("class_id", i)),
+                    i if row.get("class_id") is None else row["class_id"],
                     name,
                     str(row.get("prompt", name)),
                     row.get("teacher_index"),
@@ -129,7 +141,8 @@ def read_classes(path: str) -> list[ClassInfo]:
             raise ValueError(f"{path}: class {i} is {row!r}; expected a name, or an object with a name")
     ids = [c.class_id for c in classes]
     if ids != list(range(len(ids))):
-        raise ValueError(f"{path}: class_id must run 0 to {len(ids) - 1} in order, got {ids[:8]}...")
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        raise ValueError(f"{path}: expected class_id 0 to {len(ids) - 1} in order, got {shown}; mend the list")
     return classes
 
 
@@ -155,11 +168,18 @@ def _groups(tar: tarfile.TarFile, on_bad: Callable[[BadSample], None]) -> Iterat
             if suffix in members:
                 duplicate = suffix
             members[suffix] = info
-    except tarfile.ReadError as error:
+        # tarfile takes any block that is no header for the end; only zeros, or the end of the file, are one.
+        position = tar.offset
+        assert tar.fileobj is not None
+        tar.fileobj.seek(position)
+        block = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0") or 0 < len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("no member header there")
+    except (tarfile.ReadError, EOFError, zlib.error) as error:
         if key is not None:
             yield _Group(key, offset, members, duplicate)
             key = None
-        on_bad(BadSample("", position, f"broken tar after byte {position}: {error}"))
+        on_bad(BadSample("", position, f"broken tar: from byte {position} on nothing can be read: {error}"))
     if key is not None:
         yield _Group(key, offset, members, duplicate)
 
@@ -201,6 +221,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")  # the colour of a transparent pixel is whatever the editor left there
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
 
 
@@ -215,8 +238,8 @@ def read_samples(shard: str, num_classes: int, on_bad: Callable[[BadSample], Non
     with fsspec.open(shard, "rb") as f:
         try:
             tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115 (closed with its file object)
-        except tarfile.ReadError as error:
-            on_bad(BadSample("", 0, f"not a tar: {error}"))
+        except tarfile.ReadError:  # its own words are those of four compressions
+            on_bad(BadSample("", 0, "not a tar"))
             return
         for group in _groups(tar, on_bad):
             try:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.runtime import say
 from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.sources import DIGIT_NAMES, digits
 
@@ -31,7 +32,8 @@ def load_training_data(dataset: DatasetConfig, image_size: int) -> tuple[Split, 
     train = _read(shards, image_size, len(classes), "dataset.path")
     held = None
     if dataset.val_path is not None:
-        held = _read(list_shards(dataset.val_path, key="dataset.val_path"), image_size, len(classes), "dataset.val_path")
+        val_shards = list_shards(dataset.val_path, key="dataset.val_path")
+        held = _read(val_shards, image_size, len(classes), "dataset.val_path")
     return train, held, [c.name for c in classes]
 
 
@@ -44,7 +46,8 @@ def _read(shards: list[str], size: int, num_classes: int, key: str) -> Split:
     bad: list[BadSample] = []
     images, class_ids, _ = load_arrays(shards, size, num_classes, bad.append)
     if not len(images):
-        raise ValueError(f"{key}: no usable sample in {len(shards)} shards; first refusal: {bad[:1]}")
+        why = f"the first refused one is {bad[0].key}: {bad[0].reason}" if bad else "they hold no members"
+        raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
     if bad:
-        print(f"{len(bad)} samples refused, first: {bad[0].key}: {bad[0].reason}")
+        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].key}: {bad[0].reason}")
     return images, class_ids

@@ -13,9 +13,6 @@ class WorkerResources:
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
 
-    def __post_init__(self) -> None:
-        require(self.num_cpus >= 0 and self.num_gpus >= 0, "cluster: num_cpus and num_gpus must be 0 or more")
-
 
 @dataclass(frozen=True)
 class TrainerResources:
@@ -45,3 +42,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
+        require(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus={self.num_cpus}: expected 1 or more")
+        for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer"):
+            for key in ("num_cpus", "num_gpus"):
+                value = getattr(getattr(self, worker), key)
+                require(value >= 0, f"cluster.{worker}.{key}={value}: expected 0 or more")

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ddoq_ray.config.run import RunConfig, run_config
 from ddoq_ray.config.schema import from_mapping, plain, unknown_key
@@ -30,12 +31,12 @@ def config_dir() -> Path:
 
 # A key that the person set although another key makes it do nothing: (key or prefix, when, why).
 _INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
-    ("synthesizer.strength", lambda c: c.synthesizer.start == "noise", "synthesizer.start=noise starts from pure noise"),
+    ("synthesizer.strength", lambda c: c.synthesizer.start == "noise", "synthesizer.start=noise is pure noise"),
     ("encoder.", lambda c: c.latents.path is not None, "latents.path gives latents that are already encoded"),
     ("labels.workers", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
     ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, "`full` is not among baselines"),
-    ("protocol.steps", lambda c: not set(c.stages) & {"label", "train"}, "no stage that trains is run"),
+    ("dataset.source", lambda c: c.dataset.path is not None, "dataset.path gives the data"),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", "protocol.schedule is not step"),
     ("cluster.num_cpus", lambda c: c.cluster.address == "auto", "cluster.address=auto joins a cluster as it is"),
 )
@@ -43,6 +44,38 @@ _INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
 
 def _override_key(override: str) -> str:
     return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+# Keys whose values are text of any kind: Hydra's own grammar would refuse a brace pattern or a "=" in a path.
+_TEXT = re.compile(r"(run_dir|[a-z]+\.(path|val_path|classes))=(.*)", re.DOTALL)
+_PLAIN = re.compile(r"null|[\w./:@-]*|'.*'|\".*\"", re.DOTALL)
+
+
+def _read_override(override: str) -> str:
+    """Check the form of one override; quote a path for Hydra where its grammar needs that."""
+    key, equals, value = override.partition("=")
+    if not equals or override.startswith("~"):
+        raise ValueError(f"{override!r} is not key=value (a command comes first); see ddoq-ray --help")
+    if key.lstrip("+") == "quantizer.name":
+        raise ValueError(f"quantizer.name={value} alone would leave another algorithm's keys; use quantizer={value}")
+    if key.lstrip("+").split(".")[0] == "hydra":
+        raise ValueError(f"unknown configuration key {key}: settings of Hydra's own are not read; see ddoq-ray --help")
+    text = _TEXT.fullmatch(override)
+    if text is None or _PLAIN.fullmatch(value):
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)  # Hydra unescapes before quotes
+    return f"{key}='{escaped}'"
+
+
+def _check_once(overrides: Sequence[str]) -> None:
+    """Data given twice is a brace pattern that the shell has expanded: the last shard alone would be distilled."""
+    for key in ("dataset.path", "dataset.val_path"):
+        given = [o.partition("=")[2] for o in overrides if _override_key(o) == key]
+        if len(given) > 1:
+            raise ValueError(
+                f"{key} is given {len(given)} times ({', '.join(given[:3])}{', ...' if len(given) > 3 else ''}); "
+                "put a brace pattern or glob in quotes, so that the shell leaves it as it is"
+            )
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,9 +87,8 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ValueError: For an unknown, ineffective or invalid key, naming it and what was expected.
     """
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise ValueError(f"{override!r} is not key=value; see ddoq-ray --help")
+    overrides = [_read_override(o) for o in overrides]
+    _check_once(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -79,7 +111,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if match:
         key = match.group(1)
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            groups = [o for o in overrides if "." not in _override_key(o) and (config_dir() / _override_key(o)).is_dir()]
+            groups = [o for o in overrides if (config_dir() / _override_key(o)).is_dir()]
             try:
                 composed = OmegaConf.to_container(compose("config", overrides=groups))
             except (HydraException, OmegaConfBaseException):
@@ -90,9 +122,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             node = node.get(part, {}) if isinstance(node, dict) else {}
         known = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, dict) else []
         return unknown_key(key, known)
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
-    if missing:
-        return f"{missing.group(1)} must be given on the command line"
+    choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
+    if choice:
+        known = sorted(p.stem for p in (config_dir() / choice.group(1)).glob("*.yaml"))
+        return f"{choice.group(1)}={choice.group(2)}: expected one of {', '.join(known)}"
+    if "See https://hydra.cc" in text:
+        text = text.split(" See https://hydra.cc")[0].split("\nSee https://hydra.cc")[0]
+        return f"cannot read {' '.join(overrides)}: {text}; quote a value with special characters: key=\"'...'\""
     return re.sub(r"\s+", " ", text.split("Config search path")[0]).strip()
 
 
@@ -107,16 +143,21 @@ def load_command(cls: type[T], overrides: Sequence[str]) -> T:
     Raises:
         ValueError: For an unknown or invalid key.
     """
+    overrides = [o.lstrip("+") for o in overrides]
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r} is not key=value; see ddoq-ray --help")
+    _check_once(overrides)
     choices = [o for o in overrides if o.startswith("dataset=")]
     name = choices[-1].split("=", 1)[1] if choices else "digits"
     path = config_dir() / "dataset" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ValueError(f"dataset={name}: expected one of {', '.join(known)}")
-    given = OmegaConf.from_dotlist([o for o in overrides if o not in choices])
-    merged = OmegaConf.merge({"dataset": OmegaConf.load(path)}, given)
-    values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+    try:
+        given = OmegaConf.from_dotlist([o for o in overrides if o not in choices])
+        merged = OmegaConf.merge({"dataset": OmegaConf.load(path)}, given)
+        values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"cannot read {' '.join(overrides)}: {' '.join(str(error).split())}") from error
     return from_mapping(cls, values)

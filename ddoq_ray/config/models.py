@@ -15,9 +15,18 @@ class PriorConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str = option("shipped:digits-teacher", "folder with config.json and model.safetensors; shipped:NAME")
-    min_top1: float = option(0.0, "stop before labelling when its top-1 on real validation images is below, in %")
+    min_top1: float | None = option(
+        None, "stop before labelling when its top-1 on real validation images is below, in %; null = 3 times chance"
+    )
     batch: int = option(250, "views in one forward pass; part of what makes the labels the same bytes")
 
     def __post_init__(self) -> None:
-        require(0 <= self.min_top1 <= 100, f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100")
+        require(
+            self.min_top1 is None or 0 <= self.min_top1 <= 100,
+            f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100",
+        )
         require(self.batch >= 1, f"teacher.batch={self.batch}: expected 1 or more")
+
+    def threshold(self, num_classes: int) -> float:
+        """The least top-1 in % that is accepted; without a figure, what no wrong class mapping reaches."""
+        return self.min_top1 if self.min_top1 is not None else min(50.0, 300.0 / num_classes)

@@ -51,12 +51,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.ipc >= 1, f"ipc={self.ipc}: expected 1 or more images per class")
+        require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
+        require(
+            self.run_dir is None or not set(self.run_dir) & set("*?[]"),
+            f"run_dir={self.run_dir}: a run directory's name cannot hold * ? [ or ]; choose another",
+        )
         require(self.num_seeds >= 1, f"num_seeds={self.num_seeds}: expected 1 or more")
         require(
             0 <= self.max_bad_fraction <= 1, f"max_bad_fraction={self.max_bad_fraction}: expected a fraction, 0 to 1"
         )
         unknown = [s for s in self.stages if s not in STAGES]
-        require(not unknown and bool(self.stages), f"stages={unknown}: expected some of {', '.join(STAGES)}")
+        require(not unknown and bool(self.stages), f"stages={list(self.stages)}: expected some of {', '.join(STAGES)}")
         require(
             list(self.stages) == sorted(set(self.stages), key=STAGES.index),
             f"stages={list(self.stages)}: expected each at most once, in the order {', '.join(STAGES)}",
@@ -68,6 +73,10 @@ class RunConfig:
             not measured or self.dataset.path is None or self.dataset.val_path is not None,
             f"dataset.val_path is not set, and {', '.join(measured)} need real validation images: give their shards, "
             "or leave those stages out (stages=[prepare,encode,quantize,synthesize])",
+        )
+        require(
+            "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
+            "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",
         )
         require(
             self.latents.path is None or "encode" not in self.stages or len(self.stages) > 1,

@@ -41,6 +41,8 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
+    if value is None and origin not in (Union, types.UnionType):
+        raise ValueError(f"{key}=null: this key needs a value; leave it out to keep its default")
     if origin in (Union, types.UnionType):
         if value is None:
             if type(None) in args:

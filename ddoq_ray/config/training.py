@@ -63,13 +63,16 @@ class ProtocolConfig:
         for key in ("epochs", "full_epochs", "steps", "batch"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"protocol.{key}={value}: expected 1 or more")
-        by_epochs = self.epochs is not None and self.full_epochs is not None
+        given = {key: getattr(self, key) for key in ("epochs", "full_epochs", "steps")}
         require(
-            by_epochs if self.steps is None else self.epochs is None and self.full_epochs is None,
-            f"protocol.epochs={self.epochs}, protocol.full_epochs={self.full_epochs}, protocol.steps={self.steps}: "
-            "give epochs and full_epochs, or steps, and null for the others",
+            self.epochs is not None if self.steps is None else self.epochs is None and self.full_epochs is None,
+            ", ".join(f"protocol.{k}={'null' if v is None else v}" for k, v in given.items())
+            + ": give epochs (and full_epochs for the row `full`) and steps=null, or steps and null for both others",
         )
         require(self.lr > 0, f"protocol.lr={self.lr}: expected more than 0")
+        require(self.weight_decay >= 0, f"protocol.weight_decay={self.weight_decay}: expected 0 or more")
+        require(self.step_factor > 0, f"protocol.step_factor={self.step_factor}: expected more than 0")
+        require(self.eval_every >= 0, f"protocol.eval_every={self.eval_every}: expected 0 or more")
         require(self.temperature > 0, f"protocol.temperature={self.temperature}: expected more than 0")
         require(0 < self.min_scale <= 1, f"protocol.min_scale={self.min_scale}: expected above 0, at most 1")
         require(

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from ddoq_ray.core.rng import philox
+from ddoq_ray.core.rng import philox, philox_words, uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -141,7 +141,7 @@ def view_params(
         raise ValueError(f"stored images must be at least 1x1 pixel, got {height}x{width}")
     if ids.size and (ids.min() < 0 or ids.max() >= num_images):
         raise ValueError(f"image_ids must lie in 0..{num_images - 1}, got {ids.min()}..{ids.max()}")
-    u = _uniform(_philox_words(_stream_key("views", seed, epoch), ids, _BLOCKS))  # [B, words], in [0, 1)
+    u = uniform(philox_words(_stream_key("views", seed, epoch), ids, _BLOCKS))  # [B, words], in [0, 1)
     partner, lam, mix_box = _cutmix(spec, u, ids, num_images)
     return ViewParams(
         boxes=_crop_boxes(spec, u, height, width),
@@ -270,7 +270,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> Int64:
     """
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    words = _philox_words(_stream_key("epoch_order", seed, epoch), np.arange(n, dtype=np.int64), 1)
+    words = philox_words(_stream_key("epoch_order", seed, epoch), np.arange(n, dtype=np.int64), 1)
     return np.argsort(words[:, 0], kind="stable").astype(np.int64)
 
 
@@ -280,42 +280,6 @@ def _stream_key(purpose: str, seed: int, epoch: int) -> UInt64:
         raise ValueError(f"seed and epoch must be 0 or more, got seed={seed}, epoch={epoch}")
     key: UInt64 = philox(purpose, seed, epoch).bit_generator.state["state"]["key"]
     return key
-
-
-_PHILOX_M: UInt64 = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], dtype=np.uint64).reshape(2, 1, 1)
-_PHILOX_W: UInt64 = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], dtype=np.uint64).reshape(2, 1, 1)
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-_PHILOX_M_LOW, _PHILOX_M_HIGH = _PHILOX_M & _LOW, _PHILOX_M >> _HALF
-
-
-def _philox_words(key: UInt64, ids: Int64, blocks: int) -> UInt64:
-    """uint64 [B, 4 * blocks]; row i: the stream of `np.random.Philox(key=key, counter=[0, ids[i], 0, 0])`."""
-    # Words 0 and 2 of the state are multiplied, words 1 and 3 are mixed in: two stacked arrays [2, B,
-    # blocks].
-    multiplied = np.zeros((2, ids.size, blocks), dtype=np.uint64)
-    multiplied[0] = np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts up before its first block
-    mixed = np.zeros_like(multiplied)
-    mixed[0] = ids.astype(np.uint64)[:, None]
-    round_key = key.reshape(2, 1, 1)
-    for _ in range(10):
-        # 64 x 64 -> 128 bits from 32-bit halves; the low 64 bits are numpy's own wrapping product.
-        low, high = multiplied & _LOW, multiplied >> _HALF
-        cross = high * _PHILOX_M_LOW + ((low * _PHILOX_M_LOW) >> _HALF)
-        product_high = high * _PHILOX_M_HIGH + (cross >> _HALF)
-        product_high += ((cross & _LOW) + low * _PHILOX_M_HIGH) >> _HALF
-        product_low = multiplied * _PHILOX_M
-        multiplied = product_high[::-1] ^ mixed ^ round_key
-        mixed = product_low[::-1]
-        round_key = round_key + _PHILOX_W
-    words = np.empty((ids.size, blocks, 4), dtype=np.uint64)
-    words[..., 0], words[..., 2] = multiplied
-    words[..., 1], words[..., 3] = mixed
-    return words.reshape(ids.size, 4 * blocks)
-
-
-def _uniform(words: UInt64) -> Float64:
-    """float64 in [0, 1), 53 bits, as numpy's Generator.random."""
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> Float64:

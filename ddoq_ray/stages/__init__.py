@@ -1,1 +1,1 @@
-"""The stages, one file each: where work and state are placed on Ray. The formulas are in core/, the networks in models/."""
+"""The stages, one file each: where work and state are placed on Ray. Formulas are in core/, networks in models/."""

@@ -152,7 +152,9 @@ def _spawner(config: RunConfig, run_folder: Folder, codec: str) -> Any:
     return spawn
 
 
-def check_teacher(config: RunConfig, run_folder: Folder, data: Data, networks: Networks, events: Events) -> dict[str, Any]:
+def check_teacher(
+    config: RunConfig, run_folder: Folder, data: Data, networks: Networks, events: Events
+) -> dict[str, Any]:
     """Evaluate the teacher on the real validation images.
 
     Raises:
@@ -166,10 +168,11 @@ def check_teacher(config: RunConfig, run_folder: Folder, data: Data, networks: N
     events.add("teacher checked", top1_pct=top1, images=images)
     if images == 0:
         raise ValueError("no usable validation image to check the teacher on; see dataset.val_path")
-    if top1 < config.teacher.min_top1:
+    least = config.teacher.threshold(len(data.classes))
+    if top1 < least:
         raise ValueError(
             f"the teacher has top-1 {top1:.2f} % on {images} real validation images, below "
-            f"teacher.min_top1={config.teacher.min_top1}. A low figure usually means a wrong class mapping "
+            f"teacher.min_top1={least:g}. A low figure usually means a wrong class mapping "
             "(teacher_index in classes.json), other preprocessing, or a teacher of another dataset"
         )
     return {"top1_pct": top1, "images": images, "arch": networks.teacher_arch, "id": networks.teacher_id}
@@ -179,7 +182,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
     views = {k: plain(config.protocol)[k] for k in ("epochs", "steps", "min_scale", "flip", "cutmix")}
     if config.protocol.steps is not None:
         views["batch"] = config.protocol.batch  # decides how many epochs the steps are
-    return {"views": views, "size": config.student.image_size, "seed": config.seed, "teacher_batch": config.teacher.batch}
+    size = config.student.image_size
+    return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch}
 
 
 def run(
@@ -193,7 +197,7 @@ def run(
     codec = codec_name(config, networks)
     artifacts = {f: Artifact(run_folder / f / "labels", "label") for f in folders}
     sources, facts = {}, {}
-    for f, artifact in artifacts.items():
+    for f in folders:
         sources[f] = Artifact(run_folder / f / "images", "synthesize").require()
         facts[f] = identity(config) | {"images": sources[f]["digest"], "teacher": networks.teacher_id, "codec": codec}
     todo = [f for f in folders if artifacts[f].begin(facts[f], overwrite=config.overwrite) != "done"]

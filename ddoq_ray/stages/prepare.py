@@ -1,7 +1,8 @@
 """prepare: labelled images become WebDataset shards with an index and a class list that both networks know.
 
 Writes ``data/source-classes.json`` (the class list as given), ``data/classes.json`` (with each class's place in the
-prior and the teacher), ``data/shards.json`` (what each training shard holds) and ``data/val-shards.json``. Shards of the user's own are read where they are.
+prior and the teacher), ``data/shards.json`` (what each training shard holds) and ``data/val-shards.json``. Shards of
+the person's own are read where they are.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from ddoq_ray.artifacts import Artifact, Folder, digest_of
+from ddoq_ray.artifacts import Artifact, Folder, Status, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, index_shard, list_shards, read_classes, write_tar
-from ddoq_ray.stages.networks import Networks
 from ddoq_ray.sources import DIGIT_NAMES, digits
+from ddoq_ray.stages.networks import Networks
 
 DIGIT_SHARDS = {"train": 4, "selection": 1, "val": 1}
 
@@ -107,20 +108,28 @@ def resolve_mapping(
         ValueError: When an index is outside the network's outputs, when a class cannot be found by name, or when
             two classes share an output. A wrong mapping here is the field's most common silent mistake.
     """
-    by_name = {name.strip().lower(): i for i, name in enumerate(names or [])}
+    by_name: dict[str, list[int]] = {}
+    for i, name in enumerate(names or []):
+        by_name.setdefault(name.strip().lower(), []).append(i)
     filled = []
     for info in classes:
         index = getattr(info, field)
         if index is None:
-            index = by_name.get(info.name.strip().lower(), by_name.get(info.prompt.strip().lower()))
+            found = by_name.get(info.name.strip().lower()) or by_name.get(info.prompt.strip().lower()) or [None]
+            if len(found) > 1:  # ImageNet has two cranes
+                raise ValueError(
+                    f"class {info.class_id} ({info.name}): the {network} has {len(found)} outputs of that name "
+                    f"({', '.join(map(str, found))}); give {field} for it in classes.json"
+                )
+            index = found[0]
         if index is None:
             known = f"it knows {', '.join(list(names)[:12])}" if names else "it has no class names"
             raise ValueError(
                 f"class {info.class_id} ({info.name}) has no {field}, and the {network} has no output of that name "
-                f"({known}{', ...' if names and len(names) > 12 else ''}); give {field} for each class in classes.json, "
-                f"or a {network} that knows these classes"
+                f"({known}{', ...' if names and len(names) > 12 else ''}); give {field} for each class in "
+                f"classes.json, or a {network} that knows these classes"
             )
-        if not isinstance(index, int) or not 0 <= index < num_outputs:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_outputs:
             raise ValueError(
                 f"class {info.class_id} ({info.name}) has {field}={index}, but the {network} has outputs 0 to "
                 f"{num_outputs - 1}; mend classes.json or choose another {network}"
@@ -135,6 +144,8 @@ def resolve_mapping(
 
 
 def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
+    if not urls:
+        return []
     task = ray.remote(num_cpus=0.5)(index_shard)
     refs = [task.remote(url, num_classes) for url in urls]
     with Progress("prepare", len(refs), "shards") as progress:
@@ -151,7 +162,8 @@ def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
 
 def identity(config: RunConfig) -> dict:
     d = config.dataset
-    return {"dataset": {"source": None if d.path else d.source, "path": d.path, "val_path": d.val_path, "classes": d.classes}}
+    source = None if d.path else d.source
+    return {"dataset": {"source": source, "path": d.path, "val_path": d.val_path, "classes": d.classes}}
 
 
 def run(config: RunConfig, folder: Folder, events: Events) -> Data:
@@ -163,17 +175,21 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     start = time.time()
     data = folder / "data"
     artifact = Artifact(data, "prepare")
-    if artifact.begin(identity(config), overwrite=config.overwrite) != "done":
-        classes = _write(config, folder)
-        train = _index(_paths(config, folder, "train"), len(classes))
-        val = _index(_paths(config, folder, "val"), len(classes)) if _has_val(config) else []
+    facts = identity(config)
+    if _status(config, artifact, facts) == "done":
+        _take_class_list(config, data)
+    else:
+        # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
+        # stage behind, which would refuse the right one.
+        given = _survey(config) if config.dataset.path is not None else None
+        artifact.begin(facts, overwrite=config.overwrite)
+        classes, train, val = given or _write_digits(folder)
         samples = sum(s.samples for s in train)
-        if not samples:
-            raise ValueError(f"dataset.path={config.dataset.path}: no sample with an image and a label in any shard")
+        data.publish_json("source-classes.json", [c.to_json() for c in classes])
         data.publish_json("shards.json", [_relative(s, folder).to_json() for s in train])
         data.publish_json("val-shards.json", [_relative(s, folder).to_json() for s in val])
         artifact.finish(
-            identity(config),
+            facts,
             seconds=round(time.time() - start, 3),
             items=samples,
             unit="images",
@@ -214,16 +230,35 @@ def check_small_classes(config: RunConfig, counts: dict[int, int], classes: Sequ
         raise ValueError(f"small_class=drop would leave no class: none has ipc={config.ipc} images")
 
 
-def _has_val(config: RunConfig) -> bool:
-    return config.dataset.path is None or config.dataset.val_path is not None
+def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:
+    """`done` when the prepared data is there and its class list is still the one given; write nothing."""
+    try:
+        status = artifact.check(facts)
+        if status == "done" and config.dataset.path is not None:
+            before = [row["name"] for row in artifact.folder.read_json("source-classes.json")]
+            now = [c.name for c in _class_list(config)]
+            if before != now:
+                raise ValueError(
+                    f"{artifact.folder.uri} was prepared with another class list ({_shown(before)}; "
+                    f"now {_shown(now)}); use another run_dir, or overwrite=true"
+                )
+    except ValueError:
+        if not config.overwrite:
+            raise
+        return "new"
+    return status
 
 
-def _paths(config: RunConfig, folder: Folder, split: str) -> list[str]:
-    if config.dataset.path is None:
-        return [folder.path(f"data/{n}") for n in (folder / "data").names(f"{split}/*.tar")]
-    if split == "train":
-        return list_shards(config.dataset.path, key="dataset.path")
-    return list_shards(str(config.dataset.val_path), key="dataset.val_path")
+def _shown(names: Sequence[str]) -> str:
+    return f"{len(names)} classes: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _take_class_list(config: RunConfig, data: Folder) -> None:
+    """Places in the networks and prompts may be mended in classes.json after prepare: take them as they are now."""
+    if config.dataset.path is not None:
+        rows = [c.to_json() for c in _class_list(config)]
+        if rows != data.read_json("source-classes.json"):
+            data.publish_json("source-classes.json", rows)
 
 
 def _relative(shard: ShardInfo, folder: Folder) -> ShardInfo:
@@ -231,18 +266,40 @@ def _relative(shard: ShardInfo, folder: Folder) -> ShardInfo:
     return dataclasses.replace(shard, path=shard.path.removeprefix(prefix))
 
 
-def _write(config: RunConfig, folder: Folder) -> list[ClassInfo]:
-    """Publish the built-in source's shards, if one is used, and the class list as the source gives it."""
+def _class_list(config: RunConfig) -> list[ClassInfo]:
+    if config.dataset.classes is not None:
+        return read_classes(config.dataset.classes)
+    shards = list_shards(str(config.dataset.path), key="dataset.path")
+    return read_classes(posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
+
+
+Prepared = tuple[list[ClassInfo], list[ShardInfo], list[ShardInfo]]
+
+
+def _survey(config: RunConfig) -> Prepared:
+    """Class list, training shards and validation shards of the person's own data, each with what it holds."""
+    shards = list_shards(str(config.dataset.path), key="dataset.path")
+    val_path = config.dataset.val_path
+    val_shards = [] if val_path is None else list_shards(val_path, key="dataset.val_path")
+    classes = _class_list(config)
+    train, val = _index(shards, len(classes)), _index(val_shards, len(classes))
+    for key, path, found in (("path", config.dataset.path, train), ("val_path", val_path, val)):
+        if path is not None and not sum(s.samples for s in found):
+            raise ValueError(
+                f"dataset.{key}={path}: no sample with an image and a label in {len(found)} shards; expected members "
+                "<key>.png (or jpg, ...) and <key>.cls with the label as a number"
+            )
+    return classes, train, val
+
+
+def _write_digits(folder: Folder) -> Prepared:
+    """Publish the built-in source's shards."""
     data = folder / "data"
-    if config.dataset.path is None:
-        for split, tars in digit_shards().items():
-            for i, tar in enumerate(tars):
-                data.publish(f"{split}/{split}-{i:06d}.tar", tar)
-        classes = [ClassInfo(i, name, f"a scanned handwritten digit {name}") for i, name in enumerate(DIGIT_NAMES)]
-    else:
-        shards = list_shards(config.dataset.path, key="dataset.path")
-        if config.dataset.val_path is not None:
-            list_shards(config.dataset.val_path, key="dataset.val_path")
-        classes = read_classes(config.dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
-    data.publish_json("source-classes.json", [c.to_json() for c in classes])
-    return classes
+    for split, tars in digit_shards().items():
+        for i, tar in enumerate(tars):
+            data.publish(f"{split}/{split}-{i:06d}.tar", tar)
+    classes = [ClassInfo(i, name, f"a scanned handwritten digit {name}") for i, name in enumerate(DIGIT_NAMES)]
+    train, val = (
+        _index([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes)) for split in ("train", "val")
+    )
+    return classes, train, val

@@ -63,7 +63,9 @@ def _part_distances(codebook: Folder, part: str, latents: Folder, shards: int) -
     return rows
 
 
-def class_distances(run: Folder, folders: dict[str, str], latents: Folder, data: Data, ipc: int) -> list[dict[str, Any]]:
+def class_distances(
+    run: Folder, folders: dict[str, str], latents: Folder, data: Data, ipc: int
+) -> list[dict[str, Any]]:
     """Rows {method, ipc, class_id, name, n, k, distortion, w2_voronoi, w2_uniform} of every codebook in `folders`."""
     jobs = [
         (method, _part_distances.remote(run / f / "codebook", part, latents, len(data.train)))
@@ -73,7 +75,8 @@ def class_distances(run: Folder, folders: dict[str, str], latents: Folder, data:
     rows = []
     with Progress("report", len(jobs), "codebook parts") as progress:
         for method, ref in jobs:
-            rows += [{"method": method, "ipc": ipc, "name": data.classes[r["class_id"]].name, **r} for r in ray.get(ref)]
+            for row in ray.get(ref):
+                rows.append({"method": method, "ipc": ipc, "name": data.classes[row["class_id"]].name, **row})
             progress.advance()
     return rows
 
@@ -103,7 +106,8 @@ def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRo
     """Seconds, items and bytes of each stage, from the manifests; a stage of several sets is their sum."""
     places: list[tuple[str, Folder]] = [("prepare", run / "data"), ("encode", run / "latents")]
     for folder in folders:
-        places += [(s, run / folder / d) for s, d in (("quantize", "codebook"), ("synthesize", "images"), ("label", "labels"))]
+        made = run / folder
+        places += [("quantize", made / "codebook"), ("synthesize", made / "images"), ("label", made / "labels")]
     places += [("train", run / row.folder) for row in trained]
     costs: dict[str, dict[str, Any]] = {}
     for stage, place in places:
@@ -112,7 +116,8 @@ def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRo
             continue
         if "random" in manifest["identity"]:
             stage = "select"
-        total = costs.setdefault(stage, {"stage": stage, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0})
+        none = {"stage": stage, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0}
+        total = costs.setdefault(stage, none)
         for key in ("seconds", "items", "bytes"):
             total[key] += manifest[key]
     if (run / "report").exists("evaluate.json"):
@@ -210,7 +215,9 @@ def run(
     classes = class_distances(run_folder, made, latents, data, config.ipc) if have_latents else []
     trained = [r for r in rows if (run_folder / r.folder).exists("manifest.json")]
     labels = run_folder / "labels"
-    distilled = (run_folder / "images").read_json("manifest.json")["items"] if "images" and drawn else 0
+    images = Artifact(run_folder / "images", "synthesize").manifest()
+    checked = Artifact(labels, "label").manifest()
+    refused = quarantine_reasons(run_folder)
     results: dict[str, Any] = {
         "name": os.path.basename(run_folder.uri),
         "dataset": config.dataset.title,
@@ -224,22 +231,19 @@ def run(
         "counts": {
             "train_images": sum(data.counts.values()),
             "classes": len(data.classes),
-            "distilled_images": distilled,
+            "distilled_images": images["items"] if images else 0,
             "val_images": sum(s.samples for s in data.val),
         },
-        "teacher": labels.read_json("manifest.json")["teacher"] | {"split": "val"} if labels.exists("manifest.json") else None,
+        "teacher": checked["teacher"] | {"split": "val"} if checked else None,
         "rows": measured,
         "paired": paired(measured, config.ipc),
         "classes": classes,
         "curves": _curves(run_folder, trained),
-        "quarantine": {
-            "samples": sum(quarantine_reasons(run_folder).values()), "reasons": dict(quarantine_reasons(run_folder))
-        },
+        "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }
     costs = stage_costs(run_folder, label_folders, trained)
-    costs.append(
-        {"stage": "report", "seconds": round(time.time() - start, 3), "items": len(classes), "unit": "classes", "bytes": 0}
-    )
+    seconds = round(time.time() - start, 3)
+    costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
     results["stages"] = costs
     report.publish_json("results.json", results)
     report.publish("index.html", render_page(results, _images(run_folder, drawn, data)).encode())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddoq_ray.core import views
+from ddoq_ray.core import rng, views
 from ddoq_ray.core.views import ViewSpec, batch_views, epoch_order, render, view_params
 
 
@@ -21,12 +21,12 @@ def make_images(n, height, width, seed=0):
 def test_philox_is_numpys():
     key = np.array([0x0123456789ABCDEF, 0xFEDCBA9876543210], dtype=np.uint64)
     ids = np.array([0, 1, 7, 2**31, 2**40 + 3])
-    words = views._philox_words(key, ids, 3)
+    words = rng.philox_words(key, ids, 3)
     for row, image_id in zip(words, ids, strict=True):
         reference = np.random.Philox(key=key, counter=[0, int(image_id), 0, 0])
         np.testing.assert_array_equal(row, reference.random_raw(12))
         reference = np.random.Philox(key=key, counter=[0, int(image_id), 0, 0])
-        np.testing.assert_array_equal(views._uniform(row), np.random.Generator(reference).random(12))
+        np.testing.assert_array_equal(rng.uniform(row), np.random.Generator(reference).random(12))
 
 
 def test_a_row_depends_on_its_key_alone():

@@ -1,0 +1,267 @@
+"""The configuration: YAML and dataclasses agree key by key, and a wrong key or value is an error that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddoq_ray.cli import help_text
+from ddoq_ray.config import METHODS, STAGES, RunConfig
+from ddoq_ray.config.compose import config_dir, load_config, to_yaml
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.quantizer import QUANTIZERS
+from ddoq_ray.config.run import run_config
+from ddoq_ray.config.schema import plain
+
+GROUPS = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
+CHOICES = sorted((p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml"))
+# What a choice cannot do without.
+NEEDS = {("dataset", "webdataset"): ["dataset.path=train", "dataset.val_path=val"]}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def keys(config: Any) -> dict[str, Any]:
+    """A dataclass's field names, nested ones as dicts."""
+    named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {k: keys(v) if dataclasses.is_dataclass(v) else None for k, v in named.items()}
+
+
+def names(values: Any) -> Any:
+    return {k: names(v) if isinstance(v, dict) else None for k, v in values.items()}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_to_its_own_values(group: str, choice: str) -> None:
+    config = load_config([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    there = read_yaml(config_dir() / group / f"{choice}.yaml")
+    got = plain(getattr(config, group))
+    if (group, choice) in NEEDS:
+        there |= {"path": "train", "val_path": "val"}
+    assert got == there
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_yaml_and_dataclass_have_the_same_keys(group: str, choice: str) -> None:
+    values = read_yaml(config_dir() / group / f"{choice}.yaml")
+    config = load_config([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    if (group, choice) == ("teacher", "digits"):
+        assert set(values) == set(keys(config.teacher))
+    assert names(values) == keys(getattr(config, group))
+
+
+def test_groups_and_top_level_keys_are_the_fields_of_run_config() -> None:
+    top = read_yaml(config_dir() / "config.yaml")
+    defaults = [next(iter(d)) for d in top.pop("defaults") if isinstance(d, dict)]
+    assert sorted(defaults) == GROUPS
+    assert sorted([*defaults, *top]) == sorted(f.name for f in dataclasses.fields(RunConfig))
+
+
+def test_quantizer_choices_are_the_registered_algorithms() -> None:
+    assert {c for g, c in CHOICES if g == "quantizer"} == set(QUANTIZERS)
+    for name, cls in QUANTIZERS.items():
+        assert type(load_config([f"quantizer={name}"]).quantizer) is cls
+
+
+def test_every_field_has_words() -> None:
+    def check(cls: Any) -> None:
+        for field in dataclasses.fields(cls):
+            assert field.metadata.get("help"), f"{cls.__name__}.{field.name}"
+
+    for name in QUANTIZERS:
+        check(QUANTIZERS[name])
+    check(RunConfig)
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(load_config(), field.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
+
+
+PROMISED = """run_dir seed ipc stages small_class dataset.path dataset.val_path dataset.classes latents.path latents.keep
+prior.path teacher.path teacher.min_top1 quantizer quantizer.num_shards quantizer.winner encoder.workers
+synthesizer.min_workers synthesizer.max_workers synthesizer.strength synthesizer.start weights.scheme student protocol
+num_seeds max_bad_fraction""".split()
+
+
+@pytest.mark.parametrize("key", PROMISED)
+def test_promised_key_exists(key: str) -> None:
+    value: Any = load_config()
+    for part in key.split("."):
+        assert hasattr(value, part), key
+        value = getattr(value, part)
+
+
+def test_values_given_reach_the_dataclass() -> None:
+    config = load_config(
+        ["ipc=50", "quantizer=gram", "quantizer.hartigan=false", "protocol.lr=1", "stages=[prepare,encode]", "run_dir=x"]
+    )
+    assert (config.ipc, config.quantizer.name, config.stages) == (50, "gram", ("prepare", "encode"))
+    assert config.quantizer.hartigan is False  # type: ignore[attr-defined]
+    assert isinstance(config.protocol.lr, float)
+    assert config.folder == "x"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ipc = 3  # type: ignore[misc]
+
+
+def test_yaml_of_a_resolved_configuration_composes_to_itself() -> None:
+    config = load_config(["quantizer=minibatch_kmeans", "ipc=3", "protocol=ddoq-v1", "weights=sqrt"])
+    assert run_config(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "shards/train-{0000..0099}.tar", "shards/*.tar", "s3://bucket/x-*.tar", "/data/a=b/c, d/it's here.tar", "a[0-9].tar",
+        "'quoted-{0..3}.tar'", "C:\\data", "~/data", "",
+    ],
+)  # fmt: skip
+def test_paths_need_no_quotes_of_hydra(value: str) -> None:
+    config = load_config([f"dataset.path={value}", "dataset.val_path=v"])
+    assert config.dataset.path == value.strip("'")
+
+
+def test_run_folder_has_a_word_for_the_data() -> None:
+    assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
+    for path, title in [
+        ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"), ("s3://b/birds/*.tar", "birds"),
+        ("x.tar", "data"),
+    ]:  # fmt: skip
+        assert DatasetConfig(path=path).title == title
+    assert DatasetConfig(path="data/flowers", name="f").title == "f"
+
+
+def test_own_method_and_baselines_without_doubles() -> None:
+    assert load_config(["weights=sqrt"]).methods == ("ddoq-sqrt", "d4m", "random", "full")
+    assert load_config(["baselines=[ddoq,random]"]).methods == ("ddoq", "random")
+    assert set(load_config().methods) <= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # unknown
+        (["ipcc=3"], ["unknown", "ipcc", "did you mean ipc?"]),
+        (["quantizer.winer=paper"], ["unknown", "quantizer.winer", "did you mean quantizer.winner?"]),
+        (["quantizer=gram", "quantizer.winner=paper"], ["unknown", "quantizer.winner", "quantizer.hartigan"]),
+        (["+x=1"], ["unknown", "x", "ipc"]),
+        (["hydra.run.dir=x"], ["unknown", "hydra.run.dir", "--help"]),
+        (["quantizer=foo"], ["quantizer=foo", "expected one of", "clvq", "gram"]),
+        (["protocol=[digits,imagenet]"], ["protocol=imagenet", "expected one of", "ddoq-v1"]),
+        (["cluster.decoder.cpus=1"], ["unknown", "cluster.decoder.cpus", "cluster.decoder.num_cpus"]),
+        (["label"], ["'label'", "key=value", "--help"]),
+        (["~ipc"], ["~ipc", "key=value"]),
+        (["protocol.name={a"], ["protocol.name={a", "quote"]),
+        # mistyped
+        (["ipc=ab"], ["ipc='ab'", "whole number"]),
+        (["ipc=1.5"], ["ipc=1.5", "whole number"]),
+        (["ipc=true"], ["ipc=True", "whole number"]),
+        (["protocol.lr=fast"], ["protocol.lr='fast'", "number"]),
+        (["overwrite=maybe"], ["overwrite='maybe'", "true or false"]),
+        (["stages=prepare"], ["stages='prepare'", "[a,b]"]),
+        (["student.arch=[a,b]"], ["student.arch", "text"]),
+        (["prior.path=null"], ["prior.path=null", "leave it out"]),
+        (["cluster.reader=3"], ["cluster.reader=3", "group of keys"]),
+        (["small_class=what"], ["small_class=what", "error, cap, drop"]),
+        (["weights.scheme=x"], ["weights.scheme=x", "counts, sqrt, uniform"]),
+        # out of range
+        (["ipc=0"], ["ipc=0", "1 or more"]),
+        (["seed=-1"], ["seed=-1", "0 or more"]),
+        (["num_seeds=0"], ["num_seeds=0", "1 or more"]),
+        (["max_bad_fraction=2"], ["max_bad_fraction=2.0", "0 to 1"]),
+        (["quantizer.num_shards=0"], ["quantizer.num_shards=0", "1 or more"]),
+        (["quantizer.batch=0"], ["quantizer.batch=0", "1 or more"]),
+        (["encoder.workers=0"], ["encoder.workers=0", "1 or more"]),
+        (["synthesizer.strength=1.5"], ["synthesizer.strength=1.5", "0 to 1"]),
+        (["synthesizer.strength=nan"], ["synthesizer.strength=nan", "0 to 1"]),
+        (["synthesizer.min_workers=3"], ["synthesizer.max_workers=2", "synthesizer.min_workers=3"]),
+        (["teacher.min_top1=101"], ["teacher.min_top1=101.0", "0 to 100"]),
+        (["labels.workers=0"], ["labels.workers=0", "1 or more"]),
+        (["student.image_size=1"], ["student.image_size=1", "4 or more"]),
+        (["protocol.lr=0"], ["protocol.lr=0.0", "more than 0"]),
+        (["protocol.weight_decay=-1"], ["protocol.weight_decay=-1.0", "0 or more"]),
+        (["protocol.min_scale=0"], ["protocol.min_scale=0.0", "above 0"]),
+        (["protocol.eval_every=-1"], ["protocol.eval_every=-1", "0 or more"]),
+        (["cluster.decoder.num_gpus=-1"], ["cluster.decoder.num_gpus=-1.0", "0 or more"]),
+        (["cluster.trainer.workers=0"], ["cluster.trainer.workers=0", "1 or more"]),
+        (["cluster.num_cpus=0"], ["cluster.num_cpus=0", "1 or more"]),
+        (["stages=[]"], ["stages=[]", "prepare"]),
+        (["stages=[pack]"], ["pack", "prepare, encode"]),
+        (["stages=[report,prepare]"], ["report", "in the order"]),
+        (["stages=[prepare,prepare]"], ["prepare", "at most once"]),
+        (["baselines=[mtt]"], ["mtt", "d4m"]),
+        (["run_dir=runs/[a]*"], ["run_dir=runs/[a]*", "choose another"]),
+        # not together
+        (["dataset=webdataset"], ["dataset.path", "dataset=digits"]),
+        (["dataset.path=x"], ["dataset.val_path", "stages=[prepare,encode,quantize,synthesize]"]),
+        (["dataset.val_path=x"], ["dataset.val_path", "dataset.path"]),
+        (["protocol.epochs=3"], ["protocol.epochs=3", "protocol.steps=400", "null"]),
+        (["protocol.epochs=3", "protocol.steps=null"], ["protocol.full_epochs", "baselines"]),
+        (["protocol.step_at=[3]"], ["protocol.step_at=[3]", "protocol.schedule=cosine"]),
+        (["latents.path=x", "latents.keep=false"], ["latents.keep=false", "latents.path"]),
+        (["latents.path=x", "stages=[encode]"], ["latents.path", "encode"]),
+        (["quantizer.name=gram"], ["quantizer.name=gram", "use quantizer=gram"]),
+        (["dataset.path=a-0.tar", "dataset.path=a-1.tar"], ["dataset.path", "2 times", "in quotes"]),
+        # without effect
+        (["synthesizer.start=noise", "synthesizer.strength=0.3"], ["synthesizer.strength", "no effect", "start=noise"]),
+        (["latents.path=x", "encoder.batch=3"], ["encoder.batch", "no effect", "latents.path"]),
+        (["labels.mode=online", "labels.workers=3"], ["labels.workers", "no effect", "labels.mode=online"]),
+        (["protocol=d4m", "baselines=[]", "protocol.full_epochs=3"], ["protocol.full_epochs", "no effect", "full"]),
+        (["protocol.step_factor=0.5"], ["protocol.step_factor", "no effect", "protocol.schedule"]),
+        (["cluster=gpu", "cluster.num_cpus=3"], ["cluster.num_cpus", "no effect", "cluster.address"]),
+        (["dataset.path=x", "dataset.val_path=y", "dataset.source=digits"], ["dataset.source", "no effect", "dataset.path"]),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, list) and "=" in str(v) else "",
+)
+def test_wrong_key_names_key_and_remedy(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(overrides)
+    message = str(error.value)
+    assert type(error.value) is ValueError
+    assert all(word in message for word in words), message
+    assert "hydra.cc" not in message and "\n" not in message
+
+
+def test_epochs_can_replace_the_steps_of_a_preset() -> None:
+    config = load_config(["protocol.epochs=7", "protocol.steps=null", "baselines=[]"])
+    assert config.protocol.epochs_for(100) == 7
+    assert load_config(["protocol.steps=10"]).protocol.epochs_for(100) == 5  # 2 batches of 50 an epoch
+    assert load_config(["protocol.steps=10"]).protocol.epochs_for(120) == 4  # 3 batches an epoch, rounded up
+    assert load_config(["protocol=d4m"]).protocol.epochs_for(100, full=True) == 90
+
+
+def test_a_stage_alone_takes_the_keys_of_the_whole_run() -> None:
+    """A person who runs stage by stage repeats the same keys; each must be taken, or the stages would not match."""
+    for stage in STAGES:
+        assert load_config([f"stages=[{stage}]", "protocol.steps=30", "teacher.min_top1=50"]).protocol.steps == 30
+
+
+def test_help_names_every_key_with_the_composed_default() -> None:
+    text = " ".join(help_text().split())
+    config = load_config()
+    for field in dataclasses.fields(RunConfig):
+        assert field.name in text
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            for inner in dataclasses.fields(value):
+                assert f"{field.name}.{inner.name} " in text
+    assert f"is below, in % [{config.teacher.min_top1}]" in text
+    assert "quantizer.hartigan" in text and "quantizer.variant" in text  # other algorithms' keys too
+    assert config.protocol.steps is not None  # the dataclass alone has none
+    assert f"same compute for every method [{config.protocol.steps}]" in text
+
+
+def test_config_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from ddoq_ray.config.compose import load_config; load_config(['ipc=3']); "
+        "print(sorted({'ray', 'torch', 'diffusers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,123 @@
+"""The main job in small: all eight stages once, and what they promise about their outputs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from ddoq_ray import pipeline
+from ddoq_ray.artifacts import Folder
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.labels import LogitsCodec
+from ddoq_ray.core.views import batch_views
+from ddoq_ray.distilled import load_image_arrays
+from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.stages.label import read_labels, view_spec
+
+SMALL = ["ipc=2", "num_seeds=2", "protocol.steps=24", "synthesizer.shard_images=8", "labels.epochs_per_unit=7"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("main") / "run"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        pipeline.run(load_config([*SMALL, f"run_dir={folder}"]))
+        yield folder
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def results(run: Path) -> dict:
+    return json.loads((run / "report/results.json").read_text())
+
+
+def test_rows_hold_every_method_and_seed(results: dict) -> None:
+    keys = {(r["method"], r["seed"]) for r in results["rows"]}
+    assert keys == {(m, s) for m in ("ddoq", "ddoq-sqrt", "d4m", "random", "full") for s in (0, 1)}
+    for row in results["rows"]:
+        assert {"method", "ipc", "student", "seed", "top1_pct", "top5_pct", "epochs"} <= set(row)
+        assert 0 <= row["top1_pct"] <= row["top5_pct"] <= 100
+        assert row["epochs"] == (2 if row["method"] == "full" else 24)  # 24 steps: 20 batches of 50, or 1 of 20
+
+
+def test_w2_with_voronoi_weights_is_the_distortion_and_the_least(results: dict) -> None:
+    """Proposition 2: W2^2 = distortion under Voronoi weights, and no other weights do better."""
+    assert {(r["method"], r["class_id"]) for r in results["classes"]} == {(m, c) for m in ("ddoq", "d4m") for c in range(10)}
+    for row in results["classes"]:
+        assert row["w2_voronoi"] ** 2 == pytest.approx(row["distortion"], rel=1e-6)
+        assert row["w2_uniform"] >= row["w2_voronoi"] * (1 - 1e-9)
+        assert row["k"] == 2
+
+
+def test_each_stage_reports_seconds_items_and_bytes(results: dict) -> None:
+    stages = {s["stage"]: s for s in results["stages"]}
+    assert {"prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report"} <= set(stages)
+    assert stages["encode"]["items"] == 1000 and stages["encode"]["bytes"] == 1000 * 64 * 2
+    assert stages["synthesize"]["items"] == 40  # two codebooks
+    assert all(s["seconds"] >= 0 for s in stages.values())
+
+
+def test_page_is_one_file_with_the_images(run: Path) -> None:
+    page = (run / "report/index.html").read_text()
+    assert page.count("data:image/png;base64,") >= 60
+    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"/" not in page
+
+
+def test_weights_of_the_images_are_those_of_the_codebook(run: Path) -> None:
+    parts = [pq.read_table(p) for p in sorted((run / "codebook").glob("part-*.parquet"))]
+    table = pa.concat_tables(parts).to_pydict()
+    assert sum(table["count"]) == 1000
+    arrays = load_image_arrays([str(p) for p in sorted((run / "images").glob("*.tar"))], 16)
+    assert arrays.weights.tolist() == table["weight"]
+    assert arrays.class_ids.tolist() == table["class_id"]
+    np.testing.assert_allclose(np.bincount(arrays.class_ids, arrays.weights), 1.0, rtol=1e-12)
+
+
+def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
+    """Any batch and order: the student's view of (image, epoch) is the one that was labelled."""
+    config = load_config(SMALL)
+    arrays = load_image_arrays([str(p) for p in sorted((run / "images").glob("*.tar"))], 16)
+    images = torch.from_numpy(arrays.images)
+    teacher = load_classifier("shipped:digits-teacher")
+    for epoch in (0, 23):
+        stored = LogitsCodec(10).decode(read_labels(Folder(str(run / "labels")), epoch))
+        order = np.random.default_rng(epoch).permutation(20)
+        pixels, _, _ = batch_views(images, order, view_spec(config.protocol, 16), config.seed, epoch)
+        with torch.inference_mode():
+            torch.testing.assert_close(stored[order], teacher(pixels), rtol=2e-3, atol=2e-3)  # fp16 storage
+
+
+def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
+    epochs = sorted((run / "labels").glob("epoch-*"))
+    assert [p.name for p in epochs] == [f"epoch-{e:04d}" for e in range(24)]
+    table = pq.read_table(io.BytesIO((epochs[5] / "images-000001.parquet").read_bytes()))
+    assert table["image_id"].to_pylist() == list(range(8, 16)) and set(table["epoch"].to_pylist()) == {5}
+
+
+def test_one_student_trained_again_is_the_same_and_leaves_the_others(run: Path) -> None:
+    lost, kept = run / "students/convnet3-w32-seed1", run / "students/convnet3-w32-seed0"
+    before, other = (lost / "model.safetensors").read_bytes(), (kept / "model.safetensors").stat().st_mtime_ns
+    for name in ("manifest.json", "model.safetensors"):
+        (lost / name).unlink()
+    pipeline.run(load_config([*SMALL, f"run_dir={run}", "stages=[train]"]))
+    assert (lost / "model.safetensors").read_bytes() == before
+    assert (kept / "model.safetensors").stat().st_mtime_ns == other
+
+
+def test_random_draws_are_anew_for_each_seed(run: Path) -> None:
+    draws = [
+        load_image_arrays([str(p) for p in sorted((run / f"compare/random-ipc2/draw-{k}/images").glob("*.tar"))], 16)
+        for k in (0, 1)
+    ]
+    assert all(np.bincount(d.class_ids).tolist() == [2] * 10 for d in draws)
+    assert not np.array_equal(draws[0].images, draws[1].images)

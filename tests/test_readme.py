@@ -1,0 +1,65 @@
+"""README: its tree is the tree on disk, and its figures are those of the committed result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+README = (CHECKOUT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    match = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.S)
+    assert match, f"README has no block {name}"
+    return match.group(1)
+
+
+def listed(text: str) -> set[str]:
+    """Paths of an indented tree whose folders end with a slash."""
+    paths: set[str] = set()
+    parents: list[str] = []
+    for line in text.splitlines():
+        entry = re.match(r"^( *)([\w.\-]+/?)(?:  .*)?$", line)
+        if not entry:
+            continue
+        depth = len(entry.group(1)) // 2
+        parents = [*parents[:depth], entry.group(2)]
+        paths.add("".join(parents))
+    return paths
+
+
+def test_top_level_is_what_readme_lists() -> None:
+    text = README.split("## Where everything is")[1].split("<!-- tree -->")[0]
+    hidden = {".git", ".ci", ".gitignore"}
+    made_here = {".venv", "runs", "dist"}
+    on_disk = {p.name + "/" * p.is_dir() for p in CHECKOUT.iterdir() if p.name not in hidden | made_here}
+    on_disk = {p for p in on_disk if not (p.startswith(".") or p.endswith(".egg-info/"))}
+    assert listed(text) == on_disk
+
+
+def test_package_tree_is_what_readme_lists() -> None:
+    package = CHECKOUT / "ddoq_ray"
+    on_disk = {"ddoq_ray/"}
+    for path in package.rglob("*"):
+        relative = path.relative_to(CHECKOUT).as_posix()
+        if "__pycache__" in relative or relative.startswith("ddoq_ray/models/weights/"):
+            continue
+        on_disk.add(relative + "/" * path.is_dir())
+    assert listed(block("tree")) == on_disk
+
+
+def test_digits_table_is_the_measured_one() -> None:
+    rows = json.loads((CHECKOUT / "benchmarks/results/digits.json").read_text())
+    table = block("digits-table")
+    for row in rows:
+        cell = f"{row['top1_pct_mean']:.1f} +- {row['top1_pct_std']:.1f}"
+        line = next(li for li in table.splitlines() if li.startswith(f"| `{row['method']}`"))
+        assert cell in line, (row["method"], row["ipc"], cell, line)
+
+
+def test_files_that_readme_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (CHECKOUT / target).exists(), target

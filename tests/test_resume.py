@@ -1,0 +1,238 @@
+"""The fault promise, through the real command: killed anywhere, the same command goes on and ends in the same bytes.
+
+One run is killed three times with SIGKILL, in encode, in quantize and in synthesize, each time when some of the
+stage's units are published and some are not; a second run is left alone. The driver owns its Ray, so its death takes
+the whole local cluster along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARDS, PER_SHARD, IPC, TARS = 12, 20, 6, 30
+MARK = "DDOQ_TEST_RUN"  # an environment variable by which the processes of a run are known
+TIMEOUT = 180
+
+Stamp = dict[str, tuple[int, int]]  # name -> inode and time of change
+
+
+def command(corpus: Path, run: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "ddoq_ray", f"run_dir={run}", "dataset=webdataset", f"dataset.path={corpus}", f"ipc={IPC}",
+        "stages=[prepare,encode,quantize,synthesize]", "baselines=[]", "encoder.chunk_samples=1", "encoder.batch=1",
+        "quantizer.snapshot_every=1", f"synthesizer.shard_images={10 * IPC // TARS}", "synthesizer.max_workers=1",
+    ]  # fmt: skip
+
+
+def start(corpus: Path, run: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    mark = uuid.uuid4().hex
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: mark}
+    with log.open("ab") as out:
+        return subprocess.Popen(command(corpus, run), cwd=ROOT, env=environment, stdout=out, stderr=out), mark
+
+
+def processes(mark: str) -> list[int]:
+    """Every living process of a run, from the environment that it inherited."""
+    needle = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and needle in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:  # it ended meanwhile, or is not ours
+            continue
+    return found
+
+
+def title(process: int) -> str:
+    """The command line of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
+
+
+def wait_gone(mark: str) -> None:
+    """Until nothing of a run can work on.
+
+    Ray's two agents of a node (status and environments, they run no task) are not waited for: after the driver's
+    SIGKILL they look for their dead cluster for another minute before they end by themselves.
+    """
+    end = time.monotonic() + 60
+    while left := {title(p) for p in processes(mark)} - {"", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def finish(corpus: Path, run: Path, log: Path) -> None:
+    process, mark = start(corpus, run, log)
+    try:
+        assert process.wait(TIMEOUT) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    wait_gone(mark)
+
+
+def kill_when(moment: Callable[[], bool], corpus: Path, run: Path, log: Path) -> None:
+    """Run the command and SIGKILL its driver as soon as `moment` has come."""
+    process, mark = start(corpus, run, log)
+    end = time.monotonic() + TIMEOUT
+    try:
+        while not moment():
+            assert process.poll() is None, "it ended before the moment came:\n" + log.read_text()[-3000:]
+            assert time.monotonic() < end, "the moment never came:\n" + log.read_text()[-3000:]
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_gone(mark)
+
+
+def stamps(run: Path, *patterns: str) -> Stamp:
+    files = [p for pattern in patterns for p in run.glob(pattern)]
+    return {str(p.relative_to(run)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def content(run: Path) -> dict[str, bytes]:
+    names = ("latents/shard-*/*.parquet", "codebook/part-*.parquet", "images/*.tar")
+    return {str(p.relative_to(run)): p.read_bytes() for pattern in names for p in sorted(run.glob(pattern))}
+
+
+@dataclass
+class History:
+    """A run killed three times and then left to end; what was there after each kill, and later."""
+
+    run: Path
+    kept: dict[str, Stamp] = field(default_factory=dict)  # stage -> its finished units when it was killed
+    after: dict[str, Stamp] = field(default_factory=dict)  # the same units at the end
+    events: dict[str, list[str]] = field(default_factory=dict)  # stage -> what the run said of each part of the history
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable[..., Path]) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "shards", SHARDS, PER_SHARD)
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run left alone."""
+    base = tmp_path_factory.mktemp("alone")
+    finish(corpus, base / "run", base / "log")
+    return base / "run"
+
+
+@pytest.fixture(scope="module")
+def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
+    base = tmp_path_factory.mktemp("killed")
+    run, log = base / "run", base / "log"
+    history = History(run)
+
+    def seen(stage: str, *patterns: str) -> None:
+        history.kept[stage] = stamps(run, *patterns)
+        history.events[stage] = [e["event"] + " " + e.get("stage", "") for e in events(run)]
+
+    kill_when(lambda: any(run.glob("latents/shard-*/done.json")), corpus, run, log)
+    seen("encode", "latents/shard-*/done.json")
+    for name in list(history.kept["encode"]):
+        history.kept["encode"] |= stamps(run, f"{Path(name).parent}/*.parquet")
+
+    kill_when(
+        lambda: (run / "latents/manifest.json").exists() and any(run.glob("codebook/part-*.parquet")), corpus, run, log
+    )
+    seen("quantize", "latents/**/*.parquet", "latents/**/*.json", "codebook/part-*.parquet")
+
+    kill_when(lambda: any(run.glob("images/*.tar")), corpus, run, log)
+    seen("synthesize", "codebook/*", "images/*.tar")
+
+    finish(corpus, run, log)
+    for stage, kept in history.kept.items():
+        history.after[stage] = {n: s for n, s in stamps(run, "**/*").items() if n in kept}
+    history.events["end"] = [e["event"] + " " + e.get("stage", "") for e in events(run)]
+    yield history
+
+
+def test_the_kills_were_in_the_middle(killed: History) -> None:
+    shards = [n for n in killed.kept["encode"] if n.endswith("done.json")]
+    assert 1 <= len(shards) < SHARDS
+    parts = [n for n in killed.kept["quantize"] if n.startswith("codebook/part-")]
+    assert 1 <= len(parts) <= 10 and "stage finished quantize" not in killed.events["quantize"]
+    assert 1 <= sum(n.endswith(".tar") for n in killed.kept["synthesize"]) < TARS
+    assert killed.events["encode"] == ["run started ", "stage finished prepare"]
+
+
+@pytest.mark.parametrize("stage", ["encode", "quantize", "synthesize"])
+def test_what_was_finished_is_not_made_again(killed: History, stage: str) -> None:
+    assert killed.kept[stage] and killed.after[stage] == killed.kept[stage]
+
+
+def test_each_stage_finished_once(killed: History) -> None:
+    finished = [e.removeprefix("stage finished ") for e in killed.events["end"] if e.startswith("stage finished")]
+    assert finished == ["prepare", "encode", "quantize", "synthesize"]
+    assert killed.events["end"].count("run started ") == 4 and killed.events["end"][-1] == "run finished "
+
+
+def test_a_killed_run_ends_in_the_same_bytes(killed: History, reference: Path) -> None:
+    expected, made = content(reference), content(killed.run)
+    assert len([n for n in expected if n.endswith(".tar")]) == TARS
+    assert sorted(made) == sorted(expected)
+    assert [n for n in expected if made[n] != expected[n]] == []
+
+
+def test_nothing_temporary_is_left(killed: History) -> None:
+    assert not (killed.run / "codebook" / "snapshots").exists()
+    for manifest in ("latents", "codebook", "images"):
+        assert json.loads((killed.run / manifest / "manifest.json").read_text())["identity_digest"]
+
+
+def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, reference: Path) -> None:
+    patterns = ("data/**/*.tar", "data/*shards.json", "latents/**/*", "codebook/*", "images/*")
+    before, told = stamps(reference, *patterns), len(events(reference))
+    finish(corpus, reference, reference.parent / "again")
+    assert stamps(reference, *patterns) == before
+    assert [e["event"] for e in events(reference)[told:]] == ["run started", "run finished"]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) -> None:
+    import dataclasses
+
+    from ddoq_ray.artifacts import Folder
+    from ddoq_ray.config.compose import load_config
+    from ddoq_ray.runtime import Events
+    from ddoq_ray.stages.latent_log import LatentLog
+    from ddoq_ray.stages.networks import Networks
+    from ddoq_ray.stages.prepare import Data
+    from ddoq_ray.stages.quantize import Quantizers
+
+    run = Folder(str(reference))
+    shape, prior_id = LatentLog(run / "latents").shape(0)
+    facts = Networks(prior_id, shape, 16, None, 10, None, None, None, 0, 0, {})
+    config = load_config([f"ipc={IPC}", "baselines=[]"])
+    expected = {p.name: p.read_bytes() for p in reference.glob("codebook/part-*.parquet")}
+    for number in (1, 3):
+        algorithm = dataclasses.replace(config.quantizer, num_shards=number)
+        place = f"with-{number}"
+        quantizers = Quantizers(config, run, place, algorithm, Data.load(run), run / "latents", facts)
+        try:
+            for shard in range(SHARDS):
+                quantizers.shard_done(shard)
+            quantizers.finish(Events(run))
+        finally:
+            quantizers.close()
+        assert {p.name: p.read_bytes() for p in reference.glob(f"{place}/codebook/part-*.parquet")} == expected
