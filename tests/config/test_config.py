@@ -252,7 +252,7 @@ def test_help_names_every_key_with_the_composed_default() -> None:
         if dataclasses.is_dataclass(value):
             for inner in dataclasses.fields(value):
                 assert f"{field.name}.{inner.name} " in text
-    assert f"is below, in % [{config.teacher.min_top1}]" in text
+    assert f"the same bytes [{config.teacher.batch}]" in text
     assert "quantizer.hartigan" in text and "quantizer.variant" in text  # other algorithms' keys too
     assert config.protocol.steps is not None  # the dataclass alone has none
     assert f"same compute for every method [{config.protocol.steps}]" in text

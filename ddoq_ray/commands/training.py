@@ -1,0 +1,120 @@
+"""What the training commands share: their keys, the images they read (whole, in one process), their progress."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.schema import option, require
+from ddoq_ray.runtime import Progress, say
+from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
+from ddoq_ray.sources import DIGIT_NAMES, digits
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The keys of both commands; each adds `training`, how its network is trained."""
+
+    dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
+    out: str = option("model", "folder to write")
+    image_size: int = option(16, "side of the images, in pixels")
+    device: str = option("cpu", "cpu or cuda")
+    threads: int = option(1, "torch threads; the weights' bytes depend on it")
+    overwrite: bool = option(False, "replace the folder when it exists")
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 8, f"image_size={self.image_size}: expected 8 or more")
+        require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
+
+
+def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], name: str, **options: Any) -> None:
+    """Read the images and train with `function` (train_prior or train_teacher), showing progress.
+
+    `options` are given the held-out split where they ask for it by the name `held_out`.
+    """
+    import torch
+
+    torch.set_num_threads(command.threads)
+    (images, class_ids), held_out, classes = load_training_data(command.dataset, command.image_size)
+    if "held_out" in options:
+        options["held_out"] = held_out
+    say(f"{name} {len(images):,} images of {len(classes)} classes at {command.image_size} px")
+    with StepBars() as bars:
+        facts = function(
+            images, class_ids, classes, command.out, device=command.device, on_progress=bars,
+            overwrite=command.overwrite, **options,
+        )  # fmt: skip
+    say(f"{name} {command.out}: {facts}")
+
+
+def load_training_data(dataset: DatasetConfig, image_size: int) -> tuple[Split, Split | None, list[str]]:
+    """(training images and class_ids, held-out ones or None, class names).
+
+    Images are uint8 [N, 3, image_size, image_size]. Held out are the digits' selection split, or dataset.val_path.
+
+    Raises:
+        ValueError: When the data is missing, empty, or has samples that cannot be used.
+    """
+    if dataset.path is None:
+        splits = digits()
+        train, held_out = (_grey(*splits[name], image_size) for name in ("train", "selection"))
+        return train, held_out, list(DIGIT_NAMES)
+    shards = list_shards(dataset.path)
+    classes = read_classes(dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
+    train = _read(shards, image_size, len(classes), "dataset.path")
+    held = None
+    if dataset.val_path is not None:
+        val_shards = list_shards(dataset.val_path, key="dataset.val_path")
+        held = _read(val_shards, image_size, len(classes), "dataset.val_path")
+    return train, held, [c.name for c in classes]
+
+
+def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Split:
+    squares = [to_square(Image.fromarray(i).convert("RGB"), size).transpose(2, 0, 1) for i in images]
+    return np.stack(squares), class_ids
+
+
+def _read(shards: list[str], size: int, num_classes: int, key: str) -> Split:
+    bad: list[BadSample] = []
+    images, class_ids, _ = load_arrays(shards, size, num_classes, bad.append)
+    if not len(images):
+        why = f"the first refused one is {bad[0].key}: {bad[0].reason}" if bad else "they hold no members"
+        raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
+    if bad:
+        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].key}: {bad[0].reason}")
+    return images, class_ids
+
+
+class StepBars:
+    """Progress of the training functions, which report (phase, step, steps, loss)."""
+
+    def __init__(self) -> None:
+        self.phase, self.seen = "", 0
+        self.bar: Progress | None = None
+
+    def __call__(self, phase: str, step: int, steps: int, loss: float) -> None:
+        if phase != self.phase:
+            self.close()
+            self.phase, self.bar, self.seen = phase, Progress(phase[:10], steps, "steps"), 0
+        assert self.bar is not None
+        self.bar.advance(step - self.seen, f"loss {loss:.4g}")
+        self.seen = step
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def __enter__(self) -> StepBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
