@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ddoq_ray.page import accuracy_table, render_page
-from ddoq_ray.page_charts import Series, line_chart, ticks
-from ddoq_ray.page_tables import accuracy_lines, method_order, method_slots
+from ddoq_ray.page.charts import Series, line_chart, ticks
+from ddoq_ray.page.tables import accuracy_lines, method_order, method_slots
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 EMPTY_SVG = {"line", "polyline", "polygon", "circle", "path", "rect"}
@@ -243,8 +243,8 @@ def test_not_a_number_is_a_dash(results, images):
 
 
 def test_long_sets_are_cut_and_the_page_says_so(results, monkeypatch):
-    monkeypatch.setattr("ddoq_ray.page.MAX_IMAGES", 4)
-    monkeypatch.setattr("ddoq_ray.page.MAX_CLASSES", 1)
+    monkeypatch.setattr("ddoq_ray.page.render.MAX_IMAGES", 4)
+    monkeypatch.setattr("ddoq_ray.page.render.MAX_CLASSES", 1)
     page = Page(render_page(results, [image("ddoq", c, k, 0.5) for c in range(5) for k in range(2)]))
     assert len(page.all("img")) == 4
     assert "2 of 5 classes are shown" in page.text and "The first 1 classes of 2" in page.text

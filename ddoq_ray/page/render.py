@@ -16,19 +16,16 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from ddoq_ray.page_charts import Series, dot_whisker, legend_sample, line_chart
-from ddoq_ray.page_tables import (
+from ddoq_ray.page.charts import Series, dot_whisker, legend_sample, line_chart
+from ddoq_ray.page.tables import (
     METHODS,
     AccuracyLine,
     accuracy_lines,
-    accuracy_table,
     method_order,
     method_slots,
     number,
     numbers,
 )
-
-__all__ = ["METHODS", "accuracy_table", "render_page"]
 
 SHOWN_SIDE = 128  # CSS pixels; larger images are shown at most this large
 ENLARGED_SIDE = 64  # smaller images are enlarged by a whole factor to about this
@@ -60,7 +57,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
     lines = accuracy_lines(results)
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string(resources.files("ddoq_ray").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    ).from_string(resources.files("ddoq_ray.page").joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         r=results,
         own=own,
