@@ -149,8 +149,9 @@ def read_classes(path: str) -> list[ClassInfo]:
 def _groups(tar: tarfile.TarFile, on_bad: Callable[[BadSample], None]) -> Iterator[_Group]:
     """Consecutive members with one key, by the webdataset library's naming (split at the first dot)."""
     key: str | None = None
-    offset, members, duplicate = 0, {}, None
-    position = 0
+    offset, position = 0, 0
+    members: dict[str, tarfile.TarInfo] = {}
+    duplicate: str | None = None
     try:
         for info in tar:
             position = info.offset
@@ -216,7 +217,7 @@ def _image_member(group: _Group) -> tarfile.TarInfo | None:
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode to 8-bit RGB: EXIF orientation applied, 16-bit grey scaled, palette and alpha resolved on black."""
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from ddoq_ray.sources import DIGIT_NAMES, digits
 def ray_here() -> Iterator[None]:
     """A Ray of two CPUs in this process; address="local", so that no other Ray on the machine is joined."""
     import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else pages of it in every failure
+    ray.data.DataContext.get_current().enable_progress_bars = False
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

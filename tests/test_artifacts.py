@@ -84,7 +84,7 @@ def test_a_place_that_cannot_be_written_says_so_in_its_own_name(tmp_path: Path) 
         with pytest.raises(ValueError, match="a file, not a folder; choose another run_dir") as error:
             Folder(str(place)).check_writable()
         assert f"cannot write {place}:" in str(error.value)
-    with pytest.raises(ValueError, match="cannot write /proc/ddoq: .*choose another run_dir"):
+    with pytest.raises(ValueError, match=r"cannot write /proc/ddoq: .*choose another run_dir"):
         Folder("/proc/ddoq").check_writable()
     for number in (errno.EACCES, errno.EROFS):
         message = write_error("/data/run", OSError(number, "Denied"))

@@ -43,7 +43,8 @@ def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:
     for path in (run, run / "images", f"{run}/images/images-*.tar", f"{run}/images/images-{{000000..000001}}.tar"):
         data = ddoq_ray.load(str(path))
         assert len(data) == 6
-        assert [(i.class_id, i.centroid_id) for i in data.items] == [(c, k) for c in WEIGHTS for k in range(len(WEIGHTS[c]))]
+        keys = [(c, k) for c, weights in WEIGHTS.items() for k in range(len(weights))]
+        assert [(i.class_id, i.centroid_id) for i in data.items] == keys
 
 
 def test_items_are_image_label_and_weight_of_mean_one_in_a_class(run: Path) -> None:
@@ -71,14 +72,14 @@ def test_arrays(run: Path) -> None:
     assert arrays.images[:, 1, 0, 0].tolist() == [0, 40, 80, 0, 0, 40]
     assert arrays.class_ids.tolist() == [0, 0, 0, 1, 4, 4]
     assert arrays.weights.tolist() == [w for ws in WEIGHTS.values() for w in ws]
-    with pytest.raises(ValueError, match="no image in .*synthesize"):
+    with pytest.raises(ValueError, match=r"no image in .*synthesize"):
         load_image_arrays([], 4)
 
 
 def test_what_is_no_distilled_set_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="path=.*holds no"):
+    with pytest.raises(ValueError, match=r"path=.*holds no"):
         ddoq_ray.load(str(tmp_path))
-    with pytest.raises(ValueError, match="path=.*does not exist"):
+    with pytest.raises(ValueError, match=r"path=.*does not exist"):
         ddoq_ray.load(str(tmp_path / "nothing"))
     shard = tmp_path / "x.tar"
     for body, words in [

@@ -23,7 +23,8 @@ def sample(i: int) -> list[tuple[str, bytes]]:
     name = f"{c:05d}-{k:04d}"
     facts = {"centroid_id": k, "weight": WEIGHTS[i], "prompt": f"a photo of {c}", "seed": 0}
     return [
-        (f"{name}.png", encode_png(IMAGES[i])), (f"{name}.cls", str(c).encode()), (f"{name}.json", json.dumps(facts).encode())
+        (f"{name}.png", encode_png(IMAGES[i])), (f"{name}.cls", str(c).encode()),
+        (f"{name}.json", json.dumps(facts).encode()),
     ]  # fmt: skip
 
 

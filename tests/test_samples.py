@@ -308,7 +308,7 @@ def test_index_counts_labelled_images_and_changes_with_the_shard(tmp_path: Path)
 
 def test_index_refuses_a_label_outside_the_class_list(tmp_path: Path) -> None:
     shard = tmp_path / "x.tar"
-    shard.write_bytes(write_tar(sample_members(2) + [("k7.png", png()), ("k7.cls", b"10")]))
+    shard.write_bytes(write_tar([*sample_members(2), ("k7.png", png()), ("k7.cls", b"10")]))
     with pytest.raises(ValueError) as error:
         index_shard(str(shard), 10)
     for word in (str(shard), "sample k7", "label 10", "0 to 9", "dataset.classes"):

@@ -63,7 +63,8 @@ def _read_override(override: str) -> str:
     text = _TEXT.fullmatch(override)
     if text is None or _PLAIN.fullmatch(value):
         return override
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)  # Hydra unescapes before quotes
+    # Hydra takes a backslash for an escape before a quote only.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
     return f"{key}='{escaped}'"
 
 

@@ -7,12 +7,14 @@ the person's own are read where they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -115,13 +117,13 @@ def resolve_mapping(
     for info in classes:
         index = getattr(info, field)
         if index is None:
-            found = by_name.get(info.name.strip().lower()) or by_name.get(info.prompt.strip().lower()) or [None]
+            found = by_name.get(info.name.strip().lower()) or by_name.get(info.prompt.strip().lower()) or []
             if len(found) > 1:  # ImageNet has two cranes
                 raise ValueError(
                     f"class {info.class_id} ({info.name}): the {network} has {len(found)} outputs of that name "
                     f"({', '.join(map(str, found))}); give {field} for it in classes.json"
                 )
-            index = found[0]
+            index = found[0] if found else None
         if index is None:
             known = f"it knows {', '.join(list(names)[:12])}" if names else "it has no class names"
             raise ValueError(
@@ -134,7 +136,8 @@ def resolve_mapping(
                 f"class {info.class_id} ({info.name}) has {field}={index}, but the {network} has outputs 0 to "
                 f"{num_outputs - 1}; mend classes.json or choose another {network}"
             )
-        filled.append(dataclasses.replace(info, **{field: index}))
+        place: dict[str, Any] = {field: index}
+        filled.append(dataclasses.replace(info, **place))
     used = Counter(getattr(c, field) for c in filled)
     twice = [i for i, n in used.items() if n > 1]
     if twice:
@@ -155,6 +158,10 @@ def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
             try:
                 ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
+                for ref in waiting:  # one answer is enough; Ray would print the others' errors
+                    ray.cancel(ref)
+                    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                        ray.get(ref)
                 raise (error.cause if isinstance(error.cause, ValueError) else error) from None
             progress.advance()
     return ray.get(refs)

@@ -296,6 +296,8 @@ class Quantizers:
             assert self.done.all(), "finish() before every shard is done"
             bitmap = np.packbits(self.done).tobytes()
             refs = [actor.advance.remote(bitmap) for actor in self.actors]
+            # An actor whose last call failed holds half a shard: that error must surface, not be run over.
+            ray.get([call for call in self._calls if call is not None])
             with Progress("quantize", len(refs), "quantizers") as progress:
                 waiting = list(refs)
                 while waiting:

@@ -85,10 +85,13 @@ def test_every_field_has_words() -> None:
             check(value)
 
 
-PROMISED = """run_dir seed ipc stages small_class dataset.path dataset.val_path dataset.classes latents.path latents.keep
-prior.path teacher.path teacher.min_top1 quantizer quantizer.num_shards quantizer.winner encoder.workers
-synthesizer.min_workers synthesizer.max_workers synthesizer.strength synthesizer.start weights.scheme student protocol
-num_seeds max_bad_fraction""".split()
+PROMISED = [
+    "run_dir", "seed", "ipc", "stages", "small_class", "dataset.path", "dataset.val_path", "dataset.classes",
+    "latents.path", "latents.keep", "prior.path", "teacher.path", "teacher.min_top1", "quantizer",
+    "quantizer.num_shards", "quantizer.winner", "encoder.workers", "synthesizer.min_workers",
+    "synthesizer.max_workers", "synthesizer.strength", "synthesizer.start", "weights.scheme", "student", "protocol",
+    "num_seeds", "max_bad_fraction",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", PROMISED)
@@ -100,9 +103,8 @@ def test_promised_key_exists(key: str) -> None:
 
 
 def test_values_given_reach_the_dataclass() -> None:
-    config = load_config(
-        ["ipc=50", "quantizer=gram", "quantizer.hartigan=false", "protocol.lr=1", "stages=[prepare,encode]", "run_dir=x"]
-    )
+    quantizer = ["quantizer=gram", "quantizer.hartigan=false"]
+    config = load_config(["ipc=50", *quantizer, "protocol.lr=1", "stages=[prepare,encode]", "run_dir=x"])
     assert (config.ipc, config.quantizer.name, config.stages) == (50, "gram", ("prepare", "encode"))
     assert config.quantizer.hartigan is False  # type: ignore[attr-defined]
     assert isinstance(config.protocol.lr, float)
@@ -119,8 +121,8 @@ def test_yaml_of_a_resolved_configuration_composes_to_itself() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        "shards/train-{0000..0099}.tar", "shards/*.tar", "s3://bucket/x-*.tar", "/data/a=b/c, d/it's here.tar", "a[0-9].tar",
-        "'quoted-{0..3}.tar'", "C:\\data", "~/data", "",
+        "shards/train-{0000..0099}.tar", "shards/*.tar", "s3://bucket/x-*.tar", "/data/a=b/c, d/it's here.tar",
+        "a[0-9].tar", "'quoted-{0..3}.tar'", "C:\\data", "~/data", "",
     ],
 )  # fmt: skip
 def test_paths_need_no_quotes_of_hydra(value: str) -> None:
@@ -131,8 +133,8 @@ def test_paths_need_no_quotes_of_hydra(value: str) -> None:
 def test_run_folder_has_a_word_for_the_data() -> None:
     assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
     for path, title in [
-        ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"), ("s3://b/birds/*.tar", "birds"),
-        ("x.tar", "data"),
+        ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),
+        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"),
     ]:  # fmt: skip
         assert DatasetConfig(path=path).title == title
     assert DatasetConfig(path="data/flowers", name="f").title == "f"
@@ -216,7 +218,7 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["protocol=d4m", "baselines=[]", "protocol.full_epochs=3"], ["protocol.full_epochs", "no effect", "full"]),
         (["protocol.step_factor=0.5"], ["protocol.step_factor", "no effect", "protocol.schedule"]),
         (["cluster=gpu", "cluster.num_cpus=3"], ["cluster.num_cpus", "no effect", "cluster.address"]),
-        (["dataset.path=x", "dataset.val_path=y", "dataset.source=digits"], ["dataset.source", "no effect", "dataset.path"]),
+        (["dataset.path=x", "dataset.val_path=y", "dataset.source=digits"], ["dataset.source", "no effect"]),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, list) and "=" in str(v) else "",
 )

@@ -19,7 +19,8 @@ CATS = [ClassInfo(0, "n1", "Tabby"), ClassInfo(1, "tiger", "a tiger")]
 
 def resolve(classes: list[ClassInfo], names: list[str] | None, outputs: int = 10) -> list[int | None]:
     found = resolve_mapping(classes, "teacher_index", "teacher", names, outputs)
-    assert [(c.class_id, c.name, c.prior_label) for c in found] == [(c.class_id, c.name, c.prior_label) for c in classes]
+    kept = [(c.class_id, c.name, c.prompt, c.prior_label) for c in classes]
+    assert [(c.class_id, c.name, c.prompt, c.prior_label) for c in found] == kept
     return [c.teacher_index for c in found]
 
 
@@ -97,7 +98,7 @@ def test_small_classes() -> None:
     counts = {0: 12, 1: 9, 2: 0}
     with pytest.raises(ValueError) as error:
         check_small_classes(load_config(["ipc=10"]), counts, classes)
-    words = ["2 of 3 classes", "ipc=10", "1 (one): 9", "2 (two): 0", "smaller ipc", "small_class=cap", "small_class=drop"]
+    words = ["2 of 3 classes", "ipc=10", "1 (one): 9", "2 (two): 0", "smaller ipc", "small_class=cap", "=drop"]
     assert all(w in str(error.value) for w in words), str(error.value)
     check_small_classes(load_config(["ipc=10", "small_class=cap"]), counts, classes)
     check_small_classes(load_config(["ipc=10", "small_class=drop"]), counts, classes)
