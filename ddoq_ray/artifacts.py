@@ -204,6 +204,11 @@ class Artifact:
         self.folder.publish_json("manifest.json", manifest)
         return manifest
 
+    def done(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the output of exactly this identity is finished; write nothing, raise nothing."""
+        recorded, status = self._recorded()
+        return status == "done" and recorded is not None and not differences(recorded, identity)
+
     def require(self) -> dict[str, Any]:
         """The manifest, or a clear error that says which stage to run first."""
         manifest = self.manifest()

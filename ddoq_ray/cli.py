@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import ddoq_ray
 from ddoq_ray.config import STAGES, RunConfig
+from ddoq_ray.config.dataset import DatasetConfig
 
 _INTRO = """\
 ddoq-ray distils a labelled image dataset into a few weighted synthetic images per class,
@@ -57,6 +60,26 @@ def help_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+TRAINING_COMMANDS = ("train-prior", "train-teacher")
+
+
+def command_help(command: str) -> str:
+    """What ``train-prior --help`` and ``train-teacher --help`` print."""
+    from ddoq_ray.commands.train_prior import TrainPriorConfig
+    from ddoq_ray.commands.train_teacher import TrainTeacherConfig
+
+    config = {"train-prior": TrainPriorConfig, "train-teacher": TrainTeacherConfig}[command]
+    default = config(dataset=DatasetConfig(source="digits"))
+    lines = [f"ddoq-ray {command} [dataset=digits] out=FOLDER key=value ...", ""]
+    for field in dataclasses.fields(config):
+        value = getattr(default, field.name)
+        if not dataclasses.is_dataclass(value):
+            lines.append(_line(field.name, field, value))
+    lines += _group_lines(default.dataset, "dataset.", set())
+    lines += [f"  training.{f.name:<26} [{getattr(default.training, f.name)}]" for f in dataclasses.fields(default.training)]
+    return "\n".join(lines) + "\n"
+
+
 def _group_lines(group: Any, prefix: str, seen: set[str]) -> list[str]:
     lines = []
     for field in dataclasses.fields(group):
@@ -83,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for what the person can mend, 1 for a bug or a lost cluster."""
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
-        print(help_text(), end="")
+        print(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), end="")
         return 0
     if "--version" in args:
         print(f"ddoq-ray {ddoq_ray.__version__}")
@@ -140,6 +163,15 @@ def user_error(error: BaseException) -> str | None:
         seen.add(id(current))
         inner = getattr(current, "cause", None) or current.__cause__
         if type(current) is ValueError:
-            return str(current)
+            return str(current) if _raised_here(error, current) else None
         current = inner if isinstance(inner, BaseException) else None
     return None
+
+
+def _raised_here(outer: BaseException, error: BaseException) -> bool:
+    """Whether our own code raised `error`: a library's ValueError is a bug of ours and keeps its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename != "<string>" and "/ray/" not in frames[-1].filename:
+        return "ddoq_ray" in frames[-1].filename
+    told = re.findall(r'File "([^"]+)"', str(getattr(outer, "traceback_str", "")))  # a worker's, as text
+    return not told or "ddoq_ray" in told[-1]

@@ -252,7 +252,6 @@ def test_overwrite_makes_it_anew_from_the_other_data(corpus: Path, run_dir: Path
     assert codebook["identity"]["quantizer"]["name"] == "gram"
 
 
-@pytest.mark.xfail(strict=True, reason="encode leaves the quarantine of the latents that overwrite=true replaced")
 def test_quarantine_is_that_of_the_latents_that_are_there(run_dir: Path) -> None:
     assert not quarantine_reasons(Folder(str(run_dir)))
 

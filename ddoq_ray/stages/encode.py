@@ -166,10 +166,13 @@ def run(
     latents = run_folder / "latents"
     artifact = Artifact(latents, "encode")
     facts = identity(config, data, networks.prior_id)
-    if artifact.begin(facts, overwrite=config.overwrite) == "done":
+    status = artifact.begin(facts, overwrite=config.overwrite)
+    if status == "done":
         for shard in range(len(data.train)):
             on_shard(shard)
         return artifact.require()
+    if status == "new":
+        (run_folder / "quarantine").remove()  # what another encoding refused, now replaced
     finished = done_shards(latents)
     for shard in sorted(finished):
         on_shard(shard)

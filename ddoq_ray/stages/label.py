@@ -200,9 +200,12 @@ def run(
     for f in folders:
         sources[f] = Artifact(run_folder / f / "images", "synthesize").require()
         facts[f] = identity(config) | {"images": sources[f]["digest"], "teacher": networks.teacher_id, "codec": codec}
-    todo = [f for f in folders if artifacts[f].begin(facts[f], overwrite=config.overwrite) != "done"]
+    todo = [f for f in folders if not artifacts[f].done(facts[f])]
     if todo:
+        # Before anything is begun: labels refused for one teacher must not be in the way of the next.
         teacher = check_teacher(config, run_folder, data, networks, events)
+        for f in todo:
+            artifacts[f].begin(facts[f], overwrite=config.overwrite)
         made = dict.fromkeys(todo, (0, 0))
         if codec != "online":
             made |= _label(config, run_folder, {f: sources[f] for f in todo}, events, networks, codec)

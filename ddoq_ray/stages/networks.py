@@ -39,13 +39,15 @@ class Inquiry:
 
     def __init__(self, config: RunConfig, *, teacher: bool) -> None:
         teacher_path = config.teacher.path if teacher else None
-        self._ref = _describe.remote(config.prior.path, teacher_path, config.cluster.threads)
+        student = (config.student.arch, config.student.image_size) if teacher else None
+        self._ref = _describe.remote(config.prior.path, teacher_path, student, config.cluster.threads)
 
     def result(self) -> Networks:
         """Wait for the facts.
 
         Raises:
-            ValueError: When a network's folder is missing, incomplete or does not fit together.
+            ValueError: When a network's folder is missing, incomplete or does not fit together, or the student's name
+                is unknown.
         """
         try:
             return ray.get(self._ref)
@@ -54,13 +56,17 @@ class Inquiry:
 
 
 @ray.remote(num_cpus=1)
-def _describe(prior_path: str, teacher_path: str | None, threads: int) -> Networks:
-    from ddoq_ray.models.classifiers import load_classifier
+def _describe(
+    prior_path: str, teacher_path: str | None, student: tuple[str, int] | None, threads: int
+) -> Networks:
+    from ddoq_ray.models.classifiers import build_classifier, load_classifier
     from ddoq_ray.models.prior import load_prior
 
     pin_threads(threads)
     prior = load_prior(prior_path)
     teacher = load_classifier(teacher_path) if teacher_path is not None else None
+    if student is not None:
+        build_classifier(student[0], 2, student[1])  # a name that no one knows must not show up hours later
     return Networks(
         prior_id=prior.id,
         latent_shape=tuple(prior.latent_shape),

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import numpy as np
 import ray
 
@@ -185,6 +186,7 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     facts = identity(config)
     if _status(config, artifact, facts) == "done":
         _take_class_list(config, data)
+        _check_unchanged(Data.load(folder))
     else:
         # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
         # stage behind, which would refuse the right one.
@@ -219,7 +221,8 @@ def resolve(data: Data, networks: Networks) -> Data:
     if networks.teacher_id is not None:
         names = networks.teacher_classes
         classes = resolve_mapping(classes, "teacher_index", "teacher", names, networks.teacher_outputs)
-    (data.run / "data").publish_json("classes.json", [c.to_json() for c in classes])
+    if networks.teacher_id is not None or not (data.run / "data").exists("classes.json"):
+        (data.run / "data").publish_json("classes.json", [c.to_json() for c in classes])
     return dataclasses.replace(data, classes=tuple(classes))
 
 
@@ -254,6 +257,20 @@ def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:
             raise
         return "new"
     return status
+
+
+def _check_unchanged(data: Data) -> None:
+    """Refuse shards that have gone or grown since they were indexed: counts and positions would be wrong."""
+    for shard in (*data.train, *data.val):
+        url = data.url(shard)
+        fs, root = fsspec.core.url_to_fs(url)
+        size = fs.size(root) if fs.exists(root) else None
+        if size != shard.bytes:
+            now = "is gone" if size is None else f"has {size:,} bytes"
+            raise ValueError(
+                f"{url} {now}, but had {shard.bytes:,} when {data.run.path('data')} was prepared; bring it back, use "
+                "another run_dir, or remove data/manifest.json of this one to index the shards again"
+            )
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -144,7 +144,8 @@ def run(
     facts = {}
     for f in folders:
         source = Artifact(run_folder / f / "codebook", "quantize").require()
-        facts[f] = identity(config) | {"codebook": source["digest"], "prior": networks.prior_id}
+        asked = digest_of([(c.prior_label, c.prompt) for c in data.classes])[:32]
+        facts[f] = identity(config) | {"codebook": source["digest"], "prior": networks.prior_id, "classes": asked}
     todo = [f for f in folders if artifacts[f].begin(facts[f], overwrite=config.overwrite) != "done"]
     jobs = [job for f in todo for job in image_jobs(run_folder, f, config.synthesizer.shard_images)]
     shards = {job.name: made for job in jobs if (made := _published(run_folder, job)) is not None}
