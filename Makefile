@@ -26,6 +26,7 @@ test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy ddoq_ray/core ddoq_ray/config ddoq_ray/records.py ddoq_ray/artifacts.py
 
 lock: $(VENV)/.installed  ## write what is installed now to requirements.lock

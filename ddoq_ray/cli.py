@@ -76,7 +76,8 @@ def command_help(command: str) -> str:
         if not dataclasses.is_dataclass(value):
             lines.append(_line(field.name, field, value))
     lines += _group_lines(default.dataset, "dataset.", set())
-    lines += [f"  training.{f.name:<26} [{getattr(default.training, f.name)}]" for f in dataclasses.fields(default.training)]
+    for field in dataclasses.fields(default.training):
+        lines.append(f"  training.{field.name:<19} [{getattr(default.training, field.name)}]")
     return "\n".join(lines) + "\n"
 
 

@@ -203,7 +203,7 @@ def binary_rows(column: pa.ChunkedArray | pa.Array, dtype: str) -> np.ndarray:
     width = array.type.byte_width
     start = array.offset * width
     flat = np.frombuffer(array.buffers()[1], dtype="u1")[start : start + len(array) * width]
-    return flat.view(dtype).reshape(len(array), -1)
+    return flat.view(dtype).reshape(len(array), width // np.dtype(dtype).itemsize)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import threadpoolctl
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from tqdm import tqdm
 
@@ -128,10 +129,18 @@ class Events:
         self.run.publish("events.jsonl", "".join(self._lines).encode())
 
 
+def pin_blas_threads(threads: int) -> None:
+    """Fix the threads of numpy's BLAS, and of the OpenMP libraries that are loaded later (scikit-learn, faiss)."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    threadpoolctl.threadpool_limits(threads)
+
+
 def pin_threads(threads: int) -> None:
     """Fix torch's threads in an actor: the bits of a CPU forward pass depend on their number."""
     import torch
 
+    pin_blas_threads(threads)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
 

@@ -21,7 +21,7 @@ import braceexpand
 import fsspec
 import numpy as np
 import webdataset as wds
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddoq_ray.records import ClassInfo, ShardInfo
 
@@ -259,6 +259,9 @@ def read_samples(shard: str, num_classes: int, on_bad: Callable[[BadSample], Non
                 continue
             try:
                 image = decode_rgb(data)
+            except UnidentifiedImageError:  # its own words hold a memory address, different in every run
+                on_bad(BadSample(group.key, group.offset, "undecodable image: not in any known format"))
+                continue
             except Exception as error:  # PIL raises many kinds; each is one bad picture, never a reason to stop
                 on_bad(BadSample(group.key, group.offset, f"undecodable image: {type(error).__name__}: {error}"))
                 continue

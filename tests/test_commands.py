@@ -17,7 +17,11 @@ from ddoq_ray.sources import DIGIT_NAMES
 def test_train_teacher_makes_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "teacher"
     arguments = [
-        "train-teacher", f"out={out}", "training.epochs=2", "training.arch=convnet3-w32", "training.flip=false"
+        "train-teacher",
+        f"out={out}",
+        "training.epochs=2",
+        "training.arch=convnet3-w32",
+        "training.flip=false",
     ]
     assert main(arguments) == 0
     teacher = load_classifier(out)

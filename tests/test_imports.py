@@ -68,9 +68,11 @@ def test_core_is_pure(path: Path) -> None:
 
 
 def test_core_and_models_run_where_there_is_no_ray() -> None:
-    modules = [
-        module_of(p) for p in SOURCES if p.relative_to(ROOT).parts[0] in ("core", "models")
-    ] + ["ddoq_ray.distilled", "ddoq_ray.samples", "ddoq_ray.config.compose"]
+    modules = [module_of(p) for p in SOURCES if p.relative_to(ROOT).parts[0] in ("core", "models")] + [
+        "ddoq_ray.distilled",
+        "ddoq_ray.samples",
+        "ddoq_ray.config.compose",
+    ]
     code = f"""
 import importlib, sys
 class NoRay:

@@ -45,7 +45,8 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
     # Ray's socket paths are limited to 107 bytes, which pytest's own folders exceed.
     with tempfile.TemporaryDirectory(prefix="ddoq", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [
-            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", "--node-ip-address=127.0.0.1",
+            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
+            "--node-ip-address=127.0.0.1",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}",
             f"--ray-client-server-port={client}", f"--temp-dir={folder}", "--object-store-memory=200000000",

@@ -52,7 +52,9 @@ def test_rows_hold_every_method_and_seed(results: dict) -> None:
 
 def test_w2_with_voronoi_weights_is_the_distortion_and_the_least(results: dict) -> None:
     """Proposition 2: W2^2 = distortion under Voronoi weights, and no other weights do better."""
-    assert {(r["method"], r["class_id"]) for r in results["classes"]} == {(m, c) for m in ("ddoq", "d4m") for c in range(10)}
+    assert {(r["method"], r["class_id"]) for r in results["classes"]} == {
+        (m, c) for m in ("ddoq", "d4m") for c in range(10)
+    }
     for row in results["classes"]:
         assert row["w2_voronoi"] ** 2 == pytest.approx(row["distortion"], rel=1e-6)
         assert row["w2_uniform"] >= row["w2_voronoi"] * (1 - 1e-9)
@@ -70,7 +72,7 @@ def test_each_stage_reports_seconds_items_and_bytes(results: dict) -> None:
 def test_page_is_one_file_with_the_images(run: Path) -> None:
     page = (run / "report/index.html").read_text()
     assert page.count("data:image/png;base64,") >= 60
-    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"/" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="/' not in page
 
 
 def test_weights_of_the_images_are_those_of_the_codebook(run: Path) -> None:

@@ -57,9 +57,7 @@ def encoded(side: int, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def image(
-    method: str, class_id: int, centroid_id: int, weight: float, side: int = 16, kind: str = "PNG"
-) -> dict:
+def image(method: str, class_id: int, centroid_id: int, weight: float, side: int = 16, kind: str = "PNG") -> dict:
     return {
         "method": method, "class_id": class_id, "class_name": f"kind {class_id}", "centroid_id": centroid_id,
         "weight": weight, "png": encoded(side, kind), "width": side, "height": side,
@@ -119,7 +117,8 @@ def test_page_is_well_formed_and_shows_every_number(results, images):
     page = Page(render_page(results, images))
     expected = [
         "shapes, 2 images per class", "1,234", "321", "308 times fewer",  # 1234 / 4 = 308.5, rounded to even
-        "60.50 ± 0.71", "51.00 ± 1.41", "90.00", "80.50 ± 0.71", "61.50 ± 0.71", "epoch 20-21", "+9.50 ± 0.71", "2 pairs",
+        "60.50 ± 0.71", "51.00 ± 1.41", "90.00", "80.50 ± 0.71", "61.50 ± 0.71", "epoch 20-21",
+        "+9.50 ± 0.71", "2 pairs",
         "0.250", "0.750", "1.000",
         "617", "3.75", "−20.0 %", "12.5", "50",  # W2 uniform; (3 - 3.75) / 3.75; mean distortions (9+16)/2, (36+64)/2
         "8.0 s", "154 images/s", "2.5 MB", "12 min 34 s", "900 B", "0.0066 students/s",
@@ -134,9 +133,7 @@ def test_nothing_outside_the_page_is_referred_to(results, images):
     page = Page(html)
     assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
     assert not page.all("script") and "url(" not in html and "@import" not in html
-    references = [
-        v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "srcset", "action")
-    ]
+    references = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "srcset", "action")]
     assert references and all(str(v).startswith("data:") for v in references)
 
 

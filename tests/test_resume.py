@@ -216,13 +216,13 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
     from ddoq_ray.artifacts import Folder
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.runtime import Events
-    from ddoq_ray.stages.latent_log import LatentLog
     from ddoq_ray.stages.networks import Networks
     from ddoq_ray.stages.prepare import Data
     from ddoq_ray.stages.quantize import Quantizers
 
     run = Folder(str(reference))
-    shape, prior_id = LatentLog(run / "latents").shape(0)
+    encoded = run.read_json("latents/manifest.json")
+    prior_id, shape = encoded["identity"]["prior"], tuple(encoded["latent_shape"])
     facts = Networks(prior_id, shape, 16, None, 10, None, None, None, 0, 0, {})
     config = load_config([f"ipc={IPC}", "baselines=[]"])
     expected = {p.name: p.read_bytes() for p in reference.glob("codebook/part-*.parquet")}

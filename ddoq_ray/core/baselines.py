@@ -64,9 +64,7 @@ def minibatch_kmeans(
     if variant not in ("d4m", "sklearn"):
         raise ValueError(f'variant must be "d4m" or "sklearn", got {variant!r}')
     if counts not in ("voronoi", "running") or leftovers not in ("drop", "keep"):
-        raise ValueError(
-            f'expected counts voronoi|running and leftovers drop|keep, got "{counts}", "{leftovers}"'
-        )
+        raise ValueError(f'expected counts voronoi|running and leftovers drop|keep, got "{counts}", "{leftovers}"')
     state = _random_state(seed, class_id, "minibatch") if random_state is None else random_state
     if variant == "sklearn":
         if km_expand != 1 or leftovers != "drop":
@@ -127,9 +125,7 @@ def lloyd(
         random_state=_random_state(seed, class_id, "lloyd"),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # fewer distinct samples than k: counts of 0 tell it
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct samples than k: counts of 0 tell it
         model.fit(x)
     centroids = np.ascontiguousarray(model.cluster_centers_, np.float32)
     return centroids, voronoi_counts(x, centroids)
@@ -170,9 +166,7 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
 def _check(x: npt.ArrayLike, k: int) -> F32:
     array = check_samples(x).astype(np.float32, copy=False)
     if k < 1 or len(array) < k:
-        raise ValueError(
-            f"these algorithms need 1 <= k <= samples, got k={k} and {len(array)} samples: cap k"
-        )
+        raise ValueError(f"these algorithms need 1 <= k <= samples, got k={k} and {len(array)} samples: cap k")
     return array
 
 

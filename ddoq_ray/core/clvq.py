@@ -90,13 +90,9 @@ class Clvq:
         if winner not in WINNERS:
             raise ValueError(f"winner must be one of {WINNERS}, got {winner!r}")
         if buffer < k:
-            raise ValueError(
-                f"buffer must be at least k={k} (k-means++ picks k of the buffered), got {buffer}"
-            )
+            raise ValueError(f"buffer must be at least k={k} (k-means++ picks k of the buffered), got {buffer}")
         if not all(-(2**63) <= value < 2**63 for value in (seed, class_id)):
-            raise ValueError(
-                f"seed and class_id must fit 64 bits (they are stored), got {seed} and {class_id}"
-            )
+            raise ValueError(f"seed and class_id must fit 64 bits (they are stored), got {seed} and {class_id}")
         self.k, self.dim, self.winner, self.batch, self.buffer = k, dim, winner, batch, buffer
         self.seed, self.class_id = seed, class_id
         self._n_seen = 0
@@ -181,9 +177,7 @@ class Clvq:
         missing = sorted({*_SCALARS, "centroids", "counts", "waiting"} - set(state))
         if missing:
             raise ValueError(f"this is no quantizer state: entries {missing} are missing")
-        version, k, dim, winner, batch, buffer, seed, class_id, n_seen = (
-            int(state[name]) for name in _SCALARS
-        )
+        version, k, dim, winner, batch, buffer, seed, class_id, n_seen = (int(state[name]) for name in _SCALARS)
         if version != _STATE_VERSION or winner not in range(len(WINNERS)):
             raise ValueError(f"the state has version {version}, this code reads version {_STATE_VERSION}")
         self = cls(k, dim, winner=WINNERS[winner], batch=batch, buffer=buffer, seed=seed, class_id=class_id)
@@ -210,9 +204,7 @@ class Clvq:
         take = min(capacity - self._waiting, len(rows))
         if take and self._waiting + take > len(self._held):
             # Grows by doubling: most classes of a long-tailed set never fill the buffer.
-            grown = np.empty(
-                (min(capacity, max(2 * len(self._held), self._waiting + take)), self.dim), np.float32
-            )
+            grown = np.empty((min(capacity, max(2 * len(self._held), self._waiting + take)), self.dim), np.float32)
             grown[: self._waiting] = self._held[: self._waiting]
             self._held = grown
         self._held[self._waiting : self._waiting + take] = rows[:take]

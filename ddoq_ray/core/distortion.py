@@ -26,9 +26,7 @@ def check_samples(x: npt.ArrayLike, name: str = "x") -> npt.NDArray[np.floating]
     """
     array = np.asarray(x)
     if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(
-            f"{name} must be [rows, D] with D >= 1 (flatten each latent), got shape {array.shape}"
-        )
+        raise ValueError(f"{name} must be [rows, D] with D >= 1 (flatten each latent), got shape {array.shape}")
     if array.dtype == np.float16:
         array = array.astype(np.float32)
     if array.dtype not in (np.float32, np.float64):
@@ -90,9 +88,7 @@ def nearest(
     return labels
 
 
-def _pair_distances(
-    x: npt.NDArray[np.floating], centroids: npt.NDArray[np.floating], rows: I64, cols: I64
-) -> F64:
+def _pair_distances(x: npt.NDArray[np.floating], centroids: npt.NDArray[np.floating], rows: I64, cols: I64) -> F64:
     """Squared distances x[rows[p]] - centroids[cols[p]], by float64 differences. float64 [P]."""
     out = np.empty(len(rows), np.float64)
     step = max(1, _BLOCK_ELEMENTS // x.shape[1])
@@ -110,9 +106,7 @@ def _check_pair(
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
     x, centroids = check_samples(x), check_samples(centroids, "centroids")
     if x.shape[1] != centroids.shape[1]:
-        raise ValueError(
-            f"x has D={x.shape[1]} but centroids have D={centroids.shape[1]}: same latents expected"
-        )
+        raise ValueError(f"x has D={x.shape[1]} but centroids have D={centroids.shape[1]}: same latents expected")
     if not len(centroids):
         raise ValueError("centroids is empty: at least one is needed")
     return x, centroids

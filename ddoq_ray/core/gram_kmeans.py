@@ -285,9 +285,7 @@ def hartigan_gram(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: in
     points = np.arange(len(gram))
     labels = labels.copy()
     for _ in range(max_iter):
-        sums, sizes, spread = _cell_sums(
-            gram, mass, labels, cells
-        )  # anew each sweep: rounding cannot pile up
+        sums, sizes, spread = _cell_sums(gram, mass, labels, cells)  # anew each sweep: rounding cannot pile up
         dist = diag + spread[:, None] - 2.0 * sums / sizes[:, None]
         own = dist[labels, points]
         threshold = _GAIN * max(float(own @ mass) / mass.sum(), 0.0)

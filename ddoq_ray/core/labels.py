@@ -208,9 +208,7 @@ def choose_codec(num_classes: int, feature_dim: int | None) -> str:
     """
     if feature_dim is None:
         return "logits"
-    smaller = bytes_per_label("features", num_classes, feature_dim) < bytes_per_label(
-        "logits", num_classes, None
-    )
+    smaller = bytes_per_label("features", num_classes, feature_dim) < bytes_per_label("logits", num_classes, None)
     return "features" if smaller else "logits"
 
 
@@ -229,9 +227,7 @@ def make_codec(name: str, num_classes: int, feature_dim: int | None) -> Codec:
 
 def _checked(values: torch.Tensor, columns: int, what: str, setting: str) -> npt.NDArray[np.float32]:
     if values.ndim != 2 or values.shape[1] != columns:
-        raise ValueError(
-            f"expected {what} [B, {columns}] ({setting}={columns}), got shape {list(values.shape)}"
-        )
+        raise ValueError(f"expected {what} [B, {columns}] ({setting}={columns}), got shape {list(values.shape)}")
     array: npt.NDArray[np.float32] = values.detach().float().cpu().numpy()
     if not (np.abs(array) <= _FP16_MAX).all():  # false for NaN too
         raise ValueError(
@@ -242,11 +238,7 @@ def _checked(values: torch.Tensor, columns: int, what: str, setting: str) -> npt
 
 
 def _as_torch(packed: Packed | torch.Tensor, nbytes: int) -> torch.Tensor:
-    rows = (
-        packed
-        if isinstance(packed, torch.Tensor)
-        else torch.from_numpy(np.require(packed, requirements=["C", "W"]))
-    )
+    rows = packed if isinstance(packed, torch.Tensor) else torch.from_numpy(np.require(packed, requirements=["C", "W"]))
     if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] != nbytes:
         raise ValueError(f"expected labels uint8 [B, {nbytes}], got {rows.dtype} {list(rows.shape)}")
     return rows.contiguous()

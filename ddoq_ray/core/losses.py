@@ -84,8 +84,7 @@ def weighted_cross_entropy(
     """
     if logits.ndim != 2 or targets.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
-            "expected logits [B, C] and targets [B] or [B, C], got "
-            f"{list(logits.shape)} and {list(targets.shape)}"
+            f"expected logits [B, C] and targets [B] or [B, C], got {list(logits.shape)} and {list(targets.shape)}"
         )
     targets = targets.float() if targets.ndim == 2 else targets
     loss = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
@@ -145,21 +144,16 @@ def image_weights(
     worst = np.abs(total - 1).argmax()
     if abs(total[worst] - 1) > 1e-5:  # float32 weights pass, counts do not
         raise ValueError(
-            f"companion weights must sum to 1 within each class, got {total[worst]:g} "
-            f"for class {present[worst]}"
+            f"companion weights must sum to 1 within each class, got {total[worst]:g} for class {present[worst]}"
         )
     share = size[position] * weights
     out = {"counts": share, "sqrt": np.sqrt(share), "uniform": np.ones_like(weights)}[scheme]
     if across == "empirical":
         if class_mass is None:
-            raise ValueError(
-                "weights across classes 'empirical' need class_mass, the images of each source class"
-            )
+            raise ValueError("weights across classes 'empirical' need class_mass, the images of each source class")
         mass = np.asarray(class_mass, dtype=np.float64)
         if mass.ndim != 1 or present[0] < 0 or present[-1] >= mass.size or not (mass[present] > 0).all():
-            raise ValueError(
-                f"class_mass must hold a number above 0 for each class id, got shape {mass.shape}"
-            )
+            raise ValueError(f"class_mass must hold a number above 0 for each class id, got shape {mass.shape}")
         out = out * (mass[present] / mass[present].sum() * present.size)[position]
     return out
 

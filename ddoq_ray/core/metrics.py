@@ -30,9 +30,7 @@ def topk_correct(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.T
         ValueError: shapes that do not agree, or k outside 1..C.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected logits [B, C] and targets [B], got {list(logits.shape)} and {list(targets.shape)}"
-        )
+        raise ValueError(f"expected logits [B, C] and targets [B], got {list(logits.shape)} and {list(targets.shape)}")
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k must be in 1..{logits.shape[1]} (the number of classes), got {k}")
     column = targets.long().unsqueeze(1)

@@ -43,9 +43,7 @@ def philox(*key: int | str) -> np.random.Generator:
         else:
             # bool is an int in Python; True and 1 would silently share a stream.
             if isinstance(part, (bool, np.bool_)) or not hasattr(part, "__index__"):
-                raise ValueError(
-                    f"a key part must be an integer or a string, got {type(part).__name__}: {part!r}"
-                )
+                raise ValueError(f"a key part must be an integer or a string, got {type(part).__name__}: {part!r}")
             tag, payload = b"i", str(operator.index(part)).encode("ascii")
         digest.update(tag + len(payload).to_bytes(8, "little") + payload)
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))

@@ -73,15 +73,12 @@ class ViewSpec:
             raise ValueError(f"kind must be 'rrc' or 'none', got {self.kind!r}")
         if not 0 < self.min_scale <= self.max_scale <= 1:
             raise ValueError(
-                "expected 0 < min_scale <= max_scale <= 1, got "
-                f"min_scale={self.min_scale}, max_scale={self.max_scale}"
+                f"expected 0 < min_scale <= max_scale <= 1, got min_scale={self.min_scale}, max_scale={self.max_scale}"
             )
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio must be (smallest, largest) aspect, both above 0, got {self.ratio}")
         if not self.cutmix_beta > 0:
-            raise ValueError(
-                f"cutmix_beta must be above 0, got {self.cutmix_beta}; turn CutMix off by cutmix=False"
-            )
+            raise ValueError(f"cutmix_beta must be above 0, got {self.cutmix_beta}; turn CutMix off by cutmix=False")
 
 
 @dataclass(frozen=True)
@@ -185,9 +182,7 @@ def render(
         raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}")
     rows = _as_numpy(index)
     if len(rows) != len(params.partner):
-        raise ValueError(
-            f"expected one row of params for each of {len(rows)} indices, got {len(params.partner)}"
-        )
+        raise ValueError(f"expected one row of params for each of {len(rows)} indices, got {len(params.partner)}")
     looked_at, boxes, flip = rows[None], params.boxes[None], params.flip[None]
     mix = bool((params.partner >= 0).any())
     if mix:

@@ -59,9 +59,7 @@ class Classifier(nn.Module):
         """Join the parts; see `build_classifier`."""
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"classifier: expected 3 means and 3 positive standard deviations, got {mean}, {std}"
-            )
+            raise ValueError(f"classifier: expected 3 means and 3 positive standard deviations, got {mean}, {std}")
         if classes is not None and len(classes) != head.out_features:
             raise ValueError(f"classifier: {len(classes)} class names for {head.out_features} outputs")
         self.arch = arch
@@ -71,9 +69,7 @@ class Classifier(nn.Module):
         self.trunk = trunk
         self.head = head
         # Not in the state dict: the folder's config.json is where they are written and read.
-        self.register_buffer(
-            "mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
-        )
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def features(self, x: Tensor) -> Tensor:
@@ -283,9 +279,7 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))  # copies into float32 parameters
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"classifier: {folder / WEIGHTS_FILE} does not fit its config.json: {error}"
-        ) from error
+        raise ValueError(f"classifier: {folder / WEIGHTS_FILE} does not fit its config.json: {error}") from error
     return model.to(device).eval()
 
 

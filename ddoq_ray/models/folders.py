@@ -106,9 +106,7 @@ def content_digest(configs: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
 
 def _without_private(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            k: _without_private(v) for k, v in value.items() if not k.startswith("_") or k == "_class_name"
-        }
+        return {k: _without_private(v) for k, v in value.items() if not k.startswith("_") or k == "_class_name"}
     return value
 
 

@@ -83,9 +83,7 @@ class Prior(ABC):
         """
 
 
-def load_prior(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str = "float32"
-) -> Prior:
+def load_prior(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str = "float32") -> Prior:
     """Load a prior from a folder in diffusers' format, `shipped:<name>`, or a Hugging Face id.
 
     Args:

@@ -62,9 +62,7 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: expected a dtype of {sorted(DTYPES)}, got {dtype!r}")
         size = denoiser.config["sample_size"]
         if size is None:
-            raise ValueError(
-                "prior: the denoiser's config has no sample_size, so the latents' size is unknown"
-            )
+            raise ValueError("prior: the denoiser's config has no sample_size, so the latents' size is unknown")
         height, width = (size, size) if isinstance(size, int) else size
         channels = denoiser.config["in_channels"]
         if vae.config["latent_channels"] != channels:
@@ -74,13 +72,9 @@ class ClassConditionalPrior(Prior):
             )
         out_channels = denoiser.config["out_channels"] or channels
         if out_channels not in (channels, 2 * channels):
-            raise ValueError(
-                f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}"
-            )
+            raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
         if not hasattr(scheduler, "add_noise"):
-            raise ValueError(
-                f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM"
-            )
+            raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
         if height != width:
             raise ValueError(f"prior: expected square latents, got {height} x {width}")
         self.num_classes, self._has_null = _class_count(denoiser, classes)
@@ -124,9 +118,7 @@ class ClassConditionalPrior(Prior):
         denoiser = _load_network(_DENOISERS[kind], folder, part)
         scheduler_class = getattr(diffusers, str(raw["scheduler"].get("_class_name")), None)
         if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
-            raise ValueError(
-                f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})"
-            )
+            raise ValueError(f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})")
         # The digest covers the files' own configs: a newer diffusers adds defaults to the loaded ones.
         digest = content_digest(
             {"vae": raw["vae"], "denoiser": raw[part], "scheduler": raw["scheduler"]}, _tensors(vae, denoiser)
@@ -269,9 +261,7 @@ class ClassConditionalPrior(Prior):
             elif kind == "v_prediction":
                 clean, eps = signal * z - sigma * output, signal * output + sigma * z
             else:
-                raise ValueError(
-                    f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}"
-                )
+                raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
             alpha = alphas[t]
             z = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps
         return z
@@ -293,9 +283,7 @@ class ClassConditionalPrior(Prior):
         if noise.shape != latents.shape:
             raise ValueError(f"prior: expected noise {tuple(latents.shape)}, got {tuple(noise.shape)}")
         if labels.shape != latents.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"prior: expected int64 labels [{len(latents)}], got {labels.dtype} {tuple(labels.shape)}"
-            )
+            raise ValueError(f"prior: expected int64 labels [{len(latents)}], got {labels.dtype} {tuple(labels.shape)}")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
                 f"prior: labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
@@ -311,9 +299,7 @@ class ClassConditionalPrior(Prior):
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"prior: strength must lie in [0, 1], got {strength}")
         if guidance != 1.0 and not self._has_null:
-            raise ValueError(
-                f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1"
-            )
+            raise ValueError(f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1")
         if start == "inversion" and not (
             hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0
         ):
@@ -351,9 +337,7 @@ def _load_network(network_class: Any, folder: Path, part: str) -> Any:
             output_loading_info=True, local_files_only=True,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"prior: {folder / part} does not load as {network_class.__name__}: {error}"
-        ) from error
+        raise ValueError(f"prior: {folder / part} does not load as {network_class.__name__}: {error}") from error
     absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if absent:
         raise ValueError(f"prior: {folder / part} lacks {len(absent)} tensors, such as {absent[:3]}")
@@ -369,15 +353,11 @@ def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | No
         return None
     names = {int(label): str(name) for label, name in id2label.items()}
     if sorted(names) != list(range(len(names))):
-        raise ValueError(
-            "prior: id2label in model_index.json must name the labels 0, 1, 2, ... without a gap"
-        )
+        raise ValueError("prior: id2label in model_index.json must name the labels 0, 1, 2, ... without a gap")
     return [names[label] for label in range(len(names))]
 
 
-def _class_count(
-    denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None
-) -> tuple[int, bool]:
+def _class_count(denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None) -> tuple[int, bool]:
     """(num_classes, has a null label). A UNet's table does not tell if its last row is the null."""
     if isinstance(denoiser, DiTTransformer2DModel):
         count = int(denoiser.config["num_embeds_ada_norm"])

@@ -82,9 +82,7 @@ class PriorTraining:
         if self.dtype not in DTYPES:
             raise ValueError(f"prior training: dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}"
-            )
+            raise ValueError(f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}")
         for name in (
             "latent_channels",
             "autoencoder_steps",
@@ -96,9 +94,7 @@ class PriorTraining:
                 raise ValueError(f"prior training: {name} must be positive, got {getattr(self, name)}")
         for name in ("autoencoder_widths", "unet_widths"):
             if not getattr(self, name) or any(width % _GROUPS for width in getattr(self, name)):
-                raise ValueError(
-                    f"prior training: {name} must be multiples of {_GROUPS}, got {getattr(self, name)}"
-                )
+                raise ValueError(f"prior training: {name} must be multiples of {_GROUPS}, got {getattr(self, name)}")
         if not 0 <= self.ema < 1 or not 0 <= self.label_dropout < 1:
             raise ValueError("prior training: ema and label_dropout must lie in [0, 1)")
 
@@ -142,9 +138,7 @@ def train_prior(
     size = images.shape[-1]
     factor = 2 ** (len(config.autoencoder_widths) - 1)
     if size % factor:
-        raise ValueError(
-            f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)"
-        )
+        raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
     device = torch.device(device)
     report = on_progress or (lambda phase, step, steps, loss: None)
     pixels = (torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1.0).to(device)
@@ -180,31 +174,22 @@ def train_prior(
 
 def check_images(images: np.ndarray, class_ids: np.ndarray, classes: Sequence[str]) -> None:
     """Raise a ValueError unless images are uint8 [N, 3, S, S] and labels int [N] in 0 .. len(classes) - 1."""
-    if (
-        images.ndim != 4
-        or images.shape[1] != 3
-        or images.shape[2] != images.shape[3]
-        or images.dtype != np.uint8
-    ):
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or images.dtype != np.uint8:
         raise ValueError(f"training: expected images uint8 [N, 3, S, S], got {images.dtype} {images.shape}")
     if class_ids.shape != images.shape[:1] or not np.issubdtype(class_ids.dtype, np.integer):
-        raise ValueError(
-            f"training: expected {len(images)} integer labels, got {class_ids.dtype} {class_ids.shape}"
-        )
+        raise ValueError(f"training: expected {len(images)} integer labels, got {class_ids.dtype} {class_ids.shape}")
     if len(images) == 0:
         raise ValueError("training: expected at least one image, got none")
     if class_ids.min() < 0 or class_ids.max() >= len(classes):
         raise ValueError(
-            f"training: labels must lie in 0 .. {len(classes) - 1}, "
-            f"got {class_ids.min()} .. {class_ids.max()}"
+            f"training: labels must lie in 0 .. {len(classes) - 1}, got {class_ids.min()} .. {class_ids.max()}"
         )
 
 
 def canonical_order(images: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
     """int64 [N]: rows by class, then by content, so that training does not depend on the shards' order."""
     keys = [
-        (int(c), hashlib.blake2b(x.tobytes(), digest_size=16).digest())
-        for c, x in zip(class_ids, images, strict=True)
+        (int(c), hashlib.blake2b(x.tobytes(), digest_size=16).digest()) for c, x in zip(class_ids, images, strict=True)
     ]
     return np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
@@ -220,9 +205,7 @@ def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
         order = order[batch:]
 
 
-def _train_autoencoder(
-    pixels: Tensor, config: PriorTraining, report: Progress
-) -> tuple[AutoencoderKL, float]:
+def _train_autoencoder(pixels: Tensor, config: PriorTraining, report: Progress) -> tuple[AutoencoderKL, float]:
     levels = len(config.autoencoder_widths)
     vae = _seeded(
         config.seed,
@@ -264,9 +247,7 @@ def _train_denoiser(
     latents: Tensor, labels: Tensor, num_classes: int, config: PriorTraining, report: Progress
 ) -> tuple[UNet2DModel | DiTTransformer2DModel, float]:
     channels, size = latents.shape[1], latents.shape[2]
-    model = _seeded(config.seed + 1, lambda: _build_denoiser(channels, size, num_classes, config)).to(
-        latents.device
-    )
+    model = _seeded(config.seed + 1, lambda: _build_denoiser(channels, size, num_classes, config)).to(latents.device)
     # Stays in eval mode: diffusers' DiT drops labels by itself while training, in each block apart and from
     # the global generator; labels are dropped here instead, for the whole network. There is no other dropout.
     model.eval()
@@ -279,9 +260,7 @@ def _train_denoiser(
         z = latents[index.to(latents.device)]
         y = labels[index.to(latents.device)]
         noise = torch.randn(z.shape, generator=generator).to(z.device)
-        t = torch.randint(scheduler.config["num_train_timesteps"], (len(z),), generator=generator).to(
-            z.device
-        )
+        t = torch.randint(scheduler.config["num_train_timesteps"], (len(z),), generator=generator).to(z.device)
         dropped = (torch.rand(len(z), generator=generator) < config.label_dropout).to(z.device)
         y = torch.where(dropped, num_classes, y)
         noisy = scheduler.add_noise(z, noise, t)
@@ -332,9 +311,7 @@ def _build_denoiser(
 
 def _scheduler(config: PriorTraining) -> DDIMScheduler:
     # clip_sample, diffusers' default, cuts at +-1: right for pixels, ruinous for latents of unit deviation.
-    return DDIMScheduler(
-        clip_sample=False, prediction_type=config.prediction_type, beta_schedule=config.beta_schedule
-    )
+    return DDIMScheduler(clip_sample=False, prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
 
 
 def _seeded(seed: int, build: Callable[[], Any]) -> Any:

@@ -56,9 +56,7 @@ class TeacherTraining:
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
         if self.epochs < 1 or self.batch < 2:
-            raise ValueError(
-                f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}"
-            )
+            raise ValueError(f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}")
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"teacher training: optimizer must be adamw or sgd, got {self.optimizer!r}")
         if self.dtype not in ("float32", "float16"):
@@ -198,12 +196,7 @@ def accuracy(model: Classifier, images: np.ndarray, class_ids: np.ndarray, *, ba
     """
     correct = 0
     for begin in range(0, len(images), batch):
-        x = (
-            torch.from_numpy(np.ascontiguousarray(images[begin : begin + batch]))
-            .to(model.mean.device)
-            .float()
-            / 255
-        )
+        x = torch.from_numpy(np.ascontiguousarray(images[begin : begin + batch])).to(model.mean.device).float() / 255
         predicted = model(x).argmax(1).cpu().numpy()
         correct += int((predicted == class_ids[begin : begin + batch]).sum())
     return 100.0 * correct / len(images)

@@ -104,8 +104,7 @@ def line_chart(
     x_ticks = [v for v in ticks(x_low, x_high) if float(v).is_integer()] or [x_low]
     for value in x_ticks:
         out.append(
-            f'<text class="tick" x="{px(value):.1f}" y="{_HEIGHT - _BOTTOM + 18}" '
-            f'text-anchor="middle">{value:g}</text>'
+            f'<text class="tick" x="{px(value):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
         )
     out.append(
         f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.1f}" y="{_HEIGHT - 4}" '

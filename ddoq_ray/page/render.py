@@ -47,11 +47,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
         The whole HTML document. It refers to nothing outside itself.
     """
     own = str(results.get("own_method") or "")
-    named = [
-        str(part.get("method", ""))
-        for key in ("rows", "classes", "curves")
-        for part in results.get(key) or []
-    ]
+    named = [str(part.get("method", "")) for key in ("rows", "classes", "curves") for part in results.get(key) or []]
     methods = method_order(named + [str(image.get("method", "")) for image in images], own)
     slots = method_slots(methods, own)
     lines = accuracy_lines(results)
@@ -102,9 +98,7 @@ def _headline(results: Mapping[str, Any], lines: list[AccuracyLine], own: str) -
         (beside("full") if own != "full" else None, "full training set"),
     ):
         if line is not None and line.top1 is not None:
-            figures.append(
-                {"line": line, "word": word, "mean": f"{line.top1.mean:.1f}", "std": line.top1.std}
-            )
+            figures.append({"line": line, "word": word, "mean": f"{line.top1.mean:.1f}", "std": line.top1.std})
     return {
         "real": _count(real),
         "made": _count(made),
@@ -188,9 +182,7 @@ def _galleries(images: Sequence[Mapping[str, Any]], methods: list[str]) -> list[
         rows: list[dict[str, Any]] = []
         shown = 0
         for class_id in sorted(by_class):
-            group = sorted(
-                by_class[class_id], key=lambda i: (-(number(i.get("weight")) or 0.0), int(i["centroid_id"]))
-            )
+            group = sorted(by_class[class_id], key=lambda i: (-(number(i.get("weight")) or 0.0), int(i["centroid_id"])))
             if rows and shown + len(group) > MAX_IMAGES:
                 break
             shown += len(group)
@@ -209,9 +201,7 @@ def _galleries(images: Sequence[Mapping[str, Any]], methods: list[str]) -> list[
                         "bar": f"{100 * max(weight or 0.0, 0.0) / top:.1f}",
                     }
                 )
-            rows.append(
-                {"class_id": class_id, "name": str(group[0].get("class_name") or class_id), "cells": cells}
-            )
+            rows.append({"class_id": class_id, "name": str(group[0].get("class_name") or class_id), "cells": cells})
         galleries.append({"method": method, "rows": rows, "shown": shown, "classes": len(by_class)})
     return galleries
 
@@ -249,9 +239,7 @@ def _curves(results: Mapping[str, Any], slots: Mapping[str, str], own: str) -> d
             }
             for s, loss in zip(charts["top1_pct"], charts["train_loss"], strict=True)
         ],
-        "top1": line_chart(
-            charts["top1_pct"], title="Top-1 accuracy by epoch", unit=" %", floor=0.0, ceiling=100.0
-        ),
+        "top1": line_chart(charts["top1_pct"], title="Top-1 accuracy by epoch", unit=" %", floor=0.0, ceiling=100.0),
         "loss": line_chart(charts["train_loss"], title="Training loss by epoch", floor=0.0),
     }
 
@@ -263,15 +251,11 @@ def _codebook(results: Mapping[str, Any], methods: list[str], own: str) -> dict[
     ipc = results.get("ipc")
     entries = [e for e in entries if e.get("ipc", ipc) == ipc] or entries
     measured = [
-        e
-        for e in entries
-        if number(e.get("w2_voronoi")) is not None and number(e.get("w2_uniform")) is not None
+        e for e in entries if number(e.get("w2_voronoi")) is not None and number(e.get("w2_uniform")) is not None
     ]
     with_w2 = [str(e.get("method", "")) for e in measured]
     shown_method = own if own in with_w2 else next((m for m in methods if m in with_w2), "")
-    chosen = sorted(
-        (e for e in measured if str(e.get("method", "")) == shown_method), key=lambda e: int(e["class_id"])
-    )
+    chosen = sorted((e for e in measured if str(e.get("method", "")) == shown_method), key=lambda e: int(e["class_id"]))
     top = max((float(e[k]) for e in chosen for k in ("w2_voronoi", "w2_uniform")), default=0.0) or 1.0
     rows = [
         {
@@ -299,8 +283,7 @@ def _codebook(results: Mapping[str, Any], methods: list[str], own: str) -> dict[
         "mean_voronoi": _figures(fmean(float(e["w2_voronoi"]) for e in chosen)) if chosen else "",
         "mean_uniform": _figures(fmean(float(e["w2_uniform"]) for e in chosen)) if chosen else "",
         "distortion": [
-            {"method": m, "mean": _figures(v), "classes": n, "bar": f"{100 * v / top:.1f}"}
-            for m, v, n in means
+            {"method": m, "mean": _figures(v), "classes": n, "bar": f"{100 * v / top:.1f}"} for m, v, n in means
         ],
     }
 
@@ -351,11 +334,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "bar": f"{100 * took / top:.1f}",
                 "items": f"{_count(items)} {unit}" if items is not None else "",
                 "bytes": _bytes(stage.get("bytes")),
-                "rate": ""
-                if rate is None
-                else f"{rate:,.0f} {unit}/s"
-                if rate >= 10
-                else f"{rate:.2g} {unit}/s",
+                "rate": "" if rate is None else f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s",
             }
         )
     return {"rows": rows, "total": _seconds(sum(seconds))}

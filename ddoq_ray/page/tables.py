@@ -120,9 +120,7 @@ def _range(values: Iterable[Any]) -> str:
     return str(kept[0]) if len(kept) == 1 else f"{kept[0]}-{kept[-1]}"
 
 
-def _find_paired(
-    results: Mapping[str, Any], method: str, ipc: int | None, student: str
-) -> Mapping[str, Any] | None:
+def _find_paired(results: Mapping[str, Any], method: str, ipc: int | None, student: str) -> Mapping[str, Any] | None:
     """The paired difference of a line; an entry that names no ipc belongs to the run's own ipc."""
     entries: list[Mapping[str, Any]] = list(results.get("paired") or [])
     for entry in entries:
@@ -205,9 +203,7 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
     words = {0, 2}  # columns of words are flush left, numbers flush right
 
     def join(row: list[str]) -> str:
-        cells = (
-            v.ljust(w) if i in words else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True))
-        )
+        cells = (v.ljust(w) if i in words else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
         return "  ".join(cells).rstrip()
 
     note = "mean +- sample std over seeds; vs random: paired by seed; the best epoch is picked on the scored images"

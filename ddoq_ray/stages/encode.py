@@ -25,7 +25,7 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.records import ChunkRecord, ShardDone, fixed_binary, latent_schema
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
-from ddoq_ray.samples import BadSample, read_samples, to_square
+from ddoq_ray.samples import BadSample, Sample, read_samples, to_square
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -45,36 +45,31 @@ def read_chunks(
     """
     for shard, url in zip(batch["shard"].tolist(), batch["url"].tolist(), strict=True):
         bad: list[BadSample] = []
-        keys: list[str] = []
-        class_ids: list[int] = []
-        pixels: list[np.ndarray] = []
-        chunk = 0
-
-        def row(last: bool) -> dict[str, list[Any]]:
-            body = np.stack(pixels).tobytes() if pixels else b""
-            packed = (list(keys), np.asarray(class_ids, np.int32).tobytes(), body)  # noqa: B023
-            return {
-                "shard": [shard],  # noqa: B023
-                "chunk": [chunk],  # noqa: B023
+        chunks = _in_chunks(read_samples(url, num_classes, bad.append), chunk_samples)
+        for number, (samples, last) in enumerate(chunks):
+            if last and bad:
+                lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
+                quarantine.publish(f"{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
+            yield {
+                "shard": [shard],
+                "chunk": [number],
                 "last": [last],
-                "refused": [len(bad) if last else 0],  # noqa: B023
-                "keys": [json.dumps(packed[0])],
-                "class_ids": [packed[1]],
-                "pixels": [packed[2]],
+                "refused": [len(bad) if last else 0],
+                "keys": [json.dumps([s.key for s in samples])],
+                "class_ids": [np.asarray([s.class_id for s in samples], np.int32).tobytes()],
+                "pixels": [b"".join(to_square(s.image, image_size).tobytes() for s in samples)],
             }
 
-        for sample in read_samples(url, num_classes, bad.append):
-            if len(keys) == chunk_samples:  # one sample ahead, so that the last chunk is known to be the last
-                yield row(last=False)
-                chunk += 1
-                keys, class_ids, pixels = [], [], []
-            keys.append(sample.key)
-            class_ids.append(sample.class_id)
-            pixels.append(to_square(sample.image, image_size))
-        if bad:
-            lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
-            quarantine.publish(f"{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
-        yield row(last=True)
+
+def _in_chunks(samples: Iterator[Sample], size: int) -> Iterator[tuple[list[Sample], bool]]:
+    """(samples, whether these are the last); at least once, possibly without samples."""
+    chunk: list[Sample] = []
+    for sample in samples:
+        if len(chunk) == size:  # one sample ahead, so that the last chunk is known to be the last
+            yield chunk, False
+            chunk = []
+        chunk.append(sample)
+    yield chunk, True
 
 
 class Encoder:
@@ -217,7 +212,7 @@ def reuse(latents: Folder, data: Data, networks: Networks, on_shard: Callable[[i
     """
     manifest = Artifact(latents, "encode").require()
     if not manifest.get("kept", True):
-        raise ValueError(f"{latents.uri}: these latents were removed after their run (latents.keep=false); encode again")
+        raise ValueError(f"{latents.uri}: its latents were removed after their run (latents.keep=false); encode again")
     made = manifest["identity"]
     for what, there, here in (("prior", made["prior"], networks.prior_id), ("data", made["data"], data.digest)):
         if there != here:
@@ -265,7 +260,12 @@ def _stream(
         .map_batches(
             Encoder,
             batch_size=1,
-            fn_constructor_args=(config.prior.path, run_folder / "latents", config.encoder.batch, cluster.threads),
+            fn_constructor_kwargs={
+                "prior_path": config.prior.path,
+                "latents": run_folder / "latents",
+                "batch": config.encoder.batch,
+                "threads": cluster.threads,
+            },
             compute=ray.data.ActorPoolStrategy(size=config.encoder.workers),
             num_cpus=cluster.encoder.num_cpus,
             num_gpus=cluster.encoder.num_gpus or None,

@@ -75,7 +75,11 @@ def run(
     indices = [int(c.teacher_index) for c in data.classes if c.teacher_index is not None]
     refs = [
         _evaluate.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            run_folder, [r.folder for r in rows[i::tasks]], config.student.image_size, data.val_urls, indices,
+            run_folder,
+            [r.folder for r in rows[i::tasks]],
+            config.student.image_size,
+            data.val_urls,
+            indices,
             config.cluster.threads,
         )
         for i in range(tasks)
@@ -93,8 +97,10 @@ def run(
     report.publish_json(
         "evaluate.json",
         {
-            "seconds": round(time.time() - start, 3), "unit": "images",
-            "items": sum(r["val_images"] for r in ordered), "bytes": sum(s.bytes for s in data.val),
+            "seconds": round(time.time() - start, 3),
+            "unit": "images",
+            "items": sum(r["val_images"] for r in ordered),
+            "bytes": sum(s.bytes for s in data.val),
         },
     )
     events.add("stage finished", stage="evaluate", students=len(rows))

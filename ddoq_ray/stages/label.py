@@ -287,9 +287,7 @@ def read_labels(labels: Folder, epoch: int) -> np.ndarray:
     """
     from ddoq_ray.records import binary_rows
 
-    parts = [
-        pq.read_table(io.BytesIO(labels.read(name))) for name in labels.names(f"epoch-{epoch:04d}/*.parquet")
-    ]
+    parts = [pq.read_table(io.BytesIO(labels.read(name))) for name in labels.names(f"epoch-{epoch:04d}/*.parquet")]
     if not parts:
         raise ValueError(f"{labels.uri} has no labels of epoch {epoch}; run the label stage with this protocol first")
     table = pa.concat_tables(parts)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.artifacts import Folder
+from ddoq_ray.artifacts import Folder, digest_of
 from ddoq_ray.records import ChunkRecord, ShardDone, binary_rows
 
 
@@ -41,30 +40,18 @@ class LatentLog:
             rows = binary_rows(part["latent"], "<f2").astype(np.float32)
             yield class_id, rows, part["key"].to_pylist()
 
-    def _table(self, chunk: ChunkRecord):  # type: ignore[no-untyped-def]
+    def _table(self, chunk: ChunkRecord) -> pa.Table:
+        path = self.folder.path(chunk.file)
         try:
-            if self.folder.local:
-                table = pq.read_table(self.folder.path(chunk.file), memory_map=True)
-            else:
-                table = pq.read_table(io.BytesIO(self.folder.read(chunk.file)))
+            data = self.folder.read(chunk.file)
         except FileNotFoundError:
             raise ValueError(
-                f"latent file {self.folder.path(chunk.file)} is missing although its shard was encoded "
-                "(latents.keep=false removes them after a run); encode again in a new run_dir"
+                f"latent file {path} is missing although its shard was encoded (latents.keep=false removes them after "
+                "a run); encode again in a new run_dir"
             ) from None
-        except Exception as error:  # pyarrow raises OSError, ArrowInvalid and others for a damaged file
+        if digest_of(data) != chunk.sha256:
             raise ValueError(
-                f"latent file {self.folder.path(chunk.file)} cannot be read ({error}); "
-                "encode again in a new run_dir"
-            ) from error
-        if table.num_rows != chunk.rows:
-            raise ValueError(
-                f"latent file {self.folder.path(chunk.file)} has {table.num_rows} rows, its record says {chunk.rows}; "
-                "encode again in a new run_dir"
+                f"latent file {path} is not the one that was encoded: it has {len(data):,} bytes and another digest "
+                "than its record; encode again in a new run_dir"
             )
-        return table
-
-    def shape(self, shard: int) -> tuple[tuple[int, ...], str]:
-        """(latent shape, prior id) from the schema of the first chunk of a shard."""
-        schema = self._table(self.done(shard).chunks[0]).schema
-        return tuple(json.loads(schema.metadata[b"latent_shape"])), schema.metadata[b"prior_id"].decode()
+        return pq.read_table(pa.BufferReader(data))

@@ -56,9 +56,7 @@ class Inquiry:
 
 
 @ray.remote(num_cpus=1)
-def _describe(
-    prior_path: str, teacher_path: str | None, student: tuple[str, int] | None, threads: int
-) -> Networks:
+def _describe(prior_path: str, teacher_path: str | None, student: tuple[str, int] | None, threads: int) -> Networks:
     from ddoq_ray.models.classifiers import build_classifier, load_classifier
     from ddoq_ray.models.prior import load_prior
 

@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import threadpoolctl
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.records import Codebook, codebook_schema, fixed_binary
-from ddoq_ray.runtime import Events, Progress
+from ddoq_ray.runtime import Events, Progress, pin_blas_threads
+from ddoq_ray.stages import encode
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
@@ -46,7 +46,15 @@ def part_classes(num_classes: int, ipc: int, dim: int) -> list[list[int]]:
 
 
 def fit(x: np.ndarray, k: int, algorithm: QuantizerConfig, seed: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Run an algorithm that wants the whole class: float32 [n, D] -> (centroids float32 [K', D], counts int64 [K'])."""
+    """Run an algorithm that wants the whole class.
+
+    Args:
+        x: float32 [n, D], the class's latents in the log's order.
+        k: Centroids wanted, at most n.
+
+    Returns:
+        Centroids float32 [K', D] and the algorithm's own counts int64 [K'].
+    """
     from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
     from ddoq_ray.core.gram_kmeans import gram_kmeans
 
@@ -62,7 +70,7 @@ def fit(x: np.ndarray, k: int, algorithm: QuantizerConfig, seed: int, class_id: 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class Quantizer:
-    """Holds the open classes of its parts. Its constructor takes paths only: an ObjectRef would not survive a restart."""
+    """Holds the open classes of its parts. Made from paths only: an ObjectRef would not survive a restart."""
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class Quantizer:
         settings: dict[str, Any],
     ) -> None:
         # BLAS only: loading torch here would cost seconds and hundreds of MB for nothing.
-        threadpoolctl.threadpool_limits(settings["threads"])
+        pin_blas_threads(settings["threads"])
         self.codebook, self.log = codebook, LatentLog(latents)
         self.algorithm, self.settings = algorithm, settings
         self.parts = parts
@@ -133,7 +141,9 @@ class Quantizer:
 
     def _finish_parts(self) -> bool:
         """Write and free each part whose classes are all consumed."""
-        complete = [p for p, classes in self.parts.items() if all(self.cursor[c] == len(self.shards[c]) for c in classes)]
+        complete = [
+            part for part, classes in self.parts.items() if all(self.cursor[c] == len(self.shards[c]) for c in classes)
+        ]
         for part in complete:
             classes = self.parts[part]
             self._publish(part, [b for c in classes if (b := self._finish_class(c)) is not None])
@@ -188,7 +198,10 @@ class Quantizer:
         ]
         out = io.BytesIO()
         pq.write_table(
-            pa.Table.from_arrays(columns, schema=schema), out, compression="NONE", use_dictionary=False,
+            pa.Table.from_arrays(columns, schema=schema),
+            out,
+            compression="NONE",
+            use_dictionary=False,
             write_statistics=False,
         )
         self.codebook.publish(part_name(part), out.getvalue())
@@ -247,7 +260,10 @@ class Quantizers:
         self.config, self.data, self.networks = config, data, networks
         self.codebook = run / folder / "codebook"
         self.artifact = Artifact(self.codebook, "quantize")
-        self.facts = identity(config, algorithm) | {"latents": data.digest, "prior": networks.prior_id}
+        # Named by how they were encoded, since quantizers start before the last latent is there.
+        reused = Artifact(latents, "encode").require()["identity"] if config.latents.path else None
+        made = reused or encode.identity(config, data, networks.prior_id)
+        self.facts = identity(config, algorithm) | {"latents": digest_of(made)[:32]}
         self.start = time.time()
         self.done = np.zeros(len(data.train), np.uint8)
         self.actors: list[Any] = []
@@ -256,6 +272,7 @@ class Quantizers:
             return
         dim = int(np.prod(networks.latent_shape))
         parts = dict(enumerate(part_classes(len(data.classes), config.ipc, dim)))
+        self.num_parts = len(parts)
         num = min(algorithm.num_shards, len(parts))
         resources = config.cluster.quantizer
         settings = {
@@ -298,12 +315,13 @@ class Quantizers:
             refs = [actor.advance.remote(bitmap) for actor in self.actors]
             # An actor whose last call failed holds half a shard: that error must surface, not be run over.
             ray.get([call for call in self._calls if call is not None])
-            with Progress("quantize", len(refs), "quantizers") as progress:
+            with Progress("quantize", self.num_parts, "parts") as progress:
                 waiting = list(refs)
                 while waiting:
-                    ready, waiting = ray.wait(waiting, num_returns=1)
-                    ray.get(ready[0])
-                    progress.advance()
+                    ray.wait(waiting, num_returns=1, timeout=1.0)
+                    ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+                    ray.get(ready)
+                    progress.advance(len(self.codebook.names("part-*.parquet")) - progress.done)
             self.close()
             self._write_manifest(events)
         return self.artifact.require()

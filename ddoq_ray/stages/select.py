@@ -50,8 +50,9 @@ def run(
         for c, n in log.done(shard).classes.items():
             before = counts.get(c, 0)
             counts[c] = before + n
-            for rank in np.flatnonzero((picks.get(c, np.empty(0)) >= before) & (picks.get(c, np.empty(0)) < before + n)):
-                wanted.setdefault(shard, []).append((c, int(picks[c][rank]) - before, int(rank)))
+            for rank, position in enumerate(picks.get(c, np.empty(0, np.int64)).tolist()):
+                if before <= position < before + n:
+                    wanted.setdefault(shard, []).append((c, position - before, rank))
     task = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_extract)
     refs = [task.remote(data.url(data.train[s]), len(data.classes), rows) for s, rows in sorted(wanted.items())]
     found = {key: png for part in ray.get(refs) for key, png in part.items()}
@@ -61,9 +62,11 @@ def run(
         members = []
         for c, rank in ordered[first : first + config.synthesizer.shard_images]:
             name = f"{c:05d}-{rank:04d}"
-            info = {"centroid_id": rank, "weight": 1 / len(picks[c]), "prompt": data.classes[c].prompt, "seed": draw_index}
+            prompt = data.classes[c].prompt
+            info = {"centroid_id": rank, "weight": 1 / len(picks[c]), "prompt": prompt, "seed": draw_index}
             members += [
-                (f"{name}.png", found[c, rank]), (f"{name}.cls", str(c).encode()),
+                (f"{name}.png", found[c, rank]),
+                (f"{name}.cls", str(c).encode()),
                 (f"{name}.json", json.dumps(info).encode()),
             ]
         tar = write_tar(members)

@@ -107,8 +107,14 @@ class Decoder:
                 for c, k in inner
             ]
             pictures = self.prior.synthesize(
-                z, labels, noise, generators, start=self.options.start, strength=self.options.strength,
-                steps=self.options.steps, guidance=self.options.guidance,
+                z,
+                labels,
+                noise,
+                generators,
+                start=self.options.start,
+                strength=self.options.strength,
+                steps=self.options.steps,
+                guidance=self.options.guidance,
             ).numpy()
             for (c, k), picture in zip(inner, pictures, strict=True):
                 name = f"{c:05d}-{k:04d}"
@@ -153,8 +159,12 @@ def run(
 
     def spawn() -> Any:
         return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.path, run_folder, config.synthesizer, config.seed,
-            [(c.prior_label, c.prompt) for c in data.classes], config.cluster.threads,
+            config.prior.path,
+            run_folder,
+            config.synthesizer,
+            config.seed,
+            [(c.prior_label, c.prompt) for c in data.classes],
+            config.cluster.threads,
         )
 
     if todo:

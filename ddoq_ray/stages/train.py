@@ -41,9 +41,7 @@ def row_identity(
     else:
         source = Artifact(run_folder / row.images, "synthesize").require()["digest"]
     labels = Artifact(run_folder / row.labels, "label").require()["digest"] if row.labels else networks.teacher_id
-    return identity(config) | {
-        "images": source, "labels": labels, "scheme": row.scheme, "student_seed": row.seed
-    }
+    return identity(config) | {"images": source, "labels": labels, "scheme": row.scheme, "student_seed": row.seed}
 
 
 def run(

@@ -101,7 +101,10 @@ class _Trainer:
         protocol, config = self.protocol, self.config
         arrays, images = self._set(row)
         weights = image_weights(
-            arrays.weights, arrays.class_ids, row.scheme, config.weights.across_classes,
+            arrays.weights,
+            arrays.class_ids,
+            row.scheme,
+            config.weights.across_classes,
             np.asarray(self.job.class_counts, np.float64),
         )
         loss_weights = torch.from_numpy(weights).float().to(self.device)
@@ -132,8 +135,12 @@ class _Trainer:
                 if len(mine):
                     pixels, _, _ = batch_views(images, mine, spec, config.seed, epoch)
                     target = self._targets(pixels, packed, mine)
-                    loss = weighted_kl(wrapped(pixels), target, loss_weights[torch.from_numpy(mine).to(self.device)],
-                                       protocol.temperature)
+                    loss = weighted_kl(
+                        wrapped(pixels),
+                        target,
+                        loss_weights[torch.from_numpy(mine).to(self.device)],
+                        protocol.temperature,
+                    )
                     # DDP averages over ranks: scaled so that the average is the mean over the global batch.
                     loss = loss * (len(mine) * self.world / len(batch))
                 else:
@@ -272,8 +279,11 @@ class _Trainer:
             checkpoint = None
             if self.rank == 0:
                 state = {
-                    "folder": row.folder, "epoch": epoch, "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(), "metrics": metrics,
+                    "folder": row.folder,
+                    "epoch": epoch,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "metrics": metrics,
                 }
                 torch.save(state, os.path.join(folder, "state.pt"))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)

@@ -36,9 +36,7 @@ def test_d4m_is_the_released_loop_and_loses_its_leftovers(k, km_expand, lost):
     again, _ = b.minibatch_kmeans(other, k, seed=0, class_id=0, km_expand=km_expand, random_state=0)
     assert again.tobytes() == centroids.tobytes()
     # ...unless they are kept, as for the last class D4M sees.
-    kept, _ = b.minibatch_kmeans(
-        x, k, seed=0, class_id=0, km_expand=km_expand, random_state=0, leftovers="keep"
-    )
+    kept, _ = b.minibatch_kmeans(x, k, seed=0, class_id=0, km_expand=km_expand, random_state=0, leftovers="keep")
     assert (kept.tobytes() == centroids.tobytes()) == (lost == 0)
 
 

@@ -25,9 +25,7 @@ def fitted(x, k, **options):
 
 def same_bytes(a, b):
     a, b = a.state(), b.state()
-    return a.keys() == b.keys() and all(
-        a[n].tobytes() == b[n].tobytes() and a[n].shape == b[n].shape for n in a
-    )
+    return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() and a[n].shape == b[n].shape for n in a)
 
 
 def test_by_hand():

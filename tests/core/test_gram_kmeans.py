@@ -30,11 +30,7 @@ def test_by_hand():
 @pytest.mark.parametrize("seed", range(6))
 def test_finds_the_optimum_of_tiny_problems(seed):
     x = np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)
-    best = min(
-        direct_sum(x, np.array(cells))
-        for cells in itertools.product(range(3), repeat=8)
-        if len({*cells}) == 3
-    )
+    best = min(direct_sum(x, np.array(cells)) for cells in itertools.product(range(3), repeat=8) if len({*cells}) == 3)
     centroids, _ = g.gram_kmeans(x, 3, seed=seed, class_id=0, restarts=20)
     assert distortion(x, centroids) * 8 == pytest.approx(best, rel=1e-5)
 
@@ -126,9 +122,7 @@ def test_an_empty_cell_is_seeded_with_the_farthest_point():
 def test_kmeans_plus_plus_draws_by_squared_distance():
     # From 0: squared distances 1 and 9, so the far point follows with probability .9 (one trial, no greed).
     gram = g.gram_matrix(np.array([[0.0], [1.0], [3.0]]))
-    first_at_zero = [
-        p for i in range(6000) if (p := g.kmeans_plus_plus(gram, np.ones(3), 2, philox(i), 1))[0] == 0
-    ]
+    first_at_zero = [p for i in range(6000) if (p := g.kmeans_plus_plus(gram, np.ones(3), 2, philox(i), 1))[0] == 0]
     share = np.mean([p[1] == 2 for p in first_at_zero])
     assert abs(share - 0.9) < 4 * np.sqrt(0.09 / len(first_at_zero))
 

@@ -12,9 +12,7 @@ def randn(*shape, seed=0):
 
 
 def test_sizes_of_the_design():
-    assert bytes_per_label("logits", 1000, None) / bytes_per_label("features", 1000, 512) == pytest.approx(
-        3.9, abs=0.1
-    )
+    assert bytes_per_label("logits", 1000, None) / bytes_per_label("features", 1000, 512) == pytest.approx(3.9, abs=0.1)
     assert bytes_per_label("logits", 10450, None) / bytes_per_label("features", 10450, 512) > 40
     assert choose_codec(1000, 512) == "features"
     assert choose_codec(1000, 2048) == "logits"
@@ -41,9 +39,7 @@ def test_labels_survive_storage():
     for codec, values in ((LogitsCodec(10), randn(4, 10)), (FeaturesCodec(10, 32), randn(4, 32))):
         packed = codec.encode(values)
         stored = np.frombuffer(packed.tobytes(), dtype=np.uint8).reshape(4, codec.nbytes)  # read-only
-        assert torch.equal(
-            codec.decode(stored, torch.nn.Linear(32, 10)).isfinite(), torch.ones(4, 10, dtype=bool)
-        )
+        assert torch.equal(codec.decode(stored, torch.nn.Linear(32, 10)).isfinite(), torch.ones(4, 10, dtype=bool))
         np.testing.assert_array_equal(codec.encode(values[2:3])[0], packed[2])
 
 

@@ -43,16 +43,12 @@ def test_kl_by_hand():
 
 def test_kl_weighs_each_image(batch):
     student, teacher, weights = batch
-    one = torch.stack(
-        [weighted_kl(student[i : i + 1], teacher[i : i + 1], torch.ones(1), 2.0) for i in range(8)]
-    )
+    one = torch.stack([weighted_kl(student[i : i + 1], teacher[i : i + 1], torch.ones(1), 2.0) for i in range(8)])
     torch.testing.assert_close(weighted_kl(student, teacher, weights, 2.0), (weights * one).sum() / 8)
     torch.testing.assert_close(
         weighted_kl(student, teacher, weights, 2.0, "weights"), (weights * one).sum() / weights.sum()
     )
-    torch.testing.assert_close(
-        weighted_kl(student, teacher, weights.double(), 2.0), (weights * one).sum() / 8
-    )
+    torch.testing.assert_close(weighted_kl(student, teacher, weights.double(), 2.0), (weights * one).sum() / 8)
 
 
 def test_kl_gradient_is_the_difference_of_probabilities(batch):
@@ -110,9 +106,7 @@ def test_image_weights_by_hand():
     ids = np.array([2, 5, 5, 2, 5, 2, 0])  # classes of 3, 3 and 1 images, interleaved
     weights = np.array([0.64, 0.5, 0.25, 0.2, 0.25, 0.16, 1.0])
     np.testing.assert_allclose(image_weights(weights, ids, "counts"), [1.92, 1.5, 0.75, 0.6, 0.75, 0.48, 1.0])
-    np.testing.assert_allclose(
-        image_weights(weights, ids, "sqrt"), np.sqrt([1.92, 1.5, 0.75, 0.6, 0.75, 0.48, 1.0])
-    )
+    np.testing.assert_allclose(image_weights(weights, ids, "sqrt"), np.sqrt([1.92, 1.5, 0.75, 0.6, 0.75, 0.48, 1.0]))
     np.testing.assert_array_equal(image_weights(weights, ids, "uniform"), np.ones(7))
     mass = np.array([10, 999, 20, 999, 999, 30])  # classes 1, 3, 4 have no image
     factor = np.array([1.0, 1.5, 1.5, 1.0, 1.5, 1.0, 0.5])

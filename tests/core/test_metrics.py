@@ -17,10 +17,7 @@ def test_topk_is_torchs(k):
     expected = (logits.topk(k, dim=1).indices == targets[:, None]).any(1).sum()
     correct = topk_correct(logits, targets, k)
     assert correct.dtype == torch.int64 and correct.ndim == 0 and correct == expected
-    assert (
-        sum(topk_correct(a, b, k) for a, b in zip(logits.split(33), targets.split(33), strict=True))
-        == expected
-    )
+    assert sum(topk_correct(a, b, k) for a, b in zip(logits.split(33), targets.split(33), strict=True)) == expected
 
 
 def test_ties_and_nan():

@@ -65,9 +65,7 @@ def test_small_resnet18_is_torchvisions_with_another_stem():
     state = {**model.trunk.state_dict(), **{f"fc.{k}": v for k, v in model.head.state_dict().items()}}
     reference.load_state_dict(state)
     x = torch.rand(2, 3, 32, 32)
-    plain = Classifier(
-        "resnet18-small", model.trunk, model.head, image_size=32, mean=(0, 0, 0), std=(1, 1, 1)
-    )
+    plain = Classifier("resnet18-small", model.trunk, model.head, image_size=32, mean=(0, 0, 0), std=(1, 1, 1))
     with torch.no_grad():
         torch.testing.assert_close(plain(x), reference.eval()(x))
 
@@ -78,7 +76,7 @@ def test_normalisation_is_inside():
     inside = build_classifier("convnet3-w8", 3, 16, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125), seed=4)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
     torch.testing.assert_close(inside(x), plain((x - mean) / std))
-    assert not any("mean" == key or "std" == key for key in inside.state_dict())
+    assert not any(key == "mean" or key == "std" for key in inside.state_dict())
 
 
 def test_seeds_decide_the_weights_and_leave_the_global_generator_alone():
@@ -92,20 +90,14 @@ def test_seeds_decide_the_weights_and_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_round_trip(tmp_path, dtype):
-    model = build_classifier(
-        "resnet18-small-w8", 3, 16, (0.3,) * 3, (0.2,) * 3, seed=1, classes=["a", "b", "c"]
-    )
+    model = build_classifier("resnet18-small-w8", 3, 16, (0.3,) * 3, (0.2,) * 3, seed=1, classes=["a", "b", "c"])
     model.train()(torch.rand(8, 3, 16, 16))  # running statistics unlike the initial ones
     save_classifier(model, tmp_path / "t", extra={"training": {"epochs": 3}}, dtype=dtype)
     back = load_classifier(tmp_path / "t")
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(back(x), model.eval()(x), atol=0 if dtype == "float32" else 2e-2, rtol=0)
-    assert (
-        not back.training
-        and back.classes == ["a", "b", "c"]
-        and next(back.parameters()).dtype == torch.float32
-    )
+    assert not back.training and back.classes == ["a", "b", "c"] and next(back.parameters()).dtype == torch.float32
     assert json.loads((tmp_path / "t/config.json").read_text())["training"] == {"epochs": 3}
     assert (back.id == model.id) == (dtype == "float32")
     assert [p.name for p in tmp_path.iterdir()] == ["t"]  # nothing temporary is left
@@ -185,7 +177,5 @@ def test_torchvisions_own_weights(monkeypatch):
 
 def test_the_shipped_digits_teacher():
     digits, ids = sources.digits()["selection"]
-    images = np.stack([to_square(Image.fromarray(d).convert("RGB"), 16) for d in digits]).transpose(
-        0, 3, 1, 2
-    )
+    images = np.stack([to_square(Image.fromarray(d).convert("RGB"), 16) for d in digits]).transpose(0, 3, 1, 2)
     assert accuracy(load_classifier("shipped:digits-teacher"), images, ids) >= 99.0

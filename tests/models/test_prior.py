@@ -97,9 +97,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(root / "dit")
         # Published DiT folders name their labels in model_index.json; diffusers reads but never writes that.
         index = json.loads((root / "dit/model_index.json").read_text())
-        (root / "dit/model_index.json").write_text(
-            json.dumps({**index, "id2label": {"0": "a", "1": "b", "2": "c"}})
-        )
+        (root / "dit/model_index.json").write_text(json.dumps({**index, "id2label": {"0": "a", "1": "b", "2": "c"}}))
     return {name: root / name for name in ("unet", "dit")}
 
 
@@ -247,9 +245,9 @@ def test_a_learned_variance_reaches_the_scheduler(folders):
     base = load_prior(folders["dit"])  # 8 output channels: noise and variance
     z, y, e = batch()
     images = [
-        ClassConditionalPrior(
-            base.vae, base.denoiser, DDPMScheduler(clip_sample=False, variance_type=kind)
-        ).synthesize(z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
+        ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False, variance_type=kind)).synthesize(
+            z, y, e, strength=0.5, steps=STEPS, guidance=2.0
+        )
         for kind in ("fixed_small", "learned_range")
     ]
     assert not torch.equal(*images)
@@ -313,9 +311,7 @@ def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
     (folder := broken("classes")).joinpath("ddoq_prior.json").write_text('{"classes": ["cat"]}')
     with pytest.raises(ValueError, match="1 class names"):
         load_prior(folder)
-    (folder := broken("text")).joinpath("model_index.json").write_text(
-        '{"text_encoder": ["transformers", "X"]}'
-    )
+    (folder := broken("text")).joinpath("model_index.json").write_text('{"text_encoder": ["transformers", "X"]}')
     with pytest.raises(ValueError, match="text-conditional"):
         load_prior(folder)
     folder = broken("lacking")

@@ -52,11 +52,7 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     pixels = torch.from_numpy(images).float() / 127.5 - 1
     z = a.encode(pixels)
     assert abs(float(z.std()) - 1) < 0.2
-    back = (
-        a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.0, steps=5)
-        .float()
-        .mean((1, 2, 3))
-    )
+    back = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.0, steps=5).float().mean((1, 2, 3))
     assert back[ids == 1].mean() > back[ids == 0].mean() + 5
     sampled = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.4, steps=5, guidance=2.0)
     assert sampled.shape == (32, 8, 8, 3)
@@ -71,9 +67,7 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
 def test_training_leaves_the_global_generator_alone(tmp_path):
     images, ids = data()
     state = torch.random.get_rng_state()
-    train_prior(
-        images, ids, CLASSES, tmp_path / "p", config=PriorTraining(**{**TINY, "autoencoder_steps": 2})
-    )
+    train_prior(images, ids, CLASSES, tmp_path / "p", config=PriorTraining(**{**TINY, "autoencoder_steps": 2}))
     train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=1))
     assert torch.equal(torch.random.get_rng_state(), state)
 

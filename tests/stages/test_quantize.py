@@ -18,7 +18,7 @@ import pytest
 import ray
 import threadpoolctl
 
-from ddoq_ray.artifacts import Artifact, Folder
+from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
@@ -66,7 +66,9 @@ def write_log(run: Path, classes: int, shards: Sequence[Sequence[Sequence[int]]]
             pq.write_table(pa.Table.from_arrays(columns, schema=latent_schema(SHAPE, "prior-1")), out)
             name = f"shard-{shard:06d}/chunk-{chunk:05d}.parquet"
             (folder / "latents").publish(name, out.getvalue())
-            records.append(ChunkRecord(name, len(ids), dict(sorted(Counter(ids.tolist()).items())), "-"))
+            records.append(
+                ChunkRecord(name, len(ids), dict(sorted(Counter(ids.tolist()).items())), digest_of(out.getvalue()))
+            )
         counts = Counter(c for chunk in chunks for c in chunk)
         done = ShardDone(shard, tuple(records), dict(sorted(counts.items())), 0)
         (folder / "latents").publish(f"shard-{shard:06d}/done.json", done.dumps())
