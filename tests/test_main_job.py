@@ -123,3 +123,33 @@ def test_random_draws_are_anew_for_each_seed(run: Path) -> None:
     ]
     assert all(np.bincount(d.class_ids).tolist() == [2] * 10 for d in draws)
     assert not np.array_equal(draws[0].images, draws[1].images)
+
+
+@pytest.mark.slow
+def test_two_workers_train_on_the_labels_of_features(run: Path) -> None:
+    """The other codec, and DDP: two ranks see each image once an epoch between them."""
+    own = [*SMALL, f"run_dir={run}-2", f"latents.path={run}/latents", "baselines=[]", "num_seeds=1"]
+    pipeline.run(load_config([*own, "labels.mode=features", "cluster.trainer.workers=2"]))
+    labels = json.loads(Path(f"{run}-2/labels/manifest.json").read_text())
+    assert labels["codec"] == "features" and (Path(f"{run}-2") / "labels/head.safetensors").is_file()
+    rows = json.loads(Path(f"{run}-2/report/results.json").read_text())["rows"]
+    assert [(r["method"], r["train_images"]) for r in rows] == [("ddoq", 20)]
+    assert [p.read_bytes() for p in sorted(Path(f"{run}-2/images").glob("*.tar"))] == [
+        p.read_bytes() for p in sorted((run / "images").glob("*.tar"))
+    ]
+
+
+@pytest.mark.slow
+def test_online_labels_store_nothing_and_latents_need_not_be_kept(run: Path) -> None:
+    pipeline.run(
+        load_config([*SMALL, f"run_dir={run}", "stages=[report]", "latents.keep=false"]),
+    )
+    assert not list((run / "latents").glob("shard-*/chunk-*"))
+    assert json.loads((run / "report/results.json").read_text())["classes"], "W2 is measured before they go"
+    with pytest.raises(ValueError, match=r"latents\.keep=false"):
+        pipeline.run(load_config(["ipc=1", f"run_dir={run}-3", f"latents.path={run}/latents", "stages=[quantize]"]))
+    online = [*SMALL, f"run_dir={run}-2", "labels.mode=online", "overwrite=true", "baselines=[]", "num_seeds=1"]
+    online = [o for o in online if "epochs_per_unit" not in o]
+    pipeline.run(load_config([*online, "stages=[label,train,evaluate]"]))
+    assert not list(Path(f"{run}-2/labels").glob("epoch-*"))
+    assert json.loads(Path(f"{run}-2/students/convnet3-w32-seed0/manifest.json").read_text())["train_images"] == 20

@@ -9,8 +9,9 @@ Classes are written in parts (fixed ranges of class ids, which do not depend on 
 shard of a part's last class is consumed, each class of the part gets its exact assignment pass over the log, the part
 is published, and its state is freed.
 
-Memory of an actor: C_open x K x (4 D + 24) bytes of state, plus one chunk of latents; the exact algorithms also hold
-one part's latents (4 n D bytes) while the part is finished.
+Memory of an actor: C_open x K x (4 D + 24) bytes of state, about five times that for a class whose first samples are
+still buffered (k-means++ seeds from 4 K of them), and one chunk of latents; the exact algorithms hold one class's latents
+(4 n D bytes) while its part is finished.
 """
 
 from __future__ import annotations
