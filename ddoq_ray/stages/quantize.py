@@ -10,8 +10,8 @@ shard of a part's last class is consumed, each class of the part gets its exact 
 is published, and its state is freed.
 
 Memory of an actor: C_open x K x (4 D + 24) bytes of state, about five times that for a class whose first samples are
-still buffered (k-means++ seeds from 4 K of them), and one chunk of latents; the exact algorithms hold one class's latents
-(4 n D bytes) while its part is finished.
+still buffered (k-means++ seeds from 4 K of them), and one chunk of latents; the exact algorithms hold one class's
+latents (4 n D bytes) while its part is finished.
 """
 
 from __future__ import annotations
@@ -95,15 +95,20 @@ class Quantizer:
                 self.shards[c].append(index)
         self.cursor = dict.fromkeys(mine, 0)
         self.state: dict[int, Any] = {}
+        self.seconds = 0.0
         self.snapshot_name = f"snapshots/{min(parts):05d}.npz"
         self._restore()
 
-    def advance(self, done: bytes) -> dict[str, int]:
+    def advance(self, done: bytes) -> float:
         """Consume what can be consumed of the done shards, in each class's order. Calling it again is harmless.
 
         Args:
             done: Bitmap of the shards whose done record is published (numpy.packbits).
+
+        Returns:
+            Seconds that this actor has worked since it started; the rest of its life it waits for encoders.
         """
+        start = time.monotonic()
         ready = np.flatnonzero(np.unpackbits(np.frombuffer(done, np.uint8)))
         since_snapshot = 0
         for shard in ready.tolist():
@@ -120,7 +125,8 @@ class Quantizer:
                 since_snapshot = 0
         if self._finish_parts() or since_snapshot:
             self._snapshot()
-        return {"parts_left": len(self.parts)}
+        self.seconds += time.monotonic() - start
+        return self.seconds
 
     def _consume(self, shard: int, takers: list[int]) -> None:
         from ddoq_ray.core.clvq import Clvq
@@ -323,8 +329,8 @@ class Quantizers:
                     ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
                     ray.get(ready)
                     progress.advance(len(self.codebook.names("part-*.parquet")) - progress.done)
+            self._write_manifest(events, max(ray.get(refs)))
             self.close()
-            self._write_manifest(events)
         return self.artifact.require()
 
     def close(self) -> None:
@@ -332,7 +338,7 @@ class Quantizers:
             ray.kill(actor)
         self.actors = []
 
-    def _write_manifest(self, events: Events) -> None:
+    def _write_manifest(self, events: Events, seconds: float) -> None:
         files = self.codebook.names("part-*.parquet")
         digest, size, counted, kept, centroids = [], 0, 0, set(), 0
         for name in files:
@@ -347,7 +353,8 @@ class Quantizers:
         self.codebook.remove("snapshots")
         self.artifact.finish(
             self.facts,
-            seconds=round(time.time() - self.start, 3),
+            seconds=round(seconds, 3),
+            wall_seconds=round(time.time() - self.start, 3),
             items=counted,
             unit="latents",
             bytes=size,
