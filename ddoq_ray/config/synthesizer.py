@@ -13,7 +13,7 @@ class SynthesizerConfig:
     start: Literal["noised", "inversion", "noise"] = option(
         "noised", "noised: centroid noised to the strength, then denoised; inversion: DDIM inversion; noise: baseline"
     )
-    strength: float = option(0.2, "part of the diffusion that is run, 0 (plain decoding) to 1")
+    strength: float = option(0.1, "part of the diffusion that is run, 0 (plain decoding) to 1")
     steps: int = option(25, "diffusion steps of a whole run, of which the strength's part is done")
     guidance: float = option(1.0, "classifier-free guidance scale; 1 = none")
     batch: int = option(50, "images in one forward pass; part of what makes the images the same bytes")
