@@ -13,12 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ddoq_ray import __version__
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.records import StudentRow
-from ddoq_ray.runtime import Events, ray_session, say
+from ddoq_ray.runtime import Events, commit, ray_session, say
 from ddoq_ray.stages import encode, evaluate, label, networks, prepare, quantize, report, select, synthesize, train
 
 
@@ -95,7 +96,6 @@ def run(config: RunConfig) -> str | None:
     check_run_folder(config, folder)
     wanted = set(config.stages)
     with ray_session(config.cluster):
-        folder.publish("config.yaml", to_yaml(config).encode())
         events = Events(folder)
         events.add("run started", stages=list(config.stages), command=sys.argv[1:])
         path = _stages(config, folder, events, wanted)
@@ -131,6 +131,9 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         prepare.check_small_classes(config, data.counts, data.classes)
     known = inquiry.result()
     data = prepare.resolve(data, known)
+    made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
+    header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
+    folder.publish("config.yaml", (header + to_yaml(config)).encode())
 
     latents = Folder(config.latents.path) if config.latents.path else folder / "latents"
     if wanted & {"encode", "quantize"}:

@@ -6,9 +6,11 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -167,3 +169,18 @@ def environment(threads: int) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
     }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, if it runs from its own checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # installed inside another project's checkout it is not tracked
+        return git("rev-parse", "--short=12", "HEAD").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -63,3 +63,12 @@ def test_files_that_readme_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
             assert (CHECKOUT / target).exists(), target
+
+
+def test_strength_figures_are_the_measured_ones() -> None:
+    rows = json.loads((CHECKOUT / "benchmarks/results/strength.json").read_text())
+    text = " ".join(README.split())
+    for strength, words in ((0.1, "0.1 gave"), (0.0, "no noise at all"), (0.2, "0.2 gave"), (0.4, "0.4 gave")):
+        means = [r["top1_pct_mean"] for r in rows if r.get("strength") == strength]
+        told = [float(x) for x in re.findall(r"\d+\.\d", text.split(words)[1])[:3]]
+        assert len(means) == 3 and all(abs(a - b) < 0.06 for a, b in zip(means, told, strict=True)), (strength, means)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.records import StudentRow, binary_rows
-from ddoq_ray.runtime import Progress, say
+from ddoq_ray.runtime import Progress, commit, say
 from ddoq_ray.stages.encode import quarantine_reasons
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
@@ -173,22 +171,6 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
     return found
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
-    try:
-        out = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return out.stdout.strip() or None
-
-
 def run(
     config: RunConfig,
     run_folder: Folder,
@@ -216,7 +198,10 @@ def run(
     have_latents = latents.exists("manifest.json") and latents.read_json("manifest.json").get("kept", True)
     made = {m: f for m, f in codebooks.items() if (run_folder / f / "codebook").exists("manifest.json")}
     drawn = {m: f for m, f in image_sets.items() if (run_folder / f / "images").exists("manifest.json")}
-    classes = class_distances(run_folder, made, latents, data, config.ipc) if have_latents else []
+    if have_latents:
+        classes = class_distances(run_folder, made, latents, data, config.ipc)
+    else:  # latents.keep=false: measured when the latents were still there
+        classes = report.read_json("results.json")["classes"] if report.exists("results.json") else []
     trained = [r for r in rows if (run_folder / r.folder).exists("manifest.json")]
     labels = run_folder / "labels"
     images = Artifact(run_folder / "images", "synthesize").manifest()
@@ -229,7 +214,7 @@ def run(
         "own_method": config.own_method,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": "ddoq-ray " + " ".join(sys.argv[1:]),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": networks.environment | {"python": sys.version.split()[0]},
         "config": plain(config),
         "counts": {
