@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,18 +38,42 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     loud = bool(os.environ.get("DDOQ_RAY_LOGS"))
     quiet = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
-    if os.environ.get("RAY_ADDRESS") or cluster.address == "auto":
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-    else:
-        # Two CPUs at least: the reader and the encoder of one stream must both find room.
-        cpus = cluster.num_cpus or max(2, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    with contextlib.nullcontext() if loud else _quiet_core():
+        if os.environ.get("RAY_ADDRESS") or cluster.address == "auto":
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+        else:
+            # Two CPUs at least: the reader and the encoder of one stream must both find room.
+            cpus = cluster.num_cpus or max(2, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     if not loud:
         _quiet_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep Ray's C++ core off the driver's stderr: it warns there of Ray Data's own actors, in red and in vain.
+
+    The variable silences it from the start of the session on; the line by which it announces that, and anything else
+    that the start writes, is shown only when the start fails.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _quiet_ray_data() -> None:
