@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import textwrap
@@ -170,9 +171,11 @@ def user_error(error: BaseException) -> str | None:
 
 
 def _raised_here(outer: BaseException, error: BaseException) -> bool:
-    """Whether our own code raised `error`: a library's ValueError is a bug of ours and keeps its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames and frames[-1].filename != "<string>" and "/ray/" not in frames[-1].filename:
-        return "ddoq_ray" in frames[-1].filename
-    told = re.findall(r'File "([^"]+)"', str(getattr(outer, "traceback_str", "")))  # a worker's, as text
-    return not told or "ddoq_ray" in told[-1]
+    """Whether our own code raised `error`: a library's ValueError is a bug of ours and keeps its traceback.
+
+    An error that came from a worker has lost its frames; Ray keeps them as text.
+    """
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not files or f"{os.sep}ray{os.sep}" in files[-1]:
+        files = re.findall(r'File "([^"]+)"', str(getattr(outer, "traceback_str", "")))
+    return not files or f"{os.sep}ddoq_ray{os.sep}" in files[-1] or "site-packages" not in files[-1]

@@ -14,17 +14,27 @@ from ddoq_ray.samples import encode_png, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits
 
 
+@pytest.fixture(scope="session")
+def _ray_ends() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """A Ray of two CPUs in this process; address="local", so that no other Ray on the machine is joined."""
+def ray_here(_ray_ends: None) -> None:
+    """A Ray of two CPUs in this process, shared by all modules that ask for it: starting one costs seconds.
+
+    address="local", so that no other Ray on the machine is joined.
+    """
     import ray
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else pages of it in every failure
     ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def test_another_configuration_is_refused_by_both_values(corpus: Path, run_dir: 
         ("quantizer=gram", ['quantizer.name: "clvq" there, "gram" now', "codebook"]),
         ("ipc=4", ["ipc: 5 there, 4 now"]),
         ("seed=3", ["seed: 0 there, 3 now"]),
-        ("synthesizer.strength=0.4", ["synthesizer.strength: 0.2 there, 0.4 now", "images"]),
+        ("synthesizer.strength=0.4", ["synthesizer.strength: 0.1 there, 0.4 now", "images"]),
         (f"dataset.path={corpus}/clean", [f'dataset.path: "{corpus}/train" there, "{corpus}/clean" now', "data"]),
     ):
         with refused(run_dir, str(run_dir), *words, "overwrite=true"):

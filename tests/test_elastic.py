@@ -130,6 +130,7 @@ class Slow:
         return unit, ray.get_runtime_context().get_node_id()
 
 
+@pytest.mark.slow
 def test_grows_with_a_new_node_and_outlives_a_lost_one() -> None:
     from ray.cluster_utils import Cluster
 

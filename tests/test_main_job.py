@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from ddoq_ray import pipeline
@@ -26,14 +25,10 @@ SMALL = ["ipc=2", "num_seeds=2", "protocol.steps=24", "synthesizer.shard_images=
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
     folder = tmp_path_factory.mktemp("main") / "run"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        pipeline.run(load_config([*SMALL, f"run_dir={folder}"]))
-        yield folder
-    finally:
-        ray.shutdown()
+    pipeline.run(load_config([*SMALL, f"run_dir={folder}"]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +101,7 @@ def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
     assert table["image_id"].to_pylist() == list(range(8, 16)) and set(table["epoch"].to_pylist()) == {5}
 
 
+@pytest.mark.slow
 def test_one_student_trained_again_is_the_same_and_leaves_the_others(run: Path) -> None:
     lost, kept = run / "students/convnet3-w32-seed1", run / "students/convnet3-w32-seed0"
     before, other = (lost / "model.safetensors").read_bytes(), (kept / "model.safetensors").stat().st_mtime_ns

@@ -209,6 +209,7 @@ def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, refe
     assert [e["event"] for e in events(reference)[told:]] == ["run started", "run finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) -> None:
     import dataclasses

@@ -96,6 +96,7 @@ class Quantizer:
         self.cursor = dict.fromkeys(mine, 0)
         self.state: dict[int, Any] = {}
         self.seconds = 0.0
+        self.failed: Exception | None = None
         self.snapshot_name = f"snapshots/{min(parts):05d}.npz"
         self._restore()
 
@@ -108,7 +109,18 @@ class Quantizer:
         Returns:
             Seconds that this actor has worked since it started; the rest of its life it waits for encoders.
         """
+        if self.failed is not None:  # half a shard may be consumed: going on would count it twice
+            raise self.failed
         start = time.monotonic()
+        try:
+            self._advance(done)
+        except Exception as error:
+            self.failed = error
+            raise
+        self.seconds += time.monotonic() - start
+        return self.seconds
+
+    def _advance(self, done: bytes) -> None:
         ready = np.flatnonzero(np.unpackbits(np.frombuffer(done, np.uint8)))
         since_snapshot = 0
         for shard in ready.tolist():
@@ -125,8 +137,6 @@ class Quantizer:
                 since_snapshot = 0
         if self._finish_parts() or since_snapshot:
             self._snapshot()
-        self.seconds += time.monotonic() - start
-        return self.seconds
 
     def _consume(self, shard: int, takers: list[int]) -> None:
         from ddoq_ray.core.clvq import Clvq
@@ -319,9 +329,8 @@ class Quantizers:
         if self.actors:
             assert self.done.all(), "finish() before every shard is done"
             bitmap = np.packbits(self.done).tobytes()
+            ray.get([call for call in self._calls if call is not None])  # an error of a last call surfaces as itself
             refs = [actor.advance.remote(bitmap) for actor in self.actors]
-            # An actor whose last call failed holds half a shard: that error must surface, not be run over.
-            ray.get([call for call in self._calls if call is not None])
             with Progress("quantize", self.num_parts, "parts") as progress:
                 waiting = list(refs)
                 while waiting:
