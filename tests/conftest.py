@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,21 @@ from ddoq_ray.samples import encode_png, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits
 
 
-@pytest.fixture(scope="session")
-def _ray_ends() -> Iterator[None]:
-    yield
-    import ray
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share this process's Ray run first, one after another: starting it costs seconds."""
+    items.sort(key=lambda item: "ray_here" not in getattr(item, "fixturenames", ()))
 
-    ray.shutdown()
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the shared Ray with its last test: even idle it takes CPU from the tests that start their own."""
+    if nextitem is None or "ray_here" not in getattr(nextitem, "fixturenames", ()):
+        ray = sys.modules.get("ray")
+        if ray is not None:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def ray_here(_ray_ends: None) -> None:
+def ray_here() -> None:
     """A Ray of two CPUs in this process, shared by all modules that ask for it: starting one costs seconds.
 
     address="local", so that no other Ray on the machine is joined.

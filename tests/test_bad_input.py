@@ -256,6 +256,7 @@ def test_quarantine_is_that_of_the_latents_that_are_there(run_dir: Path) -> None
     assert not quarantine_reasons(Folder(str(run_dir)))
 
 
+@pytest.mark.slow
 def test_through_the_command(corpus: Path, tmp_path: Path) -> None:
     """A worker's words reach the terminal as one line, exit code 2."""
     (tmp_path / "classes.json").write_text(json.dumps(NAMES[:1]))

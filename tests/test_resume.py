@@ -201,6 +201,7 @@ def test_nothing_temporary_is_left(killed: History) -> None:
         assert json.loads((killed.run / manifest / "manifest.json").read_text())["identity_digest"]
 
 
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, reference: Path) -> None:
     patterns = ("data/**/*.tar", "data/*shards.json", "latents/**/*", "codebook/*", "images/*")
     before, told = stamps(reference, *patterns), len(events(reference))
