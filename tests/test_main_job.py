@@ -21,7 +21,14 @@ from ddoq_ray.distilled import load_image_arrays
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.stages.label import read_labels, view_spec
 
-SMALL = ["ipc=2", "num_seeds=2", "protocol.steps=24", "synthesizer.shard_images=8", "labels.epochs_per_unit=7"]
+SMALL = [
+    "ipc=2",
+    "num_seeds=2",
+    "protocol.steps=12",
+    "protocol.eval_every=12",
+    "synthesizer.shard_images=8",
+    "labels.epochs_per_unit=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def test_rows_hold_every_method_and_seed(results: dict) -> None:
     for row in results["rows"]:
         assert {"method", "ipc", "student", "seed", "top1_pct", "top5_pct", "epochs"} <= set(row)
         assert 0 <= row["top1_pct"] <= row["top5_pct"] <= 100
-        assert row["epochs"] == (2 if row["method"] == "full" else 24)  # 24 steps: 20 batches of 50, or 1 of 20
+        assert row["epochs"] == (1 if row["method"] == "full" else 12)  # 12 steps: of 20 batches of 50, or of 1 of 20
 
 
 def test_w2_with_voronoi_weights_is_the_distortion_and_the_least(results: dict) -> None:
@@ -86,7 +93,7 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
     arrays = load_image_arrays([str(p) for p in sorted((run / "images").glob("*.tar"))], 16)
     images = torch.from_numpy(arrays.images)
     teacher = load_classifier("shipped:digits-teacher")
-    for epoch in (0, 23):
+    for epoch in (0, 11):
         stored = LogitsCodec(10).decode(read_labels(Folder(str(run / "labels")), epoch))
         order = np.random.default_rng(epoch).permutation(20)
         pixels, _, _ = batch_views(images, order, view_spec(config.protocol, 16), config.seed, epoch)
@@ -96,7 +103,7 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
 
 def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
     epochs = sorted((run / "labels").glob("epoch-*"))
-    assert [p.name for p in epochs] == [f"epoch-{e:04d}" for e in range(24)]
+    assert [p.name for p in epochs] == [f"epoch-{e:04d}" for e in range(12)]
     table = pq.read_table(io.BytesIO((epochs[5] / "images-000001.parquet").read_bytes()))
     assert table["image_id"].to_pylist() == list(range(8, 16)) and set(table["epoch"].to_pylist()) == {5}
 

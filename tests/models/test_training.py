@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -140,12 +138,3 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
     for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="teacher training"):
             TeacherTraining(**options)
-
-
-def test_models_import_without_ray():
-    code = (
-        "import sys; sys.modules['ray'] = None\n"
-        "import ddoq_ray.models.prior_class_conditional\n"
-        "import ddoq_ray.models.train_prior, ddoq_ray.models.train_teacher\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
