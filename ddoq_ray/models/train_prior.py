@@ -323,11 +323,18 @@ def _seeded(seed: int, build: Callable[[], Any]) -> Any:
 
 def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2, betas=(0.9, 0.99))
-    # Without momentum cycling: a linear warm-up, then half a cosine to zero.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.05, cycle_momentum=False
+    return optimizer, one_cycle(optimizer, lr, max(steps, 2), warm_up=0.05)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_up: float) -> Any:
+    """A cosine up to `lr` over the share `warm_up` of the steps, then down to about zero; momentum stays.
+
+    OneCycleLR divides by zero where the warm-up is exactly one step (20 steps at 0.05), so it is a little longer there.
+    """
+    share = 1.5 * warm_up if warm_up * steps == 1.0 else warm_up
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=share, cycle_momentum=False
     )
-    return optimizer, schedule
 
 
 def _step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ddoq_ray.core.views import ViewSpec, batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
 from ddoq_ray.models.folders import check_free
-from ddoq_ray.models.train_prior import Progress, batches, canonical_order, check_images
+from ddoq_ray.models.train_prior import Progress, batches, canonical_order, check_images, one_cycle
 
 _REPORT_EVERY = 20
 
@@ -149,9 +149,7 @@ def _train(
         optimizer = torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=0.9, nesterov=True)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+    schedule = one_cycle(optimizer, config.lr, steps, warm_up=0.1)
     spec = ViewSpec(size=images.shape[-1], min_scale=config.min_scale, flip=config.flip, cutmix=config.cutmix)
     generator = torch.Generator().manual_seed(config.seed)
     running = 0.0

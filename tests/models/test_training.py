@@ -10,7 +10,7 @@ import torch
 
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.prior import load_prior
-from ddoq_ray.models.train_prior import PriorTraining, batches, train_prior
+from ddoq_ray.models.train_prior import PriorTraining, batches, one_cycle, train_prior
 from ddoq_ray.models.train_teacher import TeacherTraining, accuracy, train_teacher
 
 CLASSES = ["dark", "light"]
@@ -138,3 +138,17 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
     for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="teacher training"):
             TeacherTraining(**options)
+
+
+@pytest.mark.parametrize("warm_up", [0.05, 0.1])
+def test_any_number_of_steps_has_a_schedule(warm_up):
+    for steps in range(1, 61):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = one_cycle(optimizer, 1.0, steps, warm_up=warm_up)
+        rates = []
+        for step in range(steps):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            if step + 1 < steps:
+                schedule.step()
+        assert (min(rates) >= 0 and max(rates) <= 1.0 + 1e-9 and rates[-1] < 0.01) or steps == 1
