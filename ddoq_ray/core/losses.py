@@ -26,7 +26,7 @@ def weighted_kl(
 ) -> torch.Tensor:
     """`sum_i w_i KL(softmax(teacher_i / T) || softmax(student_i / T)) / B`.
 
-    Source: Algorithm 4, line 5. Differences from the paper: it prints KL(student || teacher); D4M's and FKD's
+    Source: Algorithm 4, line 7. Differences from the paper: it prints KL(student || teacher); D4M's and FKD's
     code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the order here.
 
     Args:
