@@ -14,13 +14,16 @@ import hashlib
 import json
 import os
 import posixpath
+import tempfile
 import uuid
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, Literal
 
 import fsspec
 
 Status = Literal["new", "open", "done"]
+
+TEMPORARY = ".tmp"
 
 
 def canonical(value: Any) -> str:
@@ -68,24 +71,47 @@ class Folder:
         Raises:
             ValueError: When the place cannot be written.
         """
+        with self.writing(name) as f:
+            f.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write piece by piece, published when the block ends; nothing appears when it raises.
+
+        Raises:
+            ValueError: When the place cannot be written.
+        """
         try:
             fs, target = self._fs(name)
-            if self.local:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-                try:
-                    with open(temporary, "wb") as f:
-                        f.write(data)
-                        f.flush()
-                        os.fsync(f.fileno())
-                    os.replace(temporary, target)
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(temporary)
-            else:
-                fs.pipe_file(target, data)
+            if not self.local:
+                # Not fs.open: leaving its block by an error would publish the part written so far.
+                with tempfile.NamedTemporaryFile() as held:
+                    yield held
+                    held.flush()
+                    fs.put_file(held.name, target)
+                return
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            temporary = f"{target}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
+            try:
+                with open(temporary, "wb") as f:
+                    yield f
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
         except OSError as error:
             raise ValueError(write_error(self.path(name), error)) from error
+
+    def sweep(self) -> None:
+        """Remove what killed writers left: temporary files, here and below. An object store keeps no such thing."""
+        if self.local:
+            for place, _, files in os.walk(self.uri):
+                for file in files:
+                    if file.endswith(TEMPORARY):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(place, file))
 
     def publish_json(self, name: str, value: Any) -> None:
         self.publish(name, (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode())
@@ -93,6 +119,22 @@ class Folder:
     def read(self, name: str) -> bytes:
         fs, target = self._fs(name)
         return bytes(fs.cat_file(target))
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to read piece by piece."""
+        fs, target = self._fs(name)
+        with fs.open(target, "rb") as f:
+            yield f
+
+    def digest(self, name: str) -> tuple[str, int]:
+        """sha256 (hex) and size in bytes of a file, read piece by piece."""
+        sha, size = hashlib.sha256(), 0
+        with self.reading(name) as f:
+            while piece := f.read(1 << 20):
+                sha.update(piece)
+                size += len(piece)
+        return sha.hexdigest(), size
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
@@ -105,7 +147,7 @@ class Folder:
         """Names, relative to this folder, that match a glob; sorted."""
         fs, target = self._fs(pattern)
         root = fs._strip_protocol(self.uri).rstrip("/") + "/"
-        return sorted(n.removeprefix(root) for n in fs.glob(target) if not n.endswith(".tmp"))
+        return sorted(n.removeprefix(root) for n in fs.glob(target) if not n.endswith(TEMPORARY))
 
     def remove(self, name: str = "") -> None:
         fs, target = self._fs(name)
@@ -199,7 +241,11 @@ class Artifact:
         return status
 
     def finish(self, identity: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-        """Publish the manifest: the identity, its digest, and facts such as seconds, items, bytes and digest."""
+        """Publish the manifest: the identity, its digest, and facts such as seconds, items, bytes and digest.
+
+        The output is complete then, so what killed or late writers left behind is removed first.
+        """
+        self.folder.sweep()
         manifest = {"stage": self.stage, "identity": identity, "identity_digest": digest_of(identity), **facts}
         self.folder.publish_json("manifest.json", manifest)
         return manifest

@@ -41,6 +41,38 @@ def test_publish_read_names_remove(folder: Folder) -> None:
     assert folder.names("*") == []
 
 
+def test_writing_piece_by_piece(folder: Folder) -> None:
+    folder.publish("b/x", b"old")
+    with folder.writing("b/x") as f:
+        f.write(b"new ")
+        assert folder.read("b/x") == b"old"
+        f.write(b"bytes")
+    assert folder.read("b/x") == b"new bytes"
+    with pytest.raises(ZeroDivisionError), folder.writing("b/y") as f:
+        f.write(b"half")
+        1 / 0  # noqa: B018
+    assert folder.names("b/*") == ["b/x"]
+
+
+def test_finishing_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    """A writer killed between writing and renaming leaves its temporary file: it is no part of the output."""
+    folder = Folder(str(tmp_path))
+    artifact = Artifact(folder / "latents", "encode")
+    artifact.begin({"a": 1})
+    folder.publish("latents/shard-0/chunk", b"whole")
+    for name in ("latents/shard-0/chunk.12345678.tmp", "latents/started.json.12345678.tmp", "images/x.12345678.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"ha")
+    artifact.finish({"a": 1})
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [
+        "images/x.12345678.tmp",  # another stage's, which may be at work
+        "latents/manifest.json",
+        "latents/shard-0/chunk",
+        "latents/started.json",
+    ]
+
+
 def test_folders_travel_to_other_processes(folder: Folder) -> None:
     assert pickle.loads(pickle.dumps(folder)).uri == folder.uri
 

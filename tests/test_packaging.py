@@ -68,6 +68,7 @@ def test_wheel(tmp_path: Path, checkout: Path) -> None:
     assert sorted(p.name for p in empty.iterdir()) == ["out"], "the command leaves nothing but its run directory"
 
 
+@pytest.mark.slow  # what `make` itself installs
 def test_editable_install(tmp_path: Path, checkout: Path) -> None:
     bin_ = layered_venv(tmp_path / "venv")
     run(bin_ / "python", "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-e", checkout,
@@ -80,6 +81,7 @@ def test_editable_install(tmp_path: Path, checkout: Path) -> None:
     assert_prepared(empty)
 
 
+@pytest.mark.slow  # what `ray job submit --working-dir .` ships: tests/test_job_submit.py runs one
 def test_checkout_that_is_not_installed(tmp_path: Path, checkout: Path) -> None:
     bin_ = layered_venv(tmp_path / "venv")
     run(bin_ / "python", "-m", "ddoq_ray", *PREPARE[:1], PREPARE[2], f"run_dir={tmp_path}/out", cwd=checkout)
