@@ -23,7 +23,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddoq_ray.records import ClassInfo, ShardInfo
+from ddoq_ray.records import ClassCounts, ClassInfo, ShardInfo
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
 
@@ -282,7 +282,7 @@ def index_shard(shard: str, num_classes: int) -> ShardInfo:
         try:
             tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115
         except tarfile.ReadError:
-            return ShardInfo(shard, 0, int(fs.size(root)), {}, "not-a-tar")
+            return ShardInfo(shard, 0, int(fs.size(root)), ClassCounts({}), "not-a-tar")
         for group in _groups(tar, lambda bad: digest.update(repr(bad).encode())):
             for name, info in sorted(group.members.items()):
                 digest.update(f"{group.key}.{name}:{info.size}:{info.mtime}:{info.chksum};".encode())
@@ -299,7 +299,7 @@ def index_shard(shard: str, num_classes: int) -> ShardInfo:
                     )
             elif _image_member(group) is not None:
                 images[class_id] += 1
-    return ShardInfo(shard, sum(images.values()), int(fs.size(root)), dict(sorted(images.items())), digest.hexdigest())
+    return ShardInfo(shard, sum(images.values()), int(fs.size(root)), ClassCounts(images), digest.hexdigest())
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARDS, PER_SHARD, IPC, TARS = 12, 20, 6, 30
+SHARDS, PER_SHARD, IPC, TARS = 8, 15, 4, 20
 MARK = "DDOQ_TEST_RUN"  # an environment variable by which the processes of a run are known
 TIMEOUT = 180
 
@@ -233,6 +233,7 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
         place = f"with-{number}"
         quantizers = Quantizers(config, run, place, algorithm, Data.load(run), run / "latents", facts)
         try:
+            quantizers.launch()
             for shard in range(SHARDS):
                 quantizers.shard_done(shard)
             quantizers.finish(Events(run))

@@ -46,6 +46,18 @@ class ClvqConfig(QuantizerConfig):
 @dataclass(frozen=True)
 class GramConfig(QuantizerConfig):
     hartigan: bool = option(True, "finish Lloyd's optimum with Hartigan exchanges")
+    restarts: int = option(1, "independent runs on a class's one Gram matrix; the lowest distortion is kept")
+    product: Literal["float32", "bfloat16"] = option(
+        "float32", "precision of the Gram matrix's product; bfloat16 is for a GPU or a CPU with AMX"
+    )
+    max_gram_gb: float = option(2.0, "classes with a larger Gram matrix (4 n^2 bytes, GiB) go to faiss")
+    max_class_gb: float = option(8.0, "classes that need more memory than this (GiB) go to clvq, one pass over the log")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.restarts >= 1, f"quantizer.restarts={self.restarts}: expected 1 or more")
+        for key in ("max_gram_gb", "max_class_gb"):
+            require(getattr(self, key) > 0, f"quantizer.{key}={getattr(self, key)}: expected more than 0")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,18 @@ import ray
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.records import ChunkRecord, ShardDone, fixed_binary, latent_schema
+from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone, fixed_binary, latent_schema
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.samples import BadSample, Sample, read_samples, to_square
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
 CHUNK_BYTES = 32 << 20  # of pixels: small enough that several wait in memory, large enough to hide a call's cost
+
+
+def chunk_rows(config: RunConfig, image_size: int) -> int:
+    """Samples in a chunk, at most."""
+    return config.encoder.chunk_samples or max(1, CHUNK_BYTES // (3 * image_size**2))
 
 
 def shard_name(index: int) -> str:
@@ -127,7 +132,7 @@ class Encoder:
         name = f"{shard_name(shard)}/chunk-{chunk:05d}.parquet"
         self.latents.publish(name, data)
         counts = Counter(class_ids.tolist())
-        return ChunkRecord(name, len(keys), dict(sorted(counts.items())), digest_of(data))
+        return ChunkRecord(name, len(keys), ClassCounts(counts), digest_of(data))
 
 
 def identity(config: RunConfig, data: Data | None, prior_id: str) -> dict:
@@ -174,18 +179,22 @@ def run(
     total = sum(s.samples for s in data.train)
     with Progress("encode", total, "images") as progress:
         for shard in finished:
-            progress.advance(sum(ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json")).classes.values()))
+            progress.advance(ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json")).classes.total)
         refused = 0
         for record in _stream(config, run_folder, data, finished, networks.image_size):
             latents.publish(f"{shard_name(record.shard)}/done.json", record.dumps())
             refused += record.refused
-            progress.advance(sum(record.classes.values()))
+            progress.advance(record.classes.total)
             if refused > config.max_bad_fraction * max(1, total):
                 break  # no need to spend the rest of the hours; the final check below says why
             on_shard(record.shard)
-    records = [ShardDone.loads(latents.read(f"{shard_name(s)}/done.json")) for s in sorted(done_shards(latents))]
-    check_bad_fraction(config, run_folder, records)
-    encoded = sum(sum(r.classes.values()) for r in records)
+    encoded, refused, digests = 0, 0, []
+    for shard in sorted(done_shards(latents)):
+        done = ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json"))
+        encoded += done.classes.total
+        refused += done.refused
+        digests.append([c.sha256 for c in done.chunks])
+    check_bad_fraction(config, run_folder, encoded, refused)
     if not encoded:
         raise ValueError(f"no usable sample in any shard; each refusal is listed in {run_folder.path('quarantine')}")
     manifest = artifact.finish(
@@ -194,8 +203,8 @@ def run(
         items=encoded,
         unit="images",
         bytes=encoded * 2 * int(np.prod(networks.latent_shape)),
-        refused=sum(r.refused for r in records),
-        digest=digest_of([[c.sha256 for c in r.chunks] for r in records]),
+        refused=refused,
+        digest=digest_of(digests),
         latent_shape=list(networks.latent_shape),
         environment=networks.environment,
         kept=True,
@@ -254,7 +263,7 @@ def _stream(
                 "quarantine": run_folder / "quarantine",
                 "num_classes": len(data.classes),
                 "image_size": image_size,
-                "chunk_samples": config.encoder.chunk_samples or max(1, CHUNK_BYTES // (3 * image_size**2)),
+                "chunk_samples": chunk_rows(config, image_size),
             },
         )
         .map_batches(
@@ -284,7 +293,7 @@ def _stream(
             total: Counter[int] = Counter()
             for chunk in ordered:
                 total.update(chunk.classes)
-            yield ShardDone(shard, ordered, dict(sorted(total.items())), ends[shard][1])
+            yield ShardDone(shard, ordered, ClassCounts(total), ends[shard][1])
             del chunks[shard]
 
 
@@ -297,9 +306,8 @@ def quarantine_reasons(run_folder: Folder) -> Counter[str]:
     return reasons
 
 
-def check_bad_fraction(config: RunConfig, run_folder: Folder, records: list[ShardDone]) -> None:
-    refused = sum(r.refused for r in records)
-    seen = refused + sum(sum(r.classes.values()) for r in records)
+def check_bad_fraction(config: RunConfig, run_folder: Folder, encoded: int, refused: int) -> None:
+    seen = encoded + refused
     if refused > config.max_bad_fraction * max(1, seen):
         reasons = ", ".join(f"{reason}: {n}" for reason, n in quarantine_reasons(run_folder).most_common(5))
         raise ValueError(

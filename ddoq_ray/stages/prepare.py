@@ -23,7 +23,7 @@ import ray
 from ddoq_ray.artifacts import Artifact, Folder, Status, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.records import ClassInfo, ShardInfo
+from ddoq_ray.records import ClassInfo, ShardInfo, read_shards
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, index_shard, list_shards, read_classes, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits
@@ -80,8 +80,8 @@ class Data:
         folder = run / "data"
         Artifact(folder, "prepare").require()
         classes = tuple(ClassInfo(**row) for row in folder.read_json("source-classes.json"))
-        train = tuple(ShardInfo.from_json(r) for r in folder.read_json("shards.json"))
-        val = tuple(ShardInfo.from_json(r) for r in folder.read_json("val-shards.json"))
+        train = tuple(read_shards(folder.read("shards.json")))
+        val = tuple(read_shards(folder.read("val-shards.json")))
         return Data(run, classes, train, val)
 
 

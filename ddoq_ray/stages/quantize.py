@@ -1,264 +1,60 @@
 """quantize: actors, sharded over classes, pull the latent log while encoders still run.
 
 Order matters only within a class: each class has its own cursor over the shards that hold it and takes them in
-order, whatever the order of their completion. State and cursors of the classes that are open are snapshotted in one
-atomic file an actor, and `advance` is idempotent; so an actor may die at any moment, restart without limit, and the
-codebook is the same bytes under any number of actors.
+order, whatever the order of their completion (`quantize_worker`). So the codebook is the same bytes under any number
+of actors, any order of arrival, any death.
 
 Classes are written in parts (fixed ranges of class ids, which do not depend on the number of actors). When the last
 shard of a part's last class is consumed, each class of the part gets its exact assignment pass over the log, the part
 is published, and its state is freed.
 
-Memory of an actor: C_open x K x (4 D + 24) bytes of state, about five times that for a class whose first samples are
-still buffered (k-means++ seeds from 4 K of them), and one chunk of latents; the exact algorithms hold one class's
-latents (4 n D bytes) while its part is finished.
+Memory of an actor, checked before it starts and asked of Ray (`plan_memory`):
+
+    400 MiB + 12 bytes x (class, shard) pairs + 8 D x rows of the largest chunk file + working set + 192 MiB
+
+    streaming:  sum over the open classes of 4 D max(min(n, buffer), min(n, K)) + 24 K + 6 KiB, where they are most
+                (a class is open from its first shard to the last shard of its part; in a class-mixed log all are),
+                and one class's seeding
+    exact:      512 MiB of latents, or the largest class; and the largest of 8 n D + 12 n^2 that its algorithm gets
+
+The last 192 MiB are a part on its way to its file.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
-from ddoq_ray.core.distortion import assign
-from ddoq_ray.records import Codebook, codebook_schema, fixed_binary
-from ddoq_ray.runtime import Events, Progress, pin_blas_threads
+from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, QuantizerConfig
+from ddoq_ray.core.clvq import Clvq
+from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, exact_algorithm, gram_bytes
+from ddoq_ray.records import CodebookWarning
+from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
-from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
+from ddoq_ray.stages.quantize_worker import READ_BYTES, Quantizer, Settings, record_name
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
+BASE_BYTES = 400 << 20  # of a worker process that has done nothing yet
+WARNINGS_SHOWN = 5
 
 
 def part_classes(num_classes: int, ipc: int, dim: int) -> list[list[int]]:
     """Class ids of each codebook part: at least 16 parts where there are classes for them, none above 64 MB."""
     size = max(1, min(-(-num_classes // 16), PART_BYTES // max(1, 4 * ipc * dim)))
     return [list(range(first, min(first + size, num_classes))) for first in range(0, num_classes, size)]
-
-
-def fit(x: np.ndarray, k: int, algorithm: QuantizerConfig, seed: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Run an algorithm that wants the whole class.
-
-    Args:
-        x: float32 [n, D], the class's latents in the log's order.
-        k: Centroids wanted, at most n.
-
-    Returns:
-        Centroids float32 [K', D] and the algorithm's own counts int64 [K'].
-    """
-    from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
-    from ddoq_ray.core.gram_kmeans import gram_kmeans
-
-    if isinstance(algorithm, GramConfig):
-        return gram_kmeans(x, k, seed=seed, class_id=class_id, hartigan=algorithm.hartigan)
-    if isinstance(algorithm, MinibatchKmeansConfig):
-        return minibatch_kmeans(x, k, variant=algorithm.variant, seed=seed, class_id=class_id)
-    if algorithm.name == "kmeans":
-        return lloyd(x, k, seed=seed, class_id=class_id)
-    assert algorithm.name == "faiss", algorithm.name
-    return faiss_kmeans(x, k, seed=seed, class_id=class_id)
-
-
-@ray.remote(max_restarts=-1, max_task_retries=-1)
-class Quantizer:
-    """Holds the open classes of its parts. Made from paths only: an ObjectRef would not survive a restart."""
-
-    def __init__(
-        self,
-        codebook: Folder,
-        latents: Folder,
-        run: Folder,
-        parts: dict[int, list[int]],
-        algorithm: QuantizerConfig,
-        settings: dict[str, Any],
-    ) -> None:
-        # BLAS only: loading torch here would cost seconds and hundreds of MB for nothing.
-        pin_blas_threads(settings["threads"])
-        self.codebook, self.log = codebook, LatentLog(latents)
-        self.algorithm, self.settings = algorithm, settings
-        self.parts = parts
-        data = Data.load(run)
-        mine = {c for classes in parts.values() for c in classes}
-        self.shards: dict[int, list[int]] = {c: [] for c in mine}
-        for index, shard in enumerate(data.train):
-            for c in mine & set(shard.images):
-                self.shards[c].append(index)
-        self.cursor = dict.fromkeys(mine, 0)
-        self.state: dict[int, Any] = {}
-        self.seconds = 0.0
-        self.failed: Exception | None = None
-        self.snapshot_name = f"snapshots/{min(parts):05d}.npz"
-        self._restore()
-
-    def advance(self, done: bytes) -> float:
-        """Consume what can be consumed of the done shards, in each class's order. Calling it again is harmless.
-
-        Args:
-            done: Bitmap of the shards whose done record is published (numpy.packbits).
-
-        Returns:
-            Seconds that this actor has worked since it started; the rest of its life it waits for encoders.
-        """
-        if self.failed is not None:  # half a shard may be consumed: going on would count it twice
-            raise self.failed
-        start = time.monotonic()
-        try:
-            self._advance(done)
-        except Exception as error:
-            self.failed = error
-            raise
-        self.seconds += time.monotonic() - start
-        return self.seconds
-
-    def _advance(self, done: bytes) -> None:
-        ready = np.flatnonzero(np.unpackbits(np.frombuffer(done, np.uint8)))
-        since_snapshot = 0
-        for shard in ready.tolist():
-            takers = [c for c, at in self.cursor.items() if at < len(self.shards[c]) and self.shards[c][at] == shard]
-            if not takers:
-                continue
-            if self.algorithm.streaming:
-                self._consume(shard, takers)
-            for c in takers:
-                self.cursor[c] += 1
-            since_snapshot += 1
-            if since_snapshot >= self.algorithm.snapshot_every:
-                self._snapshot()
-                since_snapshot = 0
-        if self._finish_parts() or since_snapshot:
-            self._snapshot()
-
-    def _consume(self, shard: int, takers: list[int]) -> None:
-        from ddoq_ray.core.clvq import Clvq
-
-        assert isinstance(self.algorithm, ClvqConfig)
-        for chunk in self.log.done(shard).chunks:
-            for c, latents, _ in self.log.read(chunk, takers):
-                if c not in self.state:
-                    self.state[c] = Clvq(
-                        self.settings["ipc"],
-                        latents.shape[1],
-                        winner=self.algorithm.winner,
-                        batch=self.algorithm.batch,
-                        buffer=self.algorithm.buffer or None,
-                        seed=self.settings["seed"],
-                        class_id=c,
-                    )
-                self.state[c].update(latents)
-
-    def _finish_parts(self) -> bool:
-        """Write and free each part whose classes are all consumed."""
-        complete = [
-            part for part, classes in self.parts.items() if all(self.cursor[c] == len(self.shards[c]) for c in classes)
-        ]
-        for part in complete:
-            classes = self.parts[part]
-            self._publish(part, [b for c in classes if (b := self._finish_class(c)) is not None])
-            del self.parts[part]
-            for c in classes:
-                self.state.pop(c, None)
-                del self.cursor[c], self.shards[c]
-        return bool(complete)
-
-    def _class_latents(self, c: int) -> list[np.ndarray]:
-        shards = [self.log.done(s) for s in self.shards[c]]
-        return [x for done in shards for chunk in done.chunks for _, x, _ in self.log.read(chunk, [c])]
-
-    def _finish_class(self, c: int) -> Codebook | None:
-        n = sum(self.log.done(s).classes.get(c, 0) for s in self.shards[c])
-        ipc = self.settings["ipc"]
-        if n < ipc and self.settings["small_class"] == "error":
-            raise ValueError(
-                f"class {c} has {n} usable images, fewer than ipc={ipc} (the others are in quarantine); choose a "
-                "smaller ipc, small_class=cap or small_class=drop"
-            )
-        if n == 0 or (n < ipc and self.settings["small_class"] == "drop"):
-            return None
-        pieces = self._class_latents(c)
-        if self.algorithm.streaming:
-            centroids, stream_counts = self.state[c].result()
-        else:
-            centroids, stream_counts = fit(
-                np.concatenate(pieces), min(ipc, n), self.algorithm, self.settings["seed"], c
-            )
-        counts, total = np.zeros(len(centroids), np.int64), 0.0
-        for x in pieces:
-            labels, squared = assign(x, centroids)
-            counts += np.bincount(labels, minlength=len(centroids))
-            total += float(squared.sum())
-        assert counts.sum() == n, (c, counts.sum(), n)
-        return Codebook(c, centroids, counts, total / n, stream_counts)
-
-    def _publish(self, part: int, books: list[Codebook]) -> None:
-        shape, prior_id = tuple(self.settings["latent_shape"]), self.settings["prior_id"]
-        schema = codebook_schema(shape, prior_id)
-        dim = int(np.prod(shape))
-        centroids = np.concatenate([b.centroids for b in books]) if books else np.empty((0, dim), np.float32)
-        columns = [
-            pa.array(np.repeat([b.class_id for b in books], [b.k for b in books]).astype(np.int32)),
-            pa.array(np.concatenate([np.arange(b.k) for b in books] or [[]]).astype(np.int32)),
-            fixed_binary(centroids.astype("<f4")),
-            pa.array(np.concatenate([b.counts for b in books] or [[]]).astype(np.int64)),
-            pa.array(np.concatenate([b.weights for b in books] or [[]]).astype(np.float64)),
-            pa.array(np.repeat([b.distortion for b in books], [b.k for b in books]).astype(np.float64)),
-            pa.array(np.concatenate([b.stream_counts for b in books] or [[]]).astype(np.int64)),
-        ]
-        out = io.BytesIO()
-        pq.write_table(
-            pa.Table.from_arrays(columns, schema=schema),
-            out,
-            compression="NONE",
-            use_dictionary=False,
-            write_statistics=False,
-        )
-        self.codebook.publish(part_name(part), out.getvalue())
-
-    def _snapshot(self) -> None:
-        arrays: dict[str, np.ndarray] = {"identity": np.asarray(self.settings["identity"])}
-        for c, at in self.cursor.items():
-            arrays[f"{c}/cursor"] = np.asarray(at)
-            if c in self.state:
-                arrays |= {f"{c}/state/{k}": np.asarray(v) for k, v in self.state[c].state().items()}
-        out = io.BytesIO()
-        np.savez(out, **arrays)  # type: ignore[arg-type]
-        self.codebook.publish(self.snapshot_name, out.getvalue())
-
-    def _restore(self) -> None:
-        """Drop the parts that are published already; take up the open classes where the last snapshot left them."""
-        from ddoq_ray.core.clvq import Clvq
-
-        published = set(self.codebook.names("part-*.parquet"))
-        for part in [p for p in self.parts if part_name(p) in published]:
-            for c in self.parts.pop(part):
-                del self.cursor[c], self.shards[c]
-        for name in self.codebook.names("snapshots/*.npz"):
-            with np.load(io.BytesIO(self.codebook.read(name)), allow_pickle=False) as saved:
-                if str(saved["identity"]) != self.settings["identity"]:
-                    raise ValueError(
-                        f"snapshot {self.codebook.path(name)} belongs to another configuration; use another run_dir, "
-                        "or overwrite=true"
-                    )
-                for c in self.cursor:  # a snapshot of a run with another num_shards may hold classes of mine
-                    if f"{c}/cursor" in saved and int(saved[f"{c}/cursor"]) > self.cursor[c]:
-                        self.cursor[c] = int(saved[f"{c}/cursor"])
-                        prefix = f"{c}/state/"
-                        state = {k.removeprefix(prefix): saved[k] for k in saved.files if k.startswith(prefix)}
-                        if state:
-                            self.state[c] = Clvq.from_state(state)
-
-
-def part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
 
 
 class Quantizers:
@@ -285,29 +81,40 @@ class Quantizers:
         self.done = np.zeros(len(data.train), np.uint8)
         self.actors: list[Any] = []
         self._calls: list[Any] = []
+        self.needs: list[int] = []
+        self._arguments: list[tuple[Any, ...]] = []
         if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
             return
         dim = int(np.prod(networks.latent_shape))
         parts = dict(enumerate(part_classes(len(data.classes), config.ipc, dim)))
-        self.num_parts = len(parts)
         num = min(algorithm.num_shards, len(parts))
-        resources = config.cluster.quantizer
-        settings = {
-            "ipc": config.ipc,
-            "seed": config.seed,
-            "small_class": config.small_class,
-            "threads": config.cluster.threads,
-            "latent_shape": list(networks.latent_shape),
-            "prior_id": networks.prior_id,
-            "identity": digest_of(self.facts),
-        }
-        actor = Quantizer.options(
-            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, scheduling_strategy="SPREAD"
+        self.num_parts = len(parts)
+        self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
+        self.needs = plan_memory(config, algorithm, data, networks, self.parts)
+        settings = Settings(
+            ipc=config.ipc,
+            seed=config.seed,
+            small_class=config.small_class,
+            threads=config.cluster.threads,
+            latent_shape=tuple(networks.latent_shape),
+            prior_id=networks.prior_id,
+            identity=digest_of(self.facts),
+            num_actors=num,
         )
-        for i in range(num):
-            mine = {p: c for p, c in parts.items() if p % num == i}
-            self.actors.append(actor.remote(self.codebook, latents, run, mine, algorithm, settings))
-        self._calls = [None] * num
+        self._arguments = [(self.codebook, latents, run / "data", mine, algorithm, settings) for mine in self.parts]
+
+    def launch(self) -> None:
+        """Start the actors, if there is anything left for them to do."""
+        resources = self.config.cluster.quantizer
+        for need, arguments in zip(self.needs, self._arguments, strict=True):
+            actor = Quantizer.options(
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                memory=need,
+                scheduling_strategy="SPREAD",
+            )
+            self.actors.append(actor.remote(*arguments))
+        self._calls = [None] * len(self.actors)
 
     def shard_done(self, shard: int) -> None:
         """A shard of the log is complete: tell each actor that is not still busy with the last news."""
@@ -337,7 +144,7 @@ class Quantizers:
                     ray.wait(waiting, num_returns=1, timeout=1.0)
                     ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
                     ray.get(ready)
-                    progress.advance(len(self.codebook.names("part-*.parquet")) - progress.done)
+                    progress.advance(len(self.codebook.names("part-*.json")) - progress.done)
             self._write_manifest(events, max(ray.get(refs)))
             self.close()
         return self.artifact.require()
@@ -348,31 +155,143 @@ class Quantizers:
         self.actors = []
 
     def _write_manifest(self, events: Events, seconds: float) -> None:
-        files = self.codebook.names("part-*.parquet")
-        digest, size, counted, kept, centroids = [], 0, 0, set(), 0
-        for name in files:
-            data = self.codebook.read(name)
-            digest.append(digest_of(data))
-            size += len(data)
-            table = pq.read_table(io.BytesIO(data), columns=["class_id", "count"])
-            counted += int(table["count"].to_numpy().sum())
-            centroids += table.num_rows
-            kept |= set(table["class_id"].to_pylist())
-        dropped = sorted(c.class_id for c in self.data.classes if c.class_id not in kept)
+        records = [self.codebook.read_json(record_name(p)) for p in range(self.num_parts)]
+        algorithms: dict[str, int] = {}
+        for record in records:
+            for name, classes in record["algorithms"].items():
+                algorithms[name] = algorithms.get(name, 0) + classes
+        notes = [note for record in records for note in record["warnings"]]
+        dropped = [c for record in records for c in record["dropped"]]
+        latents, centroids = sum(r["latents"] for r in records), sum(r["centroids"] for r in records)
         self.codebook.remove("snapshots")
         self.artifact.finish(
             self.facts,
             seconds=round(seconds, 3),
             wall_seconds=round(time.time() - self.start, 3),
-            items=counted,
+            items=latents,
             unit="latents",
-            bytes=size,
+            bytes=sum(r["bytes"] for r in records),
             centroids=centroids,
+            classes_by_algorithm=dict(sorted(algorithms.items())),
             dropped_classes=dropped,
-            digest=digest_of(digest),
+            warnings=notes,
+            digest=digest_of([r["digest"] for r in records]),
             environment=self.networks.environment,
         )
-        events.add("stage finished", stage="quantize", latents=counted, centroids=centroids, dropped=dropped)
+        for note in notes[:WARNINGS_SHOWN]:
+            warnings.warn(note, CodebookWarning, stacklevel=2)
+        if len(notes) > WARNINGS_SHOWN:
+            more = f"{len(notes) - WARNINGS_SHOWN} more classes: see warnings in {self.codebook.path('manifest.json')}"
+            warnings.warn(more, CodebookWarning, stacklevel=2)
+        if set(algorithms) - {self.facts["quantizer"]["name"]}:
+            events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
+        events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
+
+
+def plan_memory(
+    config: RunConfig,
+    algorithm: QuantizerConfig,
+    data: Data,
+    networks: Networks,
+    actors: Sequence[dict[int, list[int]]],
+) -> list[int]:
+    """Bytes that each actor needs where it needs most, by the formula above.
+
+    Args:
+        actors: For each actor its parts: part -> class ids.
+    """
+    dim = int(np.prod(networks.latent_shape))
+    chunk = (
+        8 * dim * min(encode.chunk_rows(config, networks.image_size), max((s.samples for s in data.train), default=0))
+    )
+    file = min(3 * PART_BYTES, 3 * max(4 * config.ipc * dim * len(c) for parts in actors for c in parts.values()))
+    census = _Census(data, actors, ahead=2 * config.encoder.workers)
+    needs = []
+    for parts in actors:
+        mine = np.array(sorted(c for classes in parts.values() for c in classes), np.int64)
+        if isinstance(algorithm, ClvqConfig):
+            buffer = algorithm.buffer or Clvq.default_buffer(config.ipc)
+            opened = clvq_bytes(census.images[mine], config.ipc, dim, buffer) * (census.pairs[mine] > 0)
+            work = census.peak(mine, opened) + clvq_seeding_bytes(config.ipc, dim, buffer)
+        else:
+            latents = 2.0 * dim * census.images[mine]
+            work = min(latents.sum(), max(READ_BYTES, latents.max(initial=0)))
+            work += max((_class_bytes(algorithm, int(n), dim) for n in np.unique(census.images[mine])), default=0.0)
+        needs.append(int(BASE_BYTES + 12 * census.pairs[mine].sum() + chunk + work + file))
+    return needs
+
+
+def _class_bytes(algorithm: QuantizerConfig, n: int, dim: int) -> float:
+    """Working memory of an exact algorithm for one class of n images."""
+    if not isinstance(algorithm, GramConfig):
+        return 16.0 * n * dim  # scikit-learn and faiss copy what they get
+    limits = {"max_gram_bytes": algorithm.max_gram_gb * GIB, "max_class_bytes": algorithm.max_class_gb * GIB}
+    kind = exact_algorithm(n, dim, **limits)
+    return float(gram_bytes(n, dim)) if kind == "gram" else 8.0 * n * dim if kind == "faiss" else 0.0
+
+
+class _Census:
+    """Where in the order of the shards each class is open.
+
+    Attributes:
+        images: int64 [C], labelled images of each class.
+        pairs: int64 [C], shards that hold it.
+    """
+
+    def __init__(self, data: Data, actors: Sequence[dict[int, list[int]]], ahead: int) -> None:
+        """`ahead`: how many shards encoders may be ahead of the oldest unfinished one."""
+        num_classes, shards = len(data.classes), len(data.train)
+        parts = {p: classes for mine in actors for p, classes in mine.items()}
+        part_of = np.empty(num_classes, np.int64)
+        for part, classes in parts.items():
+            part_of[classes] = part
+        self.images, self.pairs = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+        self.first, last = np.full(num_classes, shards), np.zeros(num_classes, np.int64)
+        own, held = np.zeros(len(parts)), np.zeros(len(parts))  # samples of a part, and of the shards that hold any
+        for index, shard in enumerate(data.train):
+            ids = shard.images.class_ids
+            self.images[ids] += shard.images.counts
+            self.pairs[ids] += 1
+            self.first[ids] = np.minimum(self.first[ids], index)
+            last[ids] = index
+            own += np.bincount(part_of[ids], weights=shard.images.counts, minlength=len(parts))
+            held[np.unique(part_of[ids])] += shard.samples
+        end = np.zeros(len(parts), np.int64)
+        np.maximum.at(end, part_of, last)
+        end[2 * len(actors) * own < held] = shards  # it waits for a pass over the log that serves others too
+        self.last = np.minimum(end[part_of] + ahead, shards)
+        self.shards = shards
+
+    def peak(self, classes: npt.NDArray[np.int64], size: npt.NDArray[np.float64]) -> float:
+        """Largest sum of `size` over those of `classes` that are open at one time."""
+        change = np.zeros(self.shards + 2)
+        np.add.at(change, self.first[classes], size)
+        np.add.at(change, self.last[classes] + 1, -size)
+        return float(np.cumsum(change).max())
+
+
+def check_memory(quantizers: Sequence[Quantizers]) -> None:
+    """Refuse before anything starts what the cluster's nodes cannot hold, naming the formula.
+
+    Raises:
+        ValueError: When the actors of all codebooks do not fit the memory of the nodes that are there.
+    """
+    needs = sorted((need for q in quantizers for need in q.needs), reverse=True)
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    free = sorted((n["Resources"].get("memory", 0.0) for n in nodes), reverse=True)
+    for need in needs:
+        at = next((i for i, room in enumerate(free) if room >= need), None)
+        if at is None:
+            whole = ", ".join(f"{n['Resources'].get('memory', 0.0) / GIB:.1f}" for n in nodes)
+            raise ValueError(
+                f"{len(needs)} quantizer actors need {', '.join(f'{n / GIB:.1f}' for n in needs[:8])}"
+                f"{', ...' if len(needs) > 8 else ''} GiB of memory, and the nodes offer {whole} GiB. An actor needs "
+                "400 MiB + one chunk + (clvq) 4 x D x max(buffer, ipc) bytes for each class that is open at one time "
+                "- all of its classes when the shards are class-mixed - or (exact algorithms) 512 MiB of latents and "
+                "one class. Choose more quantizer.num_shards on more nodes, class-sorted shards, quantizer.buffer=ipc, "
+                "or a smaller ipc"
+            )
+        free[at] -= need
 
 
 def identity(config: RunConfig, algorithm: QuantizerConfig) -> dict[str, Any]:
@@ -386,7 +305,7 @@ def identity(config: RunConfig, algorithm: QuantizerConfig) -> dict[str, Any]:
 
 def read_part(codebook: Folder, part: str) -> pa.Table:
     """A part of a codebook as an Arrow table (schema `records.codebook_schema`)."""
-    return pq.read_table(io.BytesIO(codebook.read(part)))
+    return pq.read_table(pa.BufferReader(codebook.read(part)))
 
 
 def latent_shape_of(table: pa.Table) -> tuple[int, ...]:

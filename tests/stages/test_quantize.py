@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +26,20 @@ from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.records import ChunkRecord, ShardDone, ShardInfo, binary_rows, fixed_binary, latent_schema
+from ddoq_ray.records import (
+    ChunkRecord,
+    ClassCounts,
+    CodebookWarning,
+    ShardDone,
+    ShardInfo,
+    binary_rows,
+    fixed_binary,
+    latent_schema,
+)
 from ddoq_ray.runtime import Events
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize import Quantizers
+from ddoq_ray.stages.quantize import Quantizers, check_memory, part_classes, plan_memory
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -38,11 +48,17 @@ DIM = 18
 FACTS = Networks("prior-1", SHAPE, 16, None, 10, None, None, None, 0, 0, {})
 
 
-def write_log(run: Path, classes: int, shards: Sequence[Sequence[Sequence[int]]]) -> dict[int, np.ndarray]:
+def write_log(
+    run: Path,
+    classes: int,
+    shards: Sequence[Sequence[Sequence[int]]],
+    latent: Callable[[int, int, np.ndarray], np.ndarray] = lambda class_id, index, x: x,
+) -> dict[int, np.ndarray]:
     """A run directory with prepared data and a finished latent log.
 
     Args:
         shards: For each shard its chunks, each the class of every sample in reading order.
+        latent: Changes a sample's latent: class_id, index in the chunk, the latent as drawn.
 
     Returns:
         class_id -> its latents float32 [n, D] in the log's order.
@@ -57,6 +73,8 @@ def write_log(run: Path, classes: int, shards: Sequence[Sequence[Sequence[int]]]
         for chunk, class_ids in enumerate(chunks):
             ids = np.asarray(class_ids, np.int32)
             latents = (middle[ids] + 0.5 * rng.standard_normal((len(ids), DIM))).astype(np.float16)
+            for i, c in enumerate(ids.tolist()):
+                latents[i] = latent(c, i, latents[i])
             order = np.argsort(ids, kind="stable")
             for i in order:
                 stream[int(ids[i])].append(latents[i].astype(np.float32))
@@ -66,11 +84,9 @@ def write_log(run: Path, classes: int, shards: Sequence[Sequence[Sequence[int]]]
             pq.write_table(pa.Table.from_arrays(columns, schema=latent_schema(SHAPE, "prior-1")), out)
             name = f"shard-{shard:06d}/chunk-{chunk:05d}.parquet"
             (folder / "latents").publish(name, out.getvalue())
-            records.append(
-                ChunkRecord(name, len(ids), dict(sorted(Counter(ids.tolist()).items())), digest_of(out.getvalue()))
-            )
+            records.append(ChunkRecord(name, len(ids), ClassCounts(Counter(ids.tolist())), digest_of(out.getvalue())))
         counts = Counter(c for chunk in chunks for c in chunk)
-        done = ShardDone(shard, tuple(records), dict(sorted(counts.items())), 0)
+        done = ShardDone(shard, tuple(records), ClassCounts(counts), 0)
         (folder / "latents").publish(f"shard-{shard:06d}/done.json", done.dumps())
         infos.append(ShardInfo(f"/data/{shard}.tar", sum(counts.values()), 1, done.classes, f"digest-{shard}"))
     data = folder / "data"
@@ -98,6 +114,7 @@ class Running:
         self.handle = Quantizers(config, self.run, place, config.quantizer, Data.load(self.run), latents, FACTS)
 
     def __enter__(self) -> Running:
+        self.handle.launch()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -204,7 +221,7 @@ def test_killed_quantizers_give_the_same_bytes(
         for shard in (0, 1, 2, 5):
             running.handle.shard_done(shard)
         ray.get(running.handle._calls)
-        assert running.place.names("snapshots/*.npz")  # there is a state to go on from
+        assert running.place.names("snapshots/*.arrow")  # there is a state to go on from
         ray.kill(actors[0], no_restart=False)
         for shard in (8, 3):
             running.handle.shard_done(shard)
@@ -279,12 +296,91 @@ class TestSmallClasses:
         assert {c: len(book["count"]) for c, book in books.items()} == {c: min(5, n) for c, n in self.SIZES.items()}
 
 
+class TestWhatIsNotAsAsked:
+    """Typed warnings: the codebook is exact, but a class has fewer centroids than ipc."""
+
+    @pytest.fixture(scope="class")
+    def repeated(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Class 0 has 12 latents, class 1 the same two over and over, class 2 none at all."""
+        run = tmp_path_factory.mktemp("repeated")
+        two = np.random.default_rng(9).standard_normal((2, DIM))
+        write_log(run, 3, [[[0, 1] * 6], [[0, 1] * 6]], latent=lambda c, i, x: two[i % 4 // 2] if c == 1 else x)
+        return run
+
+    @pytest.mark.parametrize("quantizer", ["clvq", "gram", "kmeans"])
+    def test_repeated_latents(self, repeated: Path, quantizer: str) -> None:
+        config = settings("ipc=4", "small_class=cap", f"quantizer={quantizer}")
+        with pytest.warns(CodebookWarning, match=r"class 1: 2 of 4 centroids.*repeated images"):
+            books = rows_of(quantize(repeated, f"repeated-{quantizer}", config))
+        assert sorted(books) == [0, 1] and (books[0]["count"] > 0).all()
+        assert sorted(books[1]["count"][books[1]["count"] > 0].tolist()) == [6, 6]
+        assert books[1]["distortion"][0] == pytest.approx(0, abs=1e-12)
+        manifest = Artifact(Folder(str(repeated)) / f"repeated-{quantizer}" / "codebook", "quantize").require()
+        assert manifest["dropped_classes"] == [2] and len(manifest["warnings"]) == 1
+
+    @pytest.mark.parametrize(
+        ("bound", "algorithm"),
+        [("max_gram_gb=1e-9", "faiss"), ("max_class_gb=1e-9", "clvq")],
+    )
+    def test_a_class_too_large_for_the_gram_space(
+        self, log: tuple[Path, dict[int, np.ndarray]], bound: str, algorithm: str
+    ) -> None:
+        run, stream = log
+        config = settings("quantizer=gram", f"quantizer.{bound}")
+        books = rows_of(quantize(run, f"too-large-{algorithm}", config))
+        with threadpoolctl.threadpool_limits(1):
+            expected = fold(stream, config) if algorithm == "clvq" else {
+                c: faiss_kmeans(x, 3, seed=0, class_id=c) for c, x in stream.items()
+            }  # fmt: skip
+        for c, x in stream.items():
+            check_class(books[c], x, *expected[c])
+        manifest = Artifact(Folder(str(run)) / f"too-large-{algorithm}" / "codebook", "quantize").require()
+        assert manifest["classes_by_algorithm"] == {algorithm: CLASSES}
+        assert "classes too large for the Gram space" in (run / "events.jsonl").read_text()
+
+
+class TestMemory:
+    def test_only_open_classes_count(self, tmp_path: Path) -> None:
+        """Class-sorted shards keep one class open at a time; the same samples mixed keep them all open."""
+        order = [c for c in range(40) for _ in range(8)]
+        needs = {}
+        for name, ids in (("sorted", order), ("mixed", np.random.default_rng(0).permutation(order).tolist())):
+            write_log(tmp_path / name, 40, [[ids[first : first + 8]] for first in range(0, 320, 8)])
+            config = settings("ipc=4")
+            networks = dataclasses.replace(FACTS, latent_shape=(1 << 20,))
+            data = Data.load(Folder(str(tmp_path / name)))
+            actors = [dict(enumerate(part_classes(40, 4, 1 << 20)))]
+            (needs[name],) = plan_memory(config, config.quantizer, data, networks, actors)
+        one = 4 * (1 << 20) * 8  # D values of 4 bytes, 8 samples in a buffer
+        part, ahead = 3, 2  # classes of a part are written together; encoders may be two shards ahead
+        rest = needs["mixed"] - 40 * one
+        assert needs["sorted"] - rest == pytest.approx((part + ahead) * one, rel=0.01)
+
+    def test_what_no_node_can_hold_is_refused_before_it_starts(self, tmp_path: Path) -> None:
+        write_log(tmp_path, 2, [[[0, 1] * 10]])
+        config = settings("ipc=3")
+        networks = dataclasses.replace(FACTS, latent_shape=(1 << 20, 1 << 20))
+        run = Folder(str(tmp_path))
+        made = Quantizers(config, run, "", config.quantizer, Data.load(run), run / "latents", networks)
+        with pytest.raises(ValueError, match=r"4 x D x max\(buffer, ipc\)") as error:
+            check_memory([made])
+        for words in ("quantizer actors need", "GiB", "class-sorted", "quantizer.num_shards", "quantizer.buffer=ipc"):
+            assert words in str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("damage", "quantizer"), [("missing", "clvq"), ("truncated", "clvq"), ("other", "clvq"), ("missing", "gram")]
+    ("damage", "quantizer", "words"),
+    [
+        ("missing", "clvq", "is missing"),
+        ("truncated", "clvq", "another digest"),
+        ("other", "clvq", "another digest"),
+        ("missing", "gram", "is missing"),
+        ("not finite", "clvq", "not finite (row 1, class 0)"),
+        ("another dimension", "gram", "latents of 20 values, the prior of this run makes 18"),
+    ],
 )
-def test_a_damaged_log_is_named(tmp_path: Path, damage: str, quantizer: str) -> None:
-    rng = np.random.default_rng(5)
-    write_log(tmp_path, 2, [[rng.integers(0, 2, 20).tolist() for _ in range(3)] for _ in range(3)])
+def test_a_damaged_log_is_named(tmp_path: Path, damage: str, quantizer: str, words: str) -> None:
+    write_log(tmp_path, 2, [[[0, 1] * 10] * 3] * 3)
     chunk = tmp_path / "latents" / "shard-000001" / "chunk-00001.parquet"
     data = chunk.read_bytes()
     chunk.unlink()
@@ -293,9 +389,19 @@ def test_a_damaged_log_is_named(tmp_path: Path, damage: str, quantizer: str) -> 
     elif damage == "other":
         table = pq.read_table(io.BytesIO(data))
         pq.write_table(table.slice(0, 7), chunk)
+    elif damage in ("not finite", "another dimension"):  # with a record that fits it: the encoder's own fault
+        table = pq.read_table(io.BytesIO(data))
+        latents = binary_rows(table["latent"], "<f2").copy()
+        latents[1, 3] = np.inf if damage == "not finite" else 0
+        wide = np.pad(latents, ((0, 0), (0, 2 if damage == "another dimension" else 0)))
+        pq.write_table(table.select(["key", "class_id"]).append_column("latent", fixed_binary(wide)), chunk)
+        done = chunk.with_name("done.json")
+        record = json.loads(done.read_text())
+        record["chunks"][1]["sha256"] = digest_of(chunk.read_bytes())
+        done.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"latents/shard-000001/chunk-00001\.parquet") as error:
         quantize(tmp_path, "", settings(f"quantizer={quantizer}"))
-    assert "encode again" in str(error.value)
+    assert "encode again" in str(error.value) and words in str(error.value)
     assert not (tmp_path / "codebook" / "manifest.json").exists()
 
 
@@ -334,3 +440,16 @@ def test_exact_algorithms_give_what_core_gives(
         for c, x in stream.items():
             centroids, counts = algorithm(x, 3, seed=0, class_id=c)
             check_class(books[c], x, centroids, counts)
+
+
+def test_with_a_gpu_classes_go_together(log: tuple[Path, dict[int, np.ndarray]]) -> None:
+    """The GPU of the tests' Ray is one in name only: torch then works on the CPU, by the same code."""
+    run, stream = log
+    overrides = ["quantizer=gram", "cluster.quantizer.num_gpus=0.5"]
+    books = rows_of(quantize(run, "together", settings(*overrides)))
+    for c, x in stream.items():
+        labels, squared = assign(x, books[c]["centroid"])
+        assert books[c]["count"].tolist() == np.bincount(labels, minlength=3).tolist()
+        alone = assign(x, gram_kmeans(x, 3, seed=0, class_id=c)[0])[1].mean()
+        assert books[c]["distortion"][0] == pytest.approx(squared.mean(), rel=1e-12)
+        assert squared.mean() == pytest.approx(alone, rel=0.05)

@@ -1,0 +1,43 @@
+"""Memory formulas by hand-computed values, and the rule that chooses an algorithm by a class's size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ddoq_ray.core.clvq import Clvq
+from ddoq_ray.core.sizing import CLASS_OVERHEAD, GIB, clvq_bytes, exact_algorithm, gram_bytes
+
+
+def test_a_class_holds_its_buffer_then_its_centroids() -> None:
+    n = np.array([0, 3, 10, 1000])
+    rows = np.array([0, 3, 8, 8])  # K = 5 centroids, from a buffer of 8
+    assert clvq_bytes(n, 5, 16, 8).tolist() == (4 * 16 * rows + 24 * 5 + CLASS_OVERHEAD).tolist()
+
+
+@pytest.mark.parametrize("n", [50, 400])
+def test_the_formula_covers_what_a_quantizer_holds(n: int) -> None:
+    """At any moment of a stream; and it is no more than a little above the most that it holds."""
+    quantizer = Clvq(20, 300, seed=0, class_id=0)
+    stated = float(clvq_bytes(n, 20, 300, Clvq.default_buffer(20)))
+    most = 0
+    for row in np.random.default_rng(0).standard_normal((n, 300)).astype(np.float32):
+        quantizer.update(row[None])
+        most = max(most, sum(a.nbytes for a in quantizer.state().values()))
+    assert most <= stated <= most + CLASS_OVERHEAD + 24 * 20 + 4 * 300  # the row that ends the buffering
+
+
+@pytest.mark.parametrize(
+    ("n", "gram_gib", "class_gib", "expected"),
+    [
+        (23_170, 2.0, 100.0, "gram"),  # 4 n^2 = 2 GiB
+        (23_171, 2.0, 100.0, "faiss"),
+        (1300, 2.0, 0.05, "faiss"),  # 8 n D = 0.04 GiB fits, with the Gram matrix it does not
+        (1300, 2.0, 0.03, "clvq"),
+        (10**6, 2.0, 8.0, "clvq"),
+    ],
+)
+def test_the_rule(n: int, gram_gib: float, class_gib: float, expected: str) -> None:
+    bounds = {"max_gram_bytes": gram_gib * GIB, "max_class_bytes": class_gib * GIB}
+    assert exact_algorithm(n, 4096, **bounds) == expected
+    assert gram_bytes(1300, 4096) == 8 * 1300 * 4096 + 12 * 1300**2

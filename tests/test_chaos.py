@@ -1,0 +1,144 @@
+"""Deaths of every kind, at random moments, while encoders and quantizers work: the codebook is the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from ddoq_ray import pipeline
+from ddoq_ray.config.compose import load_config
+
+pytestmark = pytest.mark.slow
+
+SHARDS, PER_SHARD = 10, 24
+NODE = {"num_cpus": 4, "object_store_memory": 100 << 20}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable[..., Path]) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "shards", SHARDS, PER_SHARD)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that runs no work, so that one other node holds all quantizers and all encoders."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    made = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+    try:
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def run(corpus: Path, place: Path) -> None:
+    pipeline.run(
+        load_config(
+            [
+                f"run_dir={place}", "dataset=webdataset", f"dataset.path={corpus}", "ipc=3", "baselines=[]",
+                "stages=[prepare,encode,quantize]", "encoder.chunk_samples=1", "encoder.workers=2",
+                "quantizer.snapshot_every=1", "quantizer.num_shards=3",
+            ]
+        )
+    )  # fmt: skip
+
+
+def workers(node: Any, word: str) -> list[int]:
+    """Processes of a node's Ray workers whose title has `word`."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if parent == raylet and title.startswith("ray::") and word in title:
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(chunks: int, place: Path, thread: threading.Thread, errors: list[BaseException]) -> None:
+    """Until so many chunks are in the latent log: a moment of the work, not of the clock."""
+    while sum(1 for _ in place.glob("latents/shard-*/chunk-*.parquet")) < chunks:
+        assert thread.is_alive(), (f"the run ended before chunk {chunks}", errors)
+        time.sleep(0.01)
+
+
+def kill_one(
+    node: Any, word: str, rng: np.random.Generator, thread: threading.Thread, errors: list[BaseException]
+) -> None:
+    """SIGKILL one such worker, as soon as there is one."""
+    while not (there := workers(node, word)):
+        assert thread.is_alive(), (f"the run ended without another {word}", errors)
+        time.sleep(0.01)
+    os.kill(int(rng.choice(there)), signal.SIGKILL)
+
+
+def content(place: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(place.glob("codebook/part-*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def calm(corpus: Path, cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
+    """The codebook of a run without deaths, and the node that ran it."""
+    node = cluster.add_node(**NODE)
+    place = tmp_path_factory.mktemp("calm") / "run"
+    run(corpus, place)
+    return content(place), node
+
+
+def test_any_death_at_any_moment(
+    corpus: Path, cluster: Any, calm: tuple[dict[str, bytes], Any], tmp_path: Path
+) -> None:
+    """Five seeds: a quantizer, an encoder, a quantizer again, then the node that holds them all."""
+    expected, node = calm
+    assert expected
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        place = tmp_path / f"run-{seed}"
+        errors: list[BaseException] = []
+
+        def work(place: Path = place, errors: list[BaseException] = errors) -> None:
+            try:
+                run(corpus, place)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD * 3 // 4), size=4, replace=False)).tolist()
+        wait_for(1, place, thread, errors)
+        spare = cluster.add_node(**NODE)  # nodes come and go in the main thread only
+        for moment, word in zip(moments, rng.permutation(["Quantizer", "Encoder", "Quantizer"]).tolist()):  # noqa: B905
+            wait_for(moment, place, thread, errors)
+            kill_one(node, word, rng, thread, errors)
+        wait_for(moments[-1], place, thread, errors)
+        assert thread.is_alive()
+        cluster.remove_node(node, allow_graceful=False)
+        node = spare
+        thread.join(timeout=240)
+        assert not thread.is_alive() and not errors, errors
+        assert content(place) == expected
+        encoded = json.loads((place / "latents/manifest.json").read_text())["items"]
+        assert encoded == SHARDS * PER_SHARD
+        counted = sum(
+            pq.read_table(p, columns=["count"])["count"].to_numpy().sum() for p in place.glob("codebook/*.parquet")
+        )
+        assert counted == encoded
+        assert not list(place.rglob("*.tmp"))
