@@ -145,7 +145,8 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     from ddoq_ray.runtime import Events
     from ddoq_ray.stages.networks import Networks
     from ddoq_ray.stages.prepare import Data
-    from ddoq_ray.stages.quantize import Quantizers, check_memory
+    from ddoq_ray.stages.quantize import Quantizers
+    from ddoq_ray.stages.quantize_memory import check_memory
 
     config = load_config([f"ipc={k}", "baselines=[]", f"quantizer.num_shards={number}", f"quantizer.buffer={buffer}"])
     networks = Networks("synthetic", (dim,), 16, None, 0, None, None, None, 0, 0, {})
@@ -153,7 +154,7 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     data = Data.load(run)
     algorithm = dataclasses.replace(config.quantizer)
     made = Quantizers(config, run, f"actors-{number}", algorithm, data, run / "latents", networks)
-    check_memory([made])
+    check_memory(made.needs)
     made.launch()
     pids = ray.get([a.__ray_call__.remote(lambda self: os.getpid()) for a in made.actors])
     start = time.monotonic()

@@ -24,9 +24,9 @@ from ddoq_ray.elastic import run_elastic
 from ddoq_ray.records import ImageUnit, binary_rows
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.samples import encode_png, write_tar
+from ddoq_ray.stages.codebook import read_part
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize import read_part
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,11 @@ from ddoq_ray.records import (
     latent_schema,
 )
 from ddoq_ray.runtime import Events
+from ddoq_ray.stages.codebook import part_classes
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize import Quantizers, check_memory, part_classes, plan_memory
+from ddoq_ray.stages.quantize import Quantizers
+from ddoq_ray.stages.quantize_memory import check_memory, plan_memory
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -363,7 +365,7 @@ class TestMemory:
         run = Folder(str(tmp_path))
         made = Quantizers(config, run, "", config.quantizer, Data.load(run), run / "latents", networks)
         with pytest.raises(ValueError, match=r"4 x D x max\(buffer, ipc\)") as error:
-            check_memory([made])
+            check_memory(made.needs)
         for words in ("quantizer actors need", "GiB", "class-sorted", "quantizer.num_shards", "quantizer.buffer=ipc"):
             assert words in str(error.value)
 

@@ -1,0 +1,142 @@
+"""What quantizer actors need of memory: planned from the index of the data, refused before anything starts.
+
+An actor needs
+
+    200 MiB + 12 bytes x (class, shard) pairs + 6 D x rows of the largest chunk file + working set
+
+    streaming:  sum over the open classes of 4 D max(min(n, buffer), min(n, K)) + 24 K + 6 KiB, where they are most
+                (a class is open from its first shard until its part is written: in a class-mixed log all classes are
+                open at the end), and one class's seeding
+    exact:      160 MiB of libraries; 512 MiB of latents, or the largest class; and what its algorithm needs for the
+                largest class that it gets (8 n D + 12 n^2 in Gram space)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, QuantizerConfig
+from ddoq_ray.core.clvq import Clvq
+from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
+from ddoq_ray.stages import encode
+from ddoq_ray.stages.class_quantizers import READ_BYTES, algorithm_of
+from ddoq_ray.stages.networks import Networks
+from ddoq_ray.stages.prepare import Data
+from ddoq_ray.stages.quantize_worker import shards_of, worth_finishing
+
+BASE_BYTES = 200 << 20  # of a worker process that has done nothing yet
+LIBRARY_BYTES = 160 << 20  # scikit-learn, faiss
+
+
+def plan_memory(
+    config: RunConfig,
+    algorithm: QuantizerConfig,
+    data: Data,
+    networks: Networks,
+    actors: Sequence[dict[int, list[int]]],
+) -> list[int]:
+    """Bytes that each actor needs where it needs most, by the formula above.
+
+    Args:
+        actors: For each actor its parts: part -> class ids.
+    """
+    dim = int(np.prod(networks.latent_shape))
+    largest = max((s.samples for s in data.train), default=0)
+    chunk = 6 * dim * min(encode.chunk_rows(config, networks.image_size), largest)
+    census = _Census(data, len(actors), ahead=0 if config.latents.path else 2 * config.encoder.workers)
+    needs = []
+    for parts in actors:
+        mine = np.array(sorted(c for classes in parts.values() for c in classes), np.int64)
+        base = BASE_BYTES
+        if isinstance(algorithm, ClvqConfig):
+            buffer = algorithm.buffer or Clvq.default_buffer(config.ipc)
+            work = census.peak(parts, clvq_bytes(census.images, config.ipc, dim, buffer))
+            work += clvq_seeding_bytes(config.ipc, dim, buffer)
+        else:
+            latents = 2.0 * dim * census.images[mine]
+            work = min(latents.sum(), max(READ_BYTES, latents.max(initial=0)))
+            work += max((_class_bytes(algorithm, int(n), dim) for n in np.unique(census.images[mine])), default=0.0)
+            base += LIBRARY_BYTES
+        pairs = sum(len(census.shards[c]) for c in mine.tolist())
+        needs.append(int(base + 12 * pairs + chunk + work))
+    return needs
+
+
+def _class_bytes(algorithm: QuantizerConfig, n: int, dim: int) -> float:
+    """Working memory of an exact algorithm for one class of n images."""
+    if not isinstance(algorithm, GramConfig):
+        return 16.0 * n * dim  # scikit-learn and faiss copy what they get
+    kind = algorithm_of(algorithm, n, dim)
+    return float(gram_bytes(n, dim)) if kind == "gram" else 8.0 * n * dim if kind == "faiss" else 0.0
+
+
+class _Census:
+    """Which classes are open while the shards are consumed in order.
+
+    Attributes:
+        images: int64 [C], labelled images of each class.
+        shards: For each class the shards that hold it, ascending.
+    """
+
+    def __init__(self, data: Data, num_actors: int, ahead: int) -> None:
+        """`ahead`: how many shards encoders may be ahead of the oldest unfinished one."""
+        self.images = np.array(list(data.counts.values()), np.int64)
+        self.samples = np.array([s.samples for s in data.train], np.int64)
+        pairs = [(s.images.class_ids, np.full(len(s.images), i, np.int32)) for i, s in enumerate(data.train)]
+        self.shards = shards_of(pairs, np.arange(len(data.classes)))
+        self.num_actors, self.ahead = num_actors, ahead
+
+    def peak(self, parts: dict[int, list[int]], size: npt.NDArray[np.float64]) -> float:
+        """Largest sum of `size` (float64 [C]) over the classes of `parts` that are open at one time."""
+        opens: dict[int, list[int]] = {}
+        closes: dict[int, list[int]] = {}
+        part_of = {c: p for p, classes in parts.items() for c in classes if len(self.shards[c])}
+        left = {p: sum(c in part_of for c in classes) for p, classes in parts.items()}
+        for c in part_of:
+            opens.setdefault(max(0, int(self.shards[c][0]) - self.ahead), []).append(c)
+            closes.setdefault(int(self.shards[c][-1]), []).append(c)
+        most = now = 0.0
+        pending: list[int] = []
+        for shard in range(len(self.samples)):
+            now += float(size[opens.get(shard, [])].sum())
+            most = max(most, now)
+            for c in closes.get(shard, []):
+                left[part_of[c]] -= 1
+                if left[part_of[c]] == 0:
+                    pending += [other for other in parts[part_of[c]] if other in part_of]
+            if pending:
+                held = np.unique(np.concatenate([self.shards[c] for c in pending]))
+                if worth_finishing(int(self.images[pending].sum()), int(self.samples[held].sum()), self.num_actors):
+                    now -= float(size[pending].sum())
+                    pending = []
+        return most
+
+
+def check_memory(needs: Sequence[int]) -> None:
+    """Refuse what the cluster's nodes cannot hold, naming the formula.
+
+    Args:
+        needs: Bytes of every actor, of all codebooks.
+
+    Raises:
+        ValueError: When the actors do not fit the memory of the nodes that are there.
+    """
+    nodes = [n["Resources"].get("memory", 0.0) for n in ray.nodes() if n["Alive"]]
+    free = sorted(nodes, reverse=True)
+    for need in sorted(needs, reverse=True):
+        at = next((i for i, room in enumerate(free) if room >= need), None)
+        if at is None:
+            most = ", ".join(f"{n / GIB:.1f}" for n in sorted(needs, reverse=True)[:8])
+            raise ValueError(
+                f"{len(needs)} quantizer actors need {most}{', ...' if len(needs) > 8 else ''} GiB of memory, and the "
+                f"nodes offer {', '.join(f'{n / GIB:.1f}' for n in nodes)} GiB. An actor needs 200 MiB + one chunk + "
+                "(clvq) 4 x D x max(buffer, ipc) bytes for each class that is open at one time - all of its classes "
+                "when the shards are class-mixed - or (exact algorithms) 512 MiB of latents and one class. Choose more "
+                "quantizer.num_shards on more nodes, class-sorted shards, quantizer.buffer=ipc, or a smaller ipc"
+            )
+        free[at] -= need
