@@ -70,6 +70,7 @@ def write_log(run: Folder, layout: str, classes: int, per_class: int, dim: int, 
     data.publish_json("shards.json", [i.to_json() for i in infos])
     data.publish_json("val-shards.json", [])
     Artifact(data, "prepare").finish({})
+    Artifact(run / "latents", "encode").finish({"prior": "synthetic", "data": "synthetic"}, kept=True)
 
 
 def peak_bytes(process: int | str = "self") -> int:
@@ -148,7 +149,12 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     from ddoq_ray.stages.quantize import Quantizers
     from ddoq_ray.stages.quantize_memory import check_memory
 
-    config = load_config([f"ipc={k}", "baselines=[]", f"quantizer.num_shards={number}", f"quantizer.buffer={buffer}"])
+    config = load_config(
+        [
+            f"ipc={k}", "baselines=[]", f"quantizer.num_shards={number}", f"quantizer.buffer={buffer}",
+            f"latents.path={run.path('latents')}",
+        ]
+    )  # fmt: skip
     networks = Networks("synthetic", (dim,), 16, None, 0, None, None, None, 0, 0, {})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data = Data.load(run)

@@ -20,7 +20,20 @@ from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.records import StudentRow
 from ddoq_ray.runtime import Events, commit, ray_session, say
-from ddoq_ray.stages import encode, evaluate, label, networks, prepare, quantize, report, select, synthesize, train
+from ddoq_ray.stages import (
+    encode,
+    evaluate,
+    heldout,
+    label,
+    networks,
+    prepare,
+    quantize,
+    report,
+    select,
+    synthesize,
+    train,
+)
+from ddoq_ray.stages.quantize_memory import check_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ def plan_methods(config: RunConfig) -> list[Method]:
         elif name == "random":
             draws = tuple(f"{place}/draw-{k}" for k in range(config.num_seeds))
             methods.append(Method(name, draws, place, None, "uniform"))
+        elif name in select.METHODS:
+            methods.append(Method(name, (place,), place, None, "uniform"))
         else:
             assert name == "full", name
             methods.append(Method(name, (), place, None, "uniform"))
@@ -109,6 +124,8 @@ def check_run_folder(config: RunConfig, folder: Folder) -> None:
     if config.overwrite:
         return
     Artifact(folder / "data", "prepare").check(prepare.identity(config))
+    if "report" in config.stages and config.report.heldout_images:
+        Artifact(folder / "heldout", "heldout").check({"heldout_images": config.report.heldout_images})
     for method in plan_methods(config):
         for place in method.images:
             if method.quantizer is not None:
@@ -143,12 +160,15 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
             for m in methods
             if m.quantizer is not None and "quantize" in wanted
         ]
+        check_memory([need for q in quantizers for need in q.needs])
 
         def on_shard(shard: int) -> None:
             for q in quantizers:
                 q.shard_done(shard)
 
         try:
+            for q in quantizers:
+                q.launch()
             if "encode" in wanted and not config.latents.path:
                 encode.run(config, folder, data, events, networks=known, on_shard=on_shard)
             else:
@@ -162,22 +182,25 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         made = [m.images[0] for m in methods if m.quantizer is not None]
         synthesize.run(config, folder, made, data, events, known)
         for m in methods:
-            if m.name == "random":
+            if m.name in select.METHODS:
                 for k, place in enumerate(m.images):
-                    select.run(config, folder, place, data, latents, events, k)
+                    select.run(config, folder, place, data, latents, events, k, method=m.name)
     if "label" in wanted:
         label.run(config, folder, image_folders, data, events, known)
+    # Started here, waited for by the report: it takes no time of its own while students train.
+    unseen = heldout.Heldout(config, folder, data, known, latents) if "report" in wanted else None
     if "train" in wanted:
         train.run(config, folder, rows, data, events, known)
     if "evaluate" in wanted:
         evaluate.run(config, folder, rows, data, events)
     path = None
-    if "report" in wanted:
+    if unseen is not None:
         # ddoq-sqrt beside ddoq has the same images: the page shows them once.
-        shown = {m.name: m.images[0] for m in methods if m.images and (m.quantizer is not None or m.name == "random")}
-        path = report.run(config, folder, data, known, latents, codebooks, shown, image_folders, rows)
+        shown = {m.name: m.images[0] for m in methods if m.images and (m.quantizer or m.name in select.METHODS)}
+        path = report.run(config, folder, data, known, latents, unseen, codebooks, shown, image_folders, rows, events)
     if not config.latents.keep:
         encode.discard(folder / "latents", events)
+        encode.discard(folder / "heldout", events)
     return path
 
 

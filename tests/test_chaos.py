@@ -21,7 +21,7 @@ from ddoq_ray.config.compose import load_config
 
 pytestmark = pytest.mark.slow
 
-SHARDS, PER_SHARD = 10, 24
+SHARDS, PER_SHARD = 10, 40
 NODE = {"num_cpus": 4, "object_store_memory": 100 << 20}
 
 
@@ -122,16 +122,17 @@ def test_any_death_at_any_moment(
 
         thread = threading.Thread(target=work)
         thread.start()
-        moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD * 3 // 4), size=4, replace=False)).tolist()
-        wait_for(1, place, thread, errors)
-        spare = cluster.add_node(**NODE)  # nodes come and go in the main thread only
-        for moment, word in zip(moments, rng.permutation(["Quantizer", "Encoder", "Quantizer"]).tolist()):  # noqa: B905
+        moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD // 2), size=4, replace=False)).tolist()
+        words = [*rng.permutation(["Quantizer", "Encoder", "Quantizer"]).tolist(), "node"]
+        for moment, word in zip(moments, words, strict=True):
             wait_for(moment, place, thread, errors)
-            kill_one(node, word, rng, thread, errors)
-        wait_for(moments[-1], place, thread, errors)
-        assert thread.is_alive()
-        cluster.remove_node(node, allow_graceful=False)
-        node = spare
+            if word == "node":
+                spare = cluster.add_node(**NODE)  # nodes come and go in the main thread only
+                assert thread.is_alive() and not workers(spare, "Quantizer"), errors
+                cluster.remove_node(node, allow_graceful=False)
+                node = spare
+            else:
+                kill_one(node, word, rng, thread, errors)
         thread.join(timeout=240)
         assert not thread.is_alive() and not errors, errors
         assert content(place) == expected

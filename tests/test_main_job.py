@@ -63,6 +63,15 @@ def test_w2_with_voronoi_weights_is_the_distortion_and_the_least(results: dict) 
         assert row["k"] == 2
 
 
+def test_codebooks_are_measured_on_held_out_latents_too(results: dict) -> None:
+    """The validation digits, at most 50 a class; and other weights than the Voronoi ones are never better."""
+    assert results["heldout"] == {"images_per_class": 50, "images": 497, "missing": ""}  # one class has 47
+    assert sum(r["heldout_n"] for r in results["classes"]) == 2 * 497
+    for row in results["classes"]:
+        assert row["heldout_w2_voronoi"] ** 2 >= row["heldout_distortion"] * (1 - 1e-9)
+        assert min(row["w2_sqrt"], row["w2_stream"]) >= row["w2_voronoi"] * (1 - 1e-9)
+
+
 def test_each_stage_reports_seconds_items_and_bytes(results: dict) -> None:
     stages = {s["stage"]: s for s in results["stages"]}
     assert {"prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report"} <= set(stages)

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from ddoq_ray.page import accuracy_table, render_page
-from ddoq_ray.page.charts import Series, line_chart, ticks
+from ddoq_ray import config
+from ddoq_ray.page import METHODS, accuracy_table, render_page
+from ddoq_ray.page.charts import DASHES, Series, line_chart, ticks
 from ddoq_ray.page.tables import accuracy_lines, method_order, method_slots
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -89,6 +90,7 @@ def results() -> dict:
              "w2_voronoi": v, "w2_uniform": 1.25 * v}
             for m, f in (("ddoq", 1.0), ("random", 2.0)) for c, v in ((0, 3.0 * f), (1, 4.0 * f))
         ],
+        "heldout": {"images": 0, "images_per_class": 50, "missing": ""},
         "curves": [
             {"method": m, "seed": s, "epochs": [10, 20, 30], "train_loss": [2.0, 1.5, 1.0 + s],
              "top1_pct": [20.0, None, 60.0 + s]}
@@ -198,6 +200,7 @@ def test_strings_are_escaped(results, images):
         "rows",
         "paired",
         "classes",
+        "heldout",
         "curves",
         "stages",
         "config",
@@ -213,6 +216,31 @@ def test_any_part_may_be_empty_or_missing(results, images, part):
     del results[part]
     Page(render_page(results, images))
     accuracy_table(results)
+
+
+def test_held_out_distortion_beside_that_of_the_training_latents(results, images):
+    assert "Held-out" not in Page(render_page(results, images)).text  # nothing was measured, and no empty column
+    results["heldout"] = {"images": 1100, "images_per_class": 50, "missing": ""}
+    for entry in results["classes"]:
+        entry |= {"heldout_n": 50, "heldout_distortion": 1.5 * entry["distortion"], "w2_sqrt": 3.9, "w2_stream": 3.6}
+        entry |= {"heldout_w2_voronoi": entry["w2_voronoi"] + 1}
+    text = Page(render_page(results, images)).text
+    for shown in (
+        "1,100 held-out ones", "12.50 18.75 +50.0 %", "50.00 75.00 +50.0 %",  # (9 + 16) / 2, and half more
+        "Voronoi 3.500, counts kept while streaming 3.600, square root (Eq. 33) 3.900, uniform 4.375",
+        "−20.0 % 4.000 617 2", "−20.0 % 5.000 618 2",  # W2 held out, beside each class
+    ):  # fmt: skip
+        assert shown in text, shown
+    del results["classes"][0]["heldout_n"], results["classes"][0]["heldout_distortion"]
+    del results["classes"][0]["heldout_w2_voronoi"]
+    assert "16.00" not in text and "12.50 24.00 +92.0 %" in Page(render_page(results, images)).text
+
+
+def test_why_nothing_was_held_out(results, images):
+    results["heldout"] = {"images": 0, "images_per_class": 50, "missing": "the data has no <split>"}
+    page = Page(render_page(results, images))
+    assert "not measured on held-out latents: the data has no <split>." in page.text
+    assert "Held-out" not in page.text
 
 
 def test_an_empty_run_says_what_is_missing():
@@ -241,7 +269,7 @@ def test_not_a_number_is_a_dash(results, images):
 
 def test_long_sets_are_cut_and_the_page_says_so(results, monkeypatch):
     monkeypatch.setattr("ddoq_ray.page.render.MAX_IMAGES", 4)
-    monkeypatch.setattr("ddoq_ray.page.render.MAX_CLASSES", 1)
+    monkeypatch.setattr("ddoq_ray.page.codebook.MAX_CLASSES", 1)
     page = Page(render_page(results, [image("ddoq", c, k, 0.5) for c in range(5) for k in range(2)]))
     assert len(page.all("img")) == 4
     assert "2 of 5 classes are shown" in page.text and "The first 1 classes of 2" in page.text
@@ -268,8 +296,12 @@ def test_paired_difference_belongs_to_the_ipc_of_the_run(results):
 def test_every_method_has_its_own_slot():
     methods = method_order(["full", "random", "d4m", "zzz", "ddoq-sqrt", "ddoq", "ddoq-uniform"], "ddoq-sqrt")
     assert methods == ["ddoq-sqrt", "ddoq", "ddoq-uniform", "d4m", "random", "zzz", "full"]
-    slots = method_slots(methods, "ddoq-sqrt")
-    assert slots["ddoq-sqrt"] == "own" and len(set(slots.values())) == len(methods)
+    known = method_order(METHODS, "ddoq")
+    for order, own in ((methods, "ddoq-sqrt"), (known, "ddoq")):
+        slots = method_slots(order, own)
+        assert slots[own] == "own" and len(set(slots.values())) == len(order)
+        assert set(slots.values()) <= set(DASHES)  # each has its dashes
+    assert set(METHODS) == set(config.METHODS)  # and every method of a run has its words
 
 
 def test_ticks_and_charts_at_the_edges():

@@ -11,12 +11,13 @@ from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
+from ddoq_ray.config.report import ReportConfig
 from ddoq_ray.config.schema import from_mapping, option, require
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
-METHODS = ("ddoq", "ddoq-sqrt", "ddoq-uniform", "d4m", "random", "full")
+METHODS = ("ddoq", "ddoq-sqrt", "ddoq-uniform", "d4m", "random", "herding", "medoids", "full")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RunConfig:
     weights: WeightsConfig = option(WeightsConfig, "weights of the images in the student's loss")
     student: StudentConfig = option(StudentConfig, "the network that is trained")
     protocol: ProtocolConfig = option(ProtocolConfig, "how it is trained")
+    report: ReportConfig = option(ReportConfig, "what is measured beside the students")
     cluster: ClusterConfig = option(ClusterConfig, "resources")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,8 @@
-"""The k-means that others use, with one return type: centroids float32 [K, D] and counts int64 [K].
+"""What others do: their k-means, and their ways to choose real samples.
 
-Always exactly K = k rows: a cell may be empty here (count 0), as the libraries leave it. Counts sum to N.
+The k-means have one return type: centroids float32 [K, D] and counts int64 [K], always exactly K = k rows: a cell may
+be empty here (count 0), as the libraries leave it. Counts sum to N. The choices of samples, `herding` and `medoids`,
+return positions in the class.
 
 Shapes: N samples of a class, K centroids, D flattened latent dimension.
 """
@@ -13,7 +15,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ddoq_ray.core.distortion import F32, I64, check_samples, voronoi_counts
+from ddoq_ray.core.distortion import (
+    F32,
+    I64,
+    check_pair,
+    check_samples,
+    nearest,
+    pair_distances,
+    squared_distances,
+    voronoi_counts,
+)
 from ddoq_ray.core.rng import philox
 
 
@@ -29,12 +40,23 @@ def minibatch_kmeans(
     counts: Literal["voronoi", "running"] = "voronoi",
     random_state: int | None = None,
 ) -> tuple[F32, I64]:
-    """scikit-learn's MiniBatchKMeans, as D4M ran it or as its `fit` runs.
+    """scikit-learn's MiniBatchKMeans, as D4M ran it (`d4m`) or as its `fit` runs (`sklearn`).
 
-    `d4m`: `partial_fit` on consecutive batches of exactly km_expand * k samples; the leftovers of a class
-    (up to km_expand * k - 1 samples) never reach the model. In D4M this holds for every class but the last
-    one seen, whose short batch is used: `leftovers="keep"`. `sklearn`: `fit` with the library's defaults;
+    `sklearn` is `fit` with the library's defaults: batches of 1,024 drawn with replacement, many passes, a stop rule.
     `km_expand` and `leftovers` have no meaning there.
+
+    What `d4m` does that the library does not intend, all of it kept unless an option says otherwise:
+        Batch of K: `partial_fit` gets consecutive batches of exactly km_expand * k samples, and D4M's script has
+            km_expand = 1: one new sample a centroid and step, where the library's default is 1,024.
+        First batch: k-means++ draws k centroids from k samples, so the first k samples are the first centroids.
+        One pass: each sample is seen once.
+        Leftovers: what does not fill a batch, up to km_expand * k - 1 samples of a class (100 of 1,300 at K = 200),
+            never reaches the model. The last class that D4M sees is the exception: `leftovers="keep"`.
+        Counts: the library's `_counts` are no Voronoi masses. Every 10 K samples, and whenever a count is 0, a
+            centroid whose count is below a hundredth of the largest moves onto a sample of the batch, and its count
+            becomes the least of the others; counts of earlier positions stay. D4M drops them all and weighs its
+            images alike: `counts="running"` shows them.
+        random_state: 0 for every class, so all classes share their draws: `random_state=0`.
 
     Args:
         x: float [N, D], in stream order (D4M's loader shuffles without a seed), N >= k.
@@ -55,8 +77,9 @@ def minibatch_kmeans(
     Source: Su et al., CVPR 2024, released code (gen_prototype.py); arXiv 2501.07681, Algorithm 3; Sculley
     2010.
 
-    Differences from D4M: latents are taken as given (D4M samples the posterior, and clusters half-precision
-    latents that scikit-learn turns to float64; here they stay float32).
+    Differences from D4M: the latents are the caller's, float32. D4M samples the posterior (here it is the mode),
+    squashes images to 512 x 512 first, shuffles them without a seed, and clusters half-precision latents, which
+    scikit-learn turns to float64. Its random_state is 0; here it is derived from seed and class unless given.
     """
     from sklearn.cluster import MiniBatchKMeans
 
@@ -161,6 +184,83 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
     model.train(x)
     centroids = np.ascontiguousarray(model.centroids, np.float32).reshape(k, x.shape[1])
     return centroids, voronoi_counts(x, centroids)
+
+
+def herding(x: npt.ArrayLike, k: int) -> I64:
+    """Herding: real samples, chosen one by one so that their running mean follows the mean of the class.
+
+    Step j takes the sample, among those not taken, that brings the mean of the j taken ones nearest to the class
+    mean. Deterministic, and nested: the first j of k are the choice for j. Ties go to the lowest position.
+
+    Args:
+        x: float [N, D], the latents of a class.
+        k: samples to choose, 1 <= k <= N.
+
+    Returns:
+        int64 [k], distinct positions in x, in the order of choice.
+
+    Raises:
+        ValueError: N < k, or wrong shape or type.
+
+    Source: Welling, "Herding dynamical weights to learn", ICML 2009; in this form Rebuffi et al. (iCaRL), CVPR 2017,
+    Algorithm 4, which the distillation literature calls herding.
+
+    Differences: Welling's samples may repeat; a distilled set needs distinct ones. Features are latents of the prior,
+    where others take those of a classifier.
+
+    >>> herding(np.array([[0.0], [4.0], [5.0], [7.0]]), 2).tolist()
+    [1, 2]
+    """
+    x = _check(x, k)
+    mean = x.mean(axis=0, dtype=np.float64)
+    left = np.arange(len(x))
+    taken = np.empty(k, np.int64)
+    total = np.zeros_like(mean)
+    for step in range(k):
+        # The mean of step + 1 samples is the class mean when the new one is this:
+        target = (step + 1) * mean - total
+        place = int(nearest(target[None], x[left])[0])
+        taken[step] = left[place]
+        total += x[taken[step]]
+        left = np.delete(left, place)
+    return taken
+
+
+def medoids(x: npt.ArrayLike, centroids: npt.ArrayLike) -> I64:
+    """The real sample nearest to each centroid; distinct samples.
+
+    Where two centroids have the same nearest sample, the closer one keeps it and the other takes its next nearest,
+    and so on: no centroid and sample are closer to each other than both are to what they have. Ties go to the lowest
+    centroid, then to the lowest position.
+
+    Args:
+        x: float [N, D], the latents of a class.
+        centroids: float [K, D], K <= N.
+
+    Returns:
+        int64 [K], distinct positions in x, in the order of the centroids.
+
+    Raises:
+        ValueError: N < K, no centroid, or wrong shape or type.
+
+    >>> medoids(np.array([[0.0], [1.0], [9.0]]), np.array([[0.2], [0.1], [0.9]])).tolist()
+    [2, 0, 1]
+    """
+    x, c = check_pair(x, centroids)
+    x, k = _check(x, len(c)), len(c)
+    cost = squared_distances(x, c)
+    # A centroid can lose at most K - 1 samples to the others: its K nearest suffice. The margin, far above rounding,
+    # takes in those that tie with the last of them; which is nearest is then told by exact differences.
+    limit = np.partition(cost, k - 1, axis=0)[k - 1]
+    rows, cols = np.nonzero(cost <= limit * (1 + 1e-9) + 1e-9 * cost.max())
+    exact = pair_distances(x, c, rows, cols)
+    chosen = np.full(k, -1)
+    free = np.ones(len(x), bool)
+    for pair in np.lexsort((rows, cols, exact)):
+        if chosen[cols[pair]] < 0 and free[rows[pair]]:
+            chosen[cols[pair]] = rows[pair]
+            free[rows[pair]] = False
+    return chosen
 
 
 def _check(x: npt.ArrayLike, k: int) -> F32:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-DASHES = {"own": "", "a": "7 3", "b": "2 3", "c": "9 3 2 3", "d": "4 2", "random": "1 3", "full": "12 4"}
+DASHES = {
+    "own": "",
+    "a": "7 3",
+    "b": "2 3",
+    "c": "9 3 2 3",
+    "d": "4 2",
+    "e": "7 2 2 2 2 2",
+    "random": "1 3",
+    "full": "12 4",
+}
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 40

@@ -17,29 +17,29 @@ from markupsafe import Markup
 from PIL import Image
 
 from ddoq_ray.page.charts import Series, dot_whisker, legend_sample, line_chart
+from ddoq_ray.page.codebook import codebook_section
 from ddoq_ray.page.tables import (
     METHODS,
     AccuracyLine,
     accuracy_lines,
+    count,
     method_order,
     method_slots,
     number,
-    numbers,
 )
 
 SHOWN_SIDE = 128  # CSS pixels; larger images are shown at most this large
 ENLARGED_SIDE = 64  # smaller images are enlarged by a whole factor to about this
 EMBEDDED_SIDE = 256  # what is larger is scaled down before it goes into the page (sharp on a 2x display)
 MAX_IMAGES = 600  # images a method may put in the page, in whole classes
-MAX_CLASSES = 60  # classes in the table of W2
 
 
 def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> str:
     """Render the report.
 
     Args:
-        results: what the report stage writes as results.json (rows, paired, classes, curves, stages, quarantine,
-            teacher, counts, config, versions). Any part may be missing or empty; its section then says so.
+        results: what the report stage writes as results.json (rows, paired, classes, heldout, curves, stages,
+            quarantine, teacher, counts, config, versions). Any part may be missing or empty; its section then says so.
         images: distilled images, each with method, class_id, class_name, centroid_id, weight, png (encoded bytes),
             width, height.
 
@@ -63,17 +63,12 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
         accuracy=_accuracy(lines, slots),
         galleries=_galleries(images, methods),
         curves=_curves(results, slots, own),
-        codebook=_codebook(results, methods, own),
+        codebook=codebook_section(results, methods, own),
         stages=_stages(results.get("stages") or []),
         quarantine=_quarantine(results.get("quarantine")),
         teacher=_teacher(results.get("teacher")),
         config=list(_flatten(results.get("config") or {})),
     )
-
-
-def _count(value: Any) -> str:
-    kept = number(value)
-    return "" if kept is None else f"{int(kept):,}"
 
 
 def _headline(results: Mapping[str, Any], lines: list[AccuracyLine], own: str) -> dict[str, Any]:
@@ -100,10 +95,10 @@ def _headline(results: Mapping[str, Any], lines: list[AccuracyLine], own: str) -
         if line is not None and line.top1 is not None:
             figures.append({"line": line, "word": word, "mean": f"{line.top1.mean:.1f}", "std": line.top1.std})
     return {
-        "real": _count(real),
-        "made": _count(made),
-        "classes": _count(counts.get("classes")),
-        "val": _count(counts.get("val_images")),
+        "real": count(real),
+        "made": count(made),
+        "classes": count(counts.get("classes")),
+        "val": count(counts.get("val_images")),
         "fewer": f"{real / made:,.0f}" if real and made and real > made else "",
         "share": f"{100 * made / real:.4f}" if real and made and real >= made else "",
         "share_text": f"{100 * made / real:.2g}" if real and made and real >= made else "",
@@ -130,9 +125,9 @@ def _accuracy(lines: list[AccuracyLine], slots: Mapping[str, str]) -> dict[str, 
             {
                 "line": li,
                 "strip": strip,
-                "images": _count(li.images),
+                "images": count(li.images),
                 "sign": "" if paired is None else "up" if paired > 0 else "down" if paired < 0 else "",
-                "pairs": _count((li.paired or {}).get("n")),
+                "pairs": count((li.paired or {}).get("n")),
             }
         )
     return {
@@ -244,59 +239,6 @@ def _curves(results: Mapping[str, Any], slots: Mapping[str, str], own: str) -> d
     }
 
 
-def _codebook(results: Mapping[str, Any], methods: list[str], own: str) -> dict[str, Any] | None:
-    entries = list(results.get("classes") or [])
-    if not entries:
-        return None
-    ipc = results.get("ipc")
-    entries = [e for e in entries if e.get("ipc", ipc) == ipc] or entries
-    measured = [
-        e for e in entries if number(e.get("w2_voronoi")) is not None and number(e.get("w2_uniform")) is not None
-    ]
-    with_w2 = [str(e.get("method", "")) for e in measured]
-    shown_method = own if own in with_w2 else next((m for m in methods if m in with_w2), "")
-    chosen = sorted((e for e in measured if str(e.get("method", "")) == shown_method), key=lambda e: int(e["class_id"]))
-    top = max((float(e[k]) for e in chosen for k in ("w2_voronoi", "w2_uniform")), default=0.0) or 1.0
-    rows = [
-        {
-            "name": str(e.get("name") or e["class_id"]),
-            "n": _count(e.get("n")),
-            "k": _count(e.get("k")),
-            "voronoi": _figures(float(e["w2_voronoi"])),
-            "uniform": _figures(float(e["w2_uniform"])),
-            "voronoi_bar": f"{100 * float(e['w2_voronoi']) / top:.1f}",
-            "uniform_bar": f"{100 * float(e['w2_uniform']) / top:.1f}",
-            "change": _change(float(e["w2_voronoi"]), float(e["w2_uniform"])),
-        }
-        for e in chosen[:MAX_CLASSES]
-    ]
-    means = []
-    for method in methods:
-        kept = numbers(e.get("distortion") for e in entries if str(e.get("method", "")) == method)
-        if kept:
-            means.append((method, fmean(kept), len(kept)))
-    top = max((mean for _, mean, _ in means), default=0.0) or 1.0
-    return {
-        "method": shown_method,
-        "rows": rows,
-        "classes": len(chosen),
-        "mean_voronoi": _figures(fmean(float(e["w2_voronoi"]) for e in chosen)) if chosen else "",
-        "mean_uniform": _figures(fmean(float(e["w2_uniform"]) for e in chosen)) if chosen else "",
-        "distortion": [
-            {"method": m, "mean": _figures(v), "classes": n, "bar": f"{100 * v / top:.1f}"} for m, v, n in means
-        ],
-    }
-
-
-def _figures(value: float) -> str:
-    """Four significant figures, trailing zeros kept so that a column lines up."""
-    return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-def _change(voronoi: float, uniform: float) -> str:
-    return "" if uniform <= 0 else f"{100 * (voronoi - uniform) / uniform:+.1f} %".replace("-", "−")
-
-
 def _bytes(value: Any) -> str:
     kept = number(value)
     if kept is None:
@@ -332,7 +274,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "stage": str(stage.get("stage", "")),
                 "seconds": _seconds(took),
                 "bar": f"{100 * took / top:.1f}",
-                "items": f"{_count(items)} {unit}" if items is not None else "",
+                "items": f"{count(items)} {unit}" if items is not None else "",
                 "bytes": _bytes(stage.get("bytes")),
                 "rate": "" if rate is None else f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s",
             }
@@ -345,7 +287,7 @@ def _quarantine(quarantine: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     reasons = sorted((quarantine.get("reasons") or {}).items(), key=lambda item: (-item[1], item[0]))
     samples = number(quarantine.get("samples")) or 0
-    return {"samples": int(samples), "text": _count(samples), "reasons": [(r, _count(n)) for r, n in reasons]}
+    return {"samples": int(samples), "text": count(samples), "reasons": [(r, count(n)) for r, n in reasons]}
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, str] | None:

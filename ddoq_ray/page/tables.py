@@ -14,11 +14,14 @@ METHODS: dict[str, str] = {
     "ddoq-sqrt": "The same images as ddoq; their weights in the loss follow the square root of that share (Eq. 33).",
     "ddoq-uniform": "The same images as ddoq, all with the same weight.",
     "d4m": "Centroids of mini-batch k-means in latent space, decoded; all with the same weight.",
+    "herding": "Real images chosen one by one so that their mean in latent space follows that of the class; all with "
+    "the same weight.",
+    "medoids": "The real images nearest to the centroids of the run's own codebook; all with the same weight.",
     "random": "Real images drawn at random from each class; all with the same weight.",
     "full": "The whole training set, nothing distilled: the upper reference.",
 }
 _NAMED_SLOTS = {"random": "random", "full": "full"}
-_FREE_SLOTS = ("a", "b", "c", "d")
+_FREE_SLOTS = ("a", "b", "c", "d", "e")
 
 
 def number(value: Any) -> float | None:
@@ -35,6 +38,12 @@ def number(value: Any) -> float | None:
 def numbers(values: Iterable[Any]) -> list[float]:
     """The finite ones of `values`."""
     return [v for v in (number(value) for value in values) if v is not None]
+
+
+def count(value: Any) -> str:
+    """A whole number with its thousands apart; empty where it is missing."""
+    kept = number(value)
+    return "" if kept is None else f"{int(kept):,}"
 
 
 def method_order(methods: Iterable[str], own: str) -> list[str]:

@@ -125,7 +125,7 @@ class WholeClasses:
     def _of_group(self, group: list[list[int]]) -> Iterator[Codebook]:
         pieces: dict[int, list[np.ndarray]] = {c: [] for batch in group for c in batch if self._kind(c) != "clvq"}
         for c, latents in self.chunks_of(pieces):
-            pieces[c].append(latents)
+            pieces[c].append(latents.copy())  # a slice would keep its whole chunk in memory
         for batch in group:
             together = self._together([c for c in batch if self._kind(c) == "gram"], pieces)
             for c in batch:

@@ -28,6 +28,7 @@ from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
 from ddoq_ray.stages.class_quantizers import Settings
 from ddoq_ray.stages.codebook import part_classes, read_record
+from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.quantize_memory import plan_memory
@@ -69,7 +70,10 @@ class Quantizers:
         num = min(algorithm.num_shards, len(parts))
         self.num_parts = len(parts)
         self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
-        self.needs = plan_memory(config, algorithm, data, networks, self.parts)
+        rows = encode.chunk_rows(config, networks.image_size)
+        if config.latents.path and data.train:  # cut by another run: its first shard shows how
+            rows = max(c.rows for c in LatentLog(latents).done(0).chunks)
+        self.needs = plan_memory(config, algorithm, data, dim, rows, self.parts)
         settings = Settings(
             ipc=config.ipc,
             seed=config.seed,

@@ -2,7 +2,7 @@
 
 An actor needs
 
-    200 MiB + 12 bytes x (class, shard) pairs + 6 D x rows of the largest chunk file + working set
+    240 MiB + 12 bytes x (class, shard) pairs + 6 D x rows of the largest chunk file + working set
 
     streaming:  sum over the open classes of 4 D max(min(n, buffer), min(n, K)) + 24 K + 6 KiB, where they are most
                 (a class is open from its first shard until its part is written: in a class-mixed log all classes are
@@ -23,13 +23,11 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
-from ddoq_ray.stages import encode
 from ddoq_ray.stages.class_quantizers import READ_BYTES, algorithm_of
-from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.quantize_worker import shards_of, worth_finishing
 
-BASE_BYTES = 200 << 20  # of a worker process that has done nothing yet
+BASE_BYTES = 240 << 20  # of a worker process that has done nothing yet
 LIBRARY_BYTES = 160 << 20  # scikit-learn, faiss
 
 
@@ -37,17 +35,18 @@ def plan_memory(
     config: RunConfig,
     algorithm: QuantizerConfig,
     data: Data,
-    networks: Networks,
+    dim: int,
+    chunk_rows: int,
     actors: Sequence[dict[int, list[int]]],
 ) -> list[int]:
     """Bytes that each actor needs where it needs most, by the formula above.
 
     Args:
+        dim: Flattened latent dimension.
+        chunk_rows: Rows of the largest file of the latent log.
         actors: For each actor its parts: part -> class ids.
     """
-    dim = int(np.prod(networks.latent_shape))
-    largest = max((s.samples for s in data.train), default=0)
-    chunk = 6 * dim * min(encode.chunk_rows(config, networks.image_size), largest)
+    chunk = 6 * dim * min(chunk_rows, max((s.samples for s in data.train), default=0))
     census = _Census(data, len(actors), ahead=0 if config.latents.path else 2 * config.encoder.workers)
     needs = []
     for parts in actors:
@@ -134,7 +133,7 @@ def check_memory(needs: Sequence[int]) -> None:
             most = ", ".join(f"{n / GIB:.1f}" for n in sorted(needs, reverse=True)[:8])
             raise ValueError(
                 f"{len(needs)} quantizer actors need {most}{', ...' if len(needs) > 8 else ''} GiB of memory, and the "
-                f"nodes offer {', '.join(f'{n / GIB:.1f}' for n in nodes)} GiB. An actor needs 200 MiB + one chunk + "
+                f"nodes offer {', '.join(f'{n / GIB:.1f}' for n in nodes)} GiB. An actor needs 240 MiB + one chunk + "
                 "(clvq) 4 x D x max(buffer, ipc) bytes for each class that is open at one time - all of its classes "
                 "when the shards are class-mixed - or (exact algorithms) 512 MiB of latents and one class. Choose more "
                 "quantizer.num_shards on more nodes, class-sorted shards, quantizer.buffer=ipc, or a smaller ipc"

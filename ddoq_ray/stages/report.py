@@ -17,56 +17,67 @@ from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.records import StudentRow, binary_rows
-from ddoq_ray.runtime import Progress, commit, say
+from ddoq_ray.runtime import Events, Progress, commit, say
+from ddoq_ray.stages.class_latents import class_latents
+from ddoq_ray.stages.codebook import read_part
 from ddoq_ray.stages.encode import quarantine_reasons
-from ddoq_ray.stages.latent_log import LatentLog
+from ddoq_ray.stages.heldout import Heldout
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize import read_part
 
 BASELINE = "random"  # what every method is paired with
 
+Log = tuple[Folder, int]  # a latent log and how many shards it has
+
 
 @ray.remote(num_cpus=0.5)
-def _part_distances(codebook: Folder, part: str, latents: Folder, shards: int) -> list[dict[str, Any]]:
+def _part_distances(codebook: Folder, part: str, latents: Log, heldout: Log | None) -> list[dict[str, Any]]:
     """Distortion and exact W2 of each class of a codebook part, by optimal transport on the class's latents."""
-    from ddoq_ray.core.distortion import w2_squared
+    os.environ["POT_BACKEND_DISABLE_PYTORCH"] = "1"  # else POT loads torch: seconds and 0.9 GB for nothing
+    from ddoq_ray.core.distortion import distortion, scheme_weights, w2_squared
 
     table = read_part(codebook, part)
     class_ids = table["class_id"].to_numpy()
-    centroids, weights = binary_rows(table["centroid"], "<f4"), table["weight"].to_numpy()
+    columns = {name: table[name].to_numpy() for name in ("weight", "distortion", "stream_count")}
+    columns["centroid"] = binary_rows(table["centroid"], "<f4")
     wanted = sorted(set(class_ids.tolist()))
-    log = LatentLog(latents)
-    pieces: dict[int, list[np.ndarray]] = {c: [] for c in wanted}
-    for shard in range(shards):
-        for chunk in log.done(shard).chunks:
-            for c, x, _ in log.read(chunk, wanted):
-                pieces[c].append(x)
+    unseen = dict(class_latents(*heldout, wanted)) if heldout is not None else {}
     rows = []
-    for c in wanted:
-        x, mine = np.concatenate(pieces[c]), class_ids == c
-        k = int(mine.sum())
-        rows.append(
-            {
-                "class_id": c,
-                "n": len(x),
-                "k": k,
-                "distortion": float(table["distortion"].to_numpy()[mine][0]),
-                "w2_voronoi": float(np.sqrt(w2_squared(x, centroids[mine], weights[mine]))),
-                "w2_uniform": float(np.sqrt(w2_squared(x, centroids[mine], np.full(k, 1 / k)))),
-                "weight_min": float(weights[mine].min()),
-                "weight_max": float(weights[mine].max()),
-            }
-        )
+    for c, x in class_latents(*latents, wanted):
+        mine = {name: column[class_ids == c] for name, column in columns.items()}
+        centroids, weights = mine["centroid"], mine["weight"]
+        row = {
+            "class_id": c,
+            "n": len(x),
+            "k": len(weights),
+            "distortion": float(mine["distortion"][0]),
+            "w2_voronoi": float(np.sqrt(w2_squared(x, centroids, weights))),
+            "weight_min": float(weights.min()),
+            "weight_max": float(weights.max()),
+        }
+        for scheme in ("uniform", "sqrt"):
+            row[f"w2_{scheme}"] = float(np.sqrt(w2_squared(x, centroids, scheme_weights(weights, scheme))))
+        if mine["stream_count"].any():
+            row["w2_stream"] = float(np.sqrt(w2_squared(x, centroids, scheme_weights(mine["stream_count"]))))
+        if c in unseen:
+            row["heldout_n"] = len(unseen[c])
+            row["heldout_distortion"] = distortion(unseen[c], centroids)
+            row["heldout_w2_voronoi"] = float(np.sqrt(w2_squared(unseen[c], centroids, weights)))
+        rows.append(row)
     return rows
 
 
 def class_distances(
-    run: Folder, folders: dict[str, str], latents: Folder, data: Data, ipc: int
+    run: Folder, folders: dict[str, str], latents: Log, heldout: Log | None, data: Data, ipc: int
 ) -> list[dict[str, Any]]:
-    """Rows {method, ipc, class_id, name, n, k, distortion, w2_voronoi, w2_uniform} of every codebook in `folders`."""
+    """One row a class of every codebook in `folders`.
+
+    Each has method, ipc, class_id, name, n, k, distortion, the W2 of four weights (w2_voronoi, w2_uniform, w2_sqrt,
+    and w2_stream where the algorithm kept counts), weight_min and weight_max; where the class has held-out latents
+    also heldout_n, heldout_distortion and heldout_w2_voronoi (the codebook's own weights).
+    """
     jobs = [
-        (method, _part_distances.remote(run / f / "codebook", part, latents, len(data.train)))
+        (method, _part_distances.remote(run / f / "codebook", part, latents, heldout))
         for method, f in folders.items()
         for part in (run / f / "codebook").names("part-*.parquet")
     ]
@@ -102,7 +113,11 @@ def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
 
 def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
     """Seconds, items and bytes of each stage, from the manifests; a stage of several sets is their sum."""
-    places: list[tuple[str, Folder]] = [("prepare", run / "data"), ("encode", run / "latents")]
+    places: list[tuple[str, Folder]] = [
+        ("prepare", run / "data"),
+        ("encode", run / "latents"),
+        ("heldout", run / "heldout"),
+    ]
     for folder in folders:
         made = run / folder
         places += [("quantize", made / "codebook"), ("synthesize", made / "images"), ("label", made / "labels")]
@@ -112,8 +127,8 @@ def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRo
         manifest = Artifact(place, stage).manifest()
         if manifest is None or manifest["stage"] != stage:
             continue
-        if "random" in manifest["identity"]:
-            stage = "select"
+        if stage == "synthesize" and "synthesizer" not in manifest["identity"]:
+            stage = "select"  # real images, in the same format
         none = {"stage": stage, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0}
         total = costs.setdefault(stage, none)
         for key in ("seconds", "items", "bytes"):
@@ -177,14 +192,17 @@ def run(
     data: Data,
     networks: Networks,
     latents: Folder,
+    heldout: Heldout,
     codebooks: dict[str, str],
     image_sets: dict[str, str],
     label_folders: Sequence[str],
     rows: Sequence[StudentRow],
+    events: Events,
 ) -> str:
     """Gather everything, write ``report/results.json`` and ``report/index.html``; return the page's path.
 
     Args:
+        heldout: Held-out latents on their way; waited for here.
         codebooks: method -> folder of those that have a codebook.
         image_sets: method -> folder of those whose images the page shows.
         label_folders: All image sets, for the costs.
@@ -198,10 +216,13 @@ def run(
     have_latents = latents.exists("manifest.json") and latents.read_json("manifest.json").get("kept", True)
     made = {m: f for m, f in codebooks.items() if (run_folder / f / "codebook").exists("manifest.json")}
     drawn = {m: f for m, f in image_sets.items() if (run_folder / f / "images").exists("manifest.json")}
+    unseen = heldout.wait(events)
     if have_latents:
-        classes = class_distances(run_folder, made, latents, data, config.ipc)
+        log = None if heldout.missing else (heldout.folder, heldout.shards)
+        classes = class_distances(run_folder, made, (latents, len(data.train)), log, data, config.ipc)
     else:  # latents.keep=false: measured when the latents were still there
-        classes = report.read_json("results.json")["classes"] if report.exists("results.json") else []
+        before = report.read_json("results.json") if report.exists("results.json") else {}
+        classes, unseen = before.get("classes", []), before.get("heldout", unseen)
     trained = [r for r in rows if (run_folder / r.folder).exists("manifest.json")]
     labels = run_folder / "labels"
     images = Artifact(run_folder / "images", "synthesize").manifest()
@@ -227,6 +248,7 @@ def run(
         "rows": measured,
         "paired": paired(measured, config.ipc),
         "classes": classes,
+        "heldout": unseen,
         "curves": _curves(run_folder, trained),
         "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }

@@ -1,4 +1,12 @@
-"""Baselines made of real images: written in the same format as synthesized ones, so that all that follows is shared."""
+"""Baselines made of real images: written in the same format as synthesized ones, so that all that follows is shared.
+
+`random` draws anew for each student; `herding` and `medoids` choose once, in latent space, from the run's latents.
+All weigh their images alike, as these baselines are used elsewhere: so a row tells what the choice of images is worth,
+and `medoids` beside `ddoq-uniform` what synthesizing from the same centroids adds. (The Voronoi masses of the centroids
+would not be those of the medoids: an image is not where its centroid is.)
+
+Images pass from the tasks that read shards to those that write image shards; the driver holds positions only.
+"""
 
 from __future__ import annotations
 
@@ -7,93 +15,216 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.runtime import Events
+from ddoq_ray.records import binary_rows
+from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, read_samples, write_tar
+from ddoq_ray.stages.class_latents import class_latents
+from ddoq_ray.stages.codebook import part_classes, read_part
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.prepare import Data
 
+METHODS = ("random", "herding", "medoids")
 
-def draw(config: RunConfig, counts: dict[int, int], draw_index: int) -> dict[int, np.ndarray]:
+Picks = dict[int, npt.NDArray[np.int64]]  # class_id -> positions among its usable images, in the log's order
+Key = tuple[int, int]  # class_id, rank of the image in its class
+
+
+def draw(config: RunConfig, counts: dict[int, int], draw_index: int) -> Picks:
     """For each class the positions, among its usable images in the log's order, of a random draw without repeats."""
     picks = {}
-    for class_id, n in sorted(counts.items()):
-        if n == 0 or (n < config.ipc and config.small_class == "drop"):
-            continue
+    for class_id, size in wanted_images(config, counts).items():
         rng = philox(config.seed, "random", draw_index, class_id)
-        picks[class_id] = np.sort(rng.choice(n, size=min(config.ipc, n), replace=False))
+        picks[class_id] = np.sort(rng.choice(counts[class_id], size=size, replace=False))
     return picks
 
 
+def wanted_images(config: RunConfig, counts: dict[int, int]) -> dict[int, int]:
+    """class_id -> images to choose: ipc, or all of a smaller class, or none of it (small_class=drop)."""
+    kept = {c: n for c, n in sorted(counts.items()) if n > 0 and (n >= config.ipc or config.small_class != "drop")}
+    return {c: min(config.ipc, n) for c, n in kept.items()}
+
+
 def run(
-    config: RunConfig, run_folder: Folder, folder: str, data: Data, latents: Folder, events: Events, draw_index: int
+    config: RunConfig,
+    run_folder: Folder,
+    folder: str,
+    data: Data,
+    latents: Folder,
+    events: Events,
+    draw_index: int = 0,
+    *,
+    method: str = "random",
 ) -> dict[str, Any]:
-    """Draw `ipc` real images a class anew (each draw has its own key) and publish them as an image set."""
+    """Choose `ipc` real images a class by `method` and publish them as an image set.
+
+    Args:
+        folder: Where the set goes, relative to the run directory.
+        latents: The latent log that the run uses; `random` reads only how many of each class are usable.
+        draw_index: Keys the draw of `random`; without meaning for the others.
+        method: One of METHODS. `medoids` takes the run's own codebook.
+
+    Raises:
+        ValueError: When the latents or the codebook that the method needs are not there.
+    """
     start = time.time()
     artifact = Artifact(run_folder / folder / "images", "synthesize")
-    facts = {"random": draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest}
+    facts = _identity(config, run_folder, data, latents, draw_index, method)
     if artifact.begin(facts, overwrite=config.overwrite) == "done":
         return artifact.require()
     log = LatentLog(latents)
-    counts: dict[int, int] = {}
-    wanted: dict[int, list[tuple[int, int, int]]] = {}  # shard -> (class_id, position in the shard's class, rank)
-    totals = {c.class_id: 0 for c in data.classes}
+    counts: dict[int, int] = {c.class_id: 0 for c in data.classes}
     for shard in range(len(data.train)):
         for c, n in log.done(shard).classes.items():
-            totals[c] += n
-    picks = draw(config, totals, draw_index)
-    for shard in range(len(data.train)):
-        for c, n in log.done(shard).classes.items():
-            before = counts.get(c, 0)
-            counts[c] = before + n
-            for rank, position in enumerate(picks.get(c, np.empty(0, np.int64)).tolist()):
-                if before <= position < before + n:
-                    wanted.setdefault(shard, []).append((c, position - before, rank))
-    task = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_extract)
-    refs = [task.remote(data.url(data.train[s]), len(data.classes), rows) for s, rows in sorted(wanted.items())]
-    found = {key: png for part in ray.get(refs) for key, png in part.items()}
-    shards = []
-    ordered = sorted(found)
-    for first in range(0, len(ordered), config.synthesizer.shard_images):
-        members = []
-        for c, rank in ordered[first : first + config.synthesizer.shard_images]:
-            name = f"{c:05d}-{rank:04d}"
-            prompt = data.classes[c].prompt
-            info = {"centroid_id": rank, "weight": 1 / len(picks[c]), "prompt": prompt, "seed": draw_index}
-            members += [
-                (f"{name}.png", found[c, rank]),
-                (f"{name}.cls", str(c).encode()),
-                (f"{name}.json", json.dumps(info).encode()),
-            ]
-        tar = write_tar(members)
-        name = f"images-{len(shards):06d}"
-        artifact.folder.publish(f"{name}.tar", tar)
-        shards.append({"name": name, "images": len(members) // 3, "bytes": len(tar), "sha256": digest_of(tar)})
+            counts[c] += n
+    if method == "random":
+        picks = draw(config, counts, draw_index)
+    else:
+        picks = _choose(config, run_folder, data, latents, counts, method)
+    shards = _write(config, artifact.folder, data, log, picks, draw_index)
     manifest = artifact.finish(
         facts,
         seconds=round(time.time() - start, 3),
-        items=len(ordered),
+        items=sum(s["images"] for s in shards),
         unit="images",
         bytes=sum(s["bytes"] for s in shards),
         shards=shards,
         digest=digest_of([s["sha256"] for s in shards]),
     )
-    events.add("stage finished", stage="select", folder=folder, images=len(ordered))
+    events.add("stage finished", stage="select", folder=folder, images=manifest["items"])
     return manifest
 
 
-def _extract(url: str, num_classes: int, rows: list[tuple[int, int, int]]) -> dict[tuple[int, int], bytes]:
-    """(class_id, rank) -> PNG of the wanted images of one shard, by their position among the shard's usable ones."""
-    wanted = {(c, position): rank for c, position, rank in rows}
+def _identity(
+    config: RunConfig, run_folder: Folder, data: Data, latents: Folder, draw_index: int, method: str
+) -> dict[str, Any]:
+    assert method in METHODS, method
+    facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest}
+    if method != "random":
+        facts |= {"small_class": config.small_class, "latents": Artifact(latents, "encode").require()["digest"]}
+    if method == "medoids":
+        facts["codebook"] = Artifact(run_folder / "codebook", "quantize").require()["digest"]
+    return facts
+
+
+def _choose(
+    config: RunConfig, run_folder: Folder, data: Data, latents: Folder, counts: dict[int, int], method: str
+) -> Picks:
+    """The picks of `herding` or `medoids`, from one task for the classes of each codebook part."""
+    shards = len(data.train)
+    if method == "herding":
+        wanted = wanted_images(config, counts)
+        dim = int(np.prod(Artifact(latents, "encode").require()["latent_shape"]))
+        parts = [
+            {c: wanted[c] for c in part if c in wanted} for part in part_classes(len(data.classes), config.ipc, dim)
+        ]
+        refs = [_herding.remote(latents, shards, part) for part in parts if part]
+    else:
+        codebook = run_folder / "codebook"
+        refs = [_medoids.remote(latents, shards, codebook, part) for part in codebook.names("part-*.parquet")]
+    picks: Picks = {}
+    with Progress(method, len(refs), "codebook parts") as progress:
+        for ref in refs:
+            picks |= ray.get(ref)
+            progress.advance()
+    return picks
+
+
+@ray.remote(num_cpus=0.5)
+def _herding(latents: Folder, shards: int, wanted: dict[int, int]) -> Picks:
+    from ddoq_ray.core.baselines import herding
+
+    return {c: herding(x, wanted[c]) for c, x in class_latents(latents, shards, wanted)}
+
+
+@ray.remote(num_cpus=0.5)
+def _medoids(latents: Folder, shards: int, codebook: Folder, part: str) -> Picks:
+    from ddoq_ray.core.baselines import medoids
+
+    table = read_part(codebook, part)
+    class_ids, centroids = table["class_id"].to_numpy(), binary_rows(table["centroid"], "<f4")
+    wanted = np.unique(class_ids).tolist()
+    return {c: medoids(x, centroids[class_ids == c]) for c, x in class_latents(latents, shards, wanted)}
+
+
+def _write(
+    config: RunConfig, images: Folder, data: Data, log: LatentLog, picks: Picks, draw_index: int
+) -> list[dict[str, Any]]:
+    """Publish the picked images as image shards; their records, in order."""
+    keys = [(c, rank) for c in sorted(picks) for rank in range(len(picks[c]))]
+    size = config.synthesizer.shard_images
+    image_shard = {key: at // size for at, key in enumerate(keys)}
+    extract = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_extract)
+    compose = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_compose)
+    found: dict[int, list[Any]] = {}  # image shard -> references to the images that it takes of each data shard
+    before = dict.fromkeys(picks, 0)
+    for shard in range(len(data.train)):
+        rows: dict[int, list[tuple[int, int, int]]] = {}
+        for c, n in log.done(shard).classes.items():
+            if c not in picks:
+                continue
+            positions = picks[c] - before[c]
+            before[c] += n
+            for rank in np.flatnonzero((positions >= 0) & (positions < n)).tolist():
+                rows.setdefault(image_shard[c, rank], []).append((c, int(positions[rank]), rank))
+        if rows:
+            groups = [rows[place] for place in sorted(rows)]
+            url = data.url(data.train[shard])
+            refs = extract.options(num_returns=len(groups)).remote(url, len(data.classes), groups)
+            for place, ref in zip(sorted(rows), refs if len(groups) > 1 else [refs], strict=True):
+                found.setdefault(place, []).append(ref)
+    records = []
+    for place in sorted(found):
+        mine = keys[place * size : (place + 1) * size]
+        facts = {c: (len(picks[c]), data.classes[c].prompt) for c, _ in mine}
+        records.append(compose.remote(images, place, mine, facts, draw_index, *found[place]))
+    return ray.get(records)
+
+
+def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]]) -> Any:
+    """PNGs of the wanted images of one shard, by their class_id and their position among the shard's usable ones.
+
+    Args:
+        groups: For each image shard that takes some: (class_id, position, rank).
+
+    Returns:
+        For each group (class_id, rank) -> PNG; of a single group its dict alone, as Ray's num_returns wants it.
+    """
+    wanted = {(c, position): (g, rank) for g, group in enumerate(groups) for c, position, rank in group}
     seen = dict.fromkeys(range(num_classes), 0)
-    found = {}
+    found: list[dict[Key, bytes]] = [{} for _ in groups]
     for sample in read_samples(url, num_classes, lambda bad: None):
         key = (sample.class_id, seen[sample.class_id])
         seen[sample.class_id] += 1
         if key in wanted:
-            found[sample.class_id, wanted[key]] = encode_png(np.asarray(sample.image))
-    return found
+            group, rank = wanted.pop(key)
+            found[group][sample.class_id, rank] = encode_png(np.asarray(sample.image))
+            if not wanted:
+                break
+    return found if len(groups) > 1 else found[0]
+
+
+def _compose(
+    images: Folder, place: int, keys: list[Key], facts: dict[int, tuple[int, str]], seed: int, *found: dict[Key, bytes]
+) -> dict[str, Any]:
+    """Publish one image shard; `facts`: class_id -> (images of the class in the set, prompt)."""
+    png = {key: data for part in found for key, data in part.items()}
+    members = []
+    for c, rank in keys:
+        name = f"{c:05d}-{rank:04d}"
+        count, prompt = facts[c]
+        info = {"centroid_id": rank, "weight": 1 / count, "prompt": prompt, "seed": seed}
+        members += [
+            (f"{name}.png", png[c, rank]),
+            (f"{name}.cls", str(c).encode()),
+            (f"{name}.json", json.dumps(info).encode()),
+        ]
+    tar = write_tar(members)
+    name = f"images-{place:06d}"
+    images.publish(f"{name}.tar", tar)
+    return {"name": name, "images": len(keys), "bytes": len(tar), "sha256": digest_of(tar)}

@@ -90,7 +90,7 @@ PROMISED = [
     "latents.path", "latents.keep", "prior.path", "teacher.path", "teacher.min_top1", "quantizer",
     "quantizer.num_shards", "quantizer.winner", "encoder.workers", "synthesizer.min_workers",
     "synthesizer.max_workers", "synthesizer.strength", "synthesizer.start", "weights.scheme", "student", "protocol",
-    "num_seeds", "max_bad_fraction",
+    "num_seeds", "max_bad_fraction", "report.heldout_images",
 ]  # fmt: skip
 
 
@@ -143,6 +143,7 @@ def test_run_folder_has_a_word_for_the_data() -> None:
 def test_own_method_and_baselines_without_doubles() -> None:
     assert load_config(["weights=sqrt"]).methods == ("ddoq-sqrt", "d4m", "random", "full")
     assert load_config(["baselines=[ddoq,random]"]).methods == ("ddoq", "random")
+    assert load_config(["baselines=[herding,medoids]"]).methods == ("ddoq", "herding", "medoids")
     assert set(load_config().methods) <= set(METHODS)
 
 
@@ -198,7 +199,8 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["stages=[pack]"], ["pack", "prepare, encode"]),
         (["stages=[report,prepare]"], ["report", "in the order"]),
         (["stages=[prepare,prepare]"], ["prepare", "at most once"]),
-        (["baselines=[mtt]"], ["mtt", "d4m"]),
+        (["baselines=[mtt]"], ["mtt", "d4m", "random, herding, medoids"]),
+        (["report.heldout_images=-1"], ["report.heldout_images=-1", "0 or more"]),
         (["run_dir=runs/[a]*"], ["run_dir=runs/[a]*", "choose another"]),
         # not together
         (["dataset=webdataset"], ["dataset.path", "dataset=digits"]),
@@ -255,6 +257,7 @@ def test_help_names_every_key_with_the_composed_default() -> None:
             for inner in dataclasses.fields(value):
                 assert f"{field.name}.{inner.name} " in text
     assert f"the same bytes [{config.teacher.batch}]" in text
+    assert "d4m, random, herding, medoids, full" in text  # every baseline by its name
     assert "quantizer.hartigan" in text and "quantizer.variant" in text  # other algorithms' keys too
     assert config.protocol.steps is not None  # the dataclass alone has none
     assert f"same compute for every method [{config.protocol.steps}]" in text

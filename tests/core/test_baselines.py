@@ -94,3 +94,79 @@ def test_options_without_effect_are_refused():
         b.minibatch_kmeans(x, 50, km_expand=3, seed=0, class_id=0)
     with pytest.raises(ValueError, match="leftovers"):
         b.minibatch_kmeans(x, 5, leftovers="lose", seed=0, class_id=0)
+
+
+def test_herding_by_hand():
+    # The mean is 4: first 4 itself; then 5 (mean 4.5) before 7 and 0; then 0 (mean 3, 1 off) before 7 (16/3, 4/3 off).
+    x = np.array([[0.0], [4.0], [5.0], [7.0]])
+    assert b.herding(x, 4).tolist() == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_herding_is_the_greedy_choice_of_brute_force(seed):
+    x = samples(40, 6, seed) + 3
+    mean = x.mean(axis=0, dtype=np.float64)
+    chosen: list[int] = []
+    for _ in range(15):
+        left = [i for i in range(40) if i not in chosen]
+        off = [np.linalg.norm(x[[*chosen, i]].mean(axis=0, dtype=np.float64) - mean) for i in left]
+        chosen.append(left[int(np.argmin(off))])
+    found = b.herding(x, 15)
+    assert found.tolist() == chosen and found.dtype == np.int64
+    assert b.herding(x, 6).tolist() == chosen[:6]  # nested
+
+
+def test_herding_follows_the_mean_better_than_chance():
+    x = samples(500, 10)
+    rng = np.random.default_rng(0)
+    off = np.linalg.norm(x[b.herding(x, 20)].mean(0) - x.mean(0))
+    assert off < min(np.linalg.norm(x[rng.choice(500, 20)].mean(0) - x.mean(0)) for _ in range(50))
+
+
+def test_medoids_by_hand():
+    x = np.array([[0.0], [1.0], [9.0]])
+    # 0 is nearest to all three and 0.1 keeps it; of the others 0.3 is closer to 1; 0.2 gets what is left.
+    assert b.medoids(x, np.array([[0.3], [0.1], [0.2]])).tolist() == [1, 0, 2]
+    assert b.medoids(x, np.array([[8.0], [0.4]])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(("n", "k", "spread"), [(60, 10, 1.0), (60, 30, 0.05), (25, 25, 0.01)])
+def test_medoids_are_distinct_and_no_pair_would_rather_swap(n, k, spread):
+    x = samples(n, 4, k)
+    grid = (spread * np.random.default_rng(k).normal(size=(k, 4))).astype(np.float32)
+    found = b.medoids(x, grid)
+    assert len(set(found.tolist())) == k
+    table = ((x[:, None].astype(np.float64) - grid[None]) ** 2).sum(-1)
+    mine = table[found, np.arange(k)]
+    theirs = np.full(n, np.inf)
+    theirs[found] = mine
+    assert not ((table < mine[None]) & (table < theirs[:, None])).any()
+    if spread == 1.0:  # mostly apart: the nearest is the medoid, except where it was taken
+        assert (found == table.argmin(0)).mean() > 0.5
+
+
+def test_medoids_of_samples_are_the_samples_and_ties_go_low():
+    x = samples(50, 8)
+    order = np.random.default_rng(1).permutation(50)[:20]
+    assert b.medoids(x, x[order]).tolist() == order.tolist()
+    twins = np.repeat(samples(4, 8), 3, axis=0)  # three copies of each of four
+    assert b.medoids(twins, twins[[6, 6, 0, 6]]).tolist() == [6, 7, 0, 8]
+    assert b.herding(np.zeros((5, 2), np.float32), 3).tolist() == [0, 1, 2]
+
+
+def test_choices_of_samples_are_refused():
+    x = samples(5, 3)
+    with pytest.raises(ValueError, match="1 <= k <= samples"):
+        b.herding(x, 6)
+    with pytest.raises(ValueError, match="1 <= k <= samples"):
+        b.medoids(x, samples(6, 3))
+    with pytest.raises(ValueError, match="centroids is empty"):
+        b.medoids(x, x[:0])
+    with pytest.raises(ValueError, match="D=3 but centroids have D=4"):
+        b.medoids(x, samples(2, 4))
+
+
+def test_d4m_starts_from_its_first_batch_as_it_comes():
+    x = samples(47, 5)
+    centroids, _ = b.minibatch_kmeans(x[:20], 20, seed=0, class_id=0)  # one batch: nothing is averaged
+    assert sorted(map(tuple, centroids)) == sorted(map(tuple, x[:20]))

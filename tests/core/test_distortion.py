@@ -1,7 +1,9 @@
 import numpy as np
+import ot
 import pytest
 
 from ddoq_ray.core import distortion as d
+from ddoq_ray.core.losses import image_weights
 
 
 def brute(x, c):
@@ -104,3 +106,59 @@ def test_refusals():
         d.total_variation([1.5, -0.5], [1.0, 0.0])
     with pytest.raises(ValueError, match="one shape"):
         d.total_variation([1.0], [0.5, 0.5])
+
+
+def test_scheme_weights_by_hand():
+    assert d.scheme_weights([3, 1, 0]).tolist() == [0.75, 0.25, 0.0]
+    assert d.scheme_weights([9, 1, 0], "sqrt") == pytest.approx([0.75, 0.25, 0.0])
+    assert d.scheme_weights([9, 1, 0, 0], "uniform").tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("scheme", ["counts", "sqrt", "uniform"])
+def test_scheme_weights_are_the_loss_s_as_a_measure(scheme):
+    counts = np.random.default_rng(4).integers(0, 50, 20)
+    loss = image_weights(counts / counts.sum(), np.zeros(20, np.int64), scheme)
+    np.testing.assert_allclose(d.scheme_weights(counts, scheme), loss / loss.sum(), rtol=1e-12)
+
+
+def test_an_empty_cell_has_no_mass_and_no_cost():
+    x = np.random.default_rng(5).normal(size=(80, 6)).astype("f4")
+    grid = np.concatenate([x[:4], np.full((2, 6), 500.0, "f4")])  # two centroids that no sample is near to
+    counts = d.voronoi_counts(x, grid)
+    assert counts[4:].tolist() == [0, 0]
+    for scheme in ("counts", "sqrt"):
+        weights = d.scheme_weights(counts, scheme)
+        plan, value = d.optimal_plan(x, grid, weights)
+        assert weights[4:].tolist() == [0, 0] and not plan[:, 4:].any()
+        assert value == pytest.approx(d.w2_squared(x, grid[:4], weights[:4]), rel=1e-12)
+    assert d.w2_squared(x, grid, counts / 80) == pytest.approx(d.distortion(x, grid), rel=1e-6)
+    assert d.w2_squared(x, grid, d.scheme_weights(counts, "uniform")) > 1e5  # a third of the mass must go there
+
+
+def test_plan_has_the_masses_and_the_cost_of_the_oracle():
+    rng = np.random.default_rng(6)
+    x, c = rng.normal(size=(50, 3)), rng.normal(size=(6, 3))
+    weights = d.scheme_weights(rng.integers(1, 9, 6))
+    plan, value = d.optimal_plan(x, c, weights)
+    np.testing.assert_allclose(plan.sum(axis=1), 1 / 50, atol=1e-12)
+    np.testing.assert_allclose(plan.sum(axis=0), weights, atol=1e-12)
+    assert value == pytest.approx((plan * brute(x, c)).sum(), rel=1e-9)
+    assert value == pytest.approx(ot.emd2(np.full(50, 1 / 50), weights, brute(x, c)), rel=1e-9)
+
+
+def test_unseen_samples_are_worth_no_less_than_their_distortion():
+    rng = np.random.default_rng(7)
+    fit, unseen = rng.normal(size=(2, 300, 20)).astype("f4")
+    grid = fit[:25]
+    weights = d.scheme_weights(d.voronoi_counts(fit, grid))
+    assert d.w2_squared(unseen, grid, weights) > d.distortion(unseen, grid) > d.distortion(fit, grid)
+    with pytest.raises(ValueError, match="empty"):
+        d.w2_squared(unseen[:0], grid, weights)
+
+
+def test_scheme_weights_refuse():
+    for bad in ([], [0, 0], [-1, 2], [np.nan, 1], [[1, 2]]):
+        with pytest.raises(ValueError, match="sum above 0"):
+            d.scheme_weights(bad)
+    with pytest.raises(ValueError, match="counts, sqrt or uniform"):
+        d.scheme_weights([1, 2], "root")

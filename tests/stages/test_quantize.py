@@ -349,12 +349,14 @@ class TestMemory:
         for name, ids in (("sorted", order), ("mixed", np.random.default_rng(0).permutation(order).tolist())):
             write_log(tmp_path / name, 40, [[ids[first : first + 8]] for first in range(0, 320, 8)])
             config = settings("ipc=4")
-            networks = dataclasses.replace(FACTS, latent_shape=(1 << 20,))
             data = Data.load(Folder(str(tmp_path / name)))
             actors = [dict(enumerate(part_classes(40, 4, 1 << 20)))]
-            (needs[name],) = plan_memory(config, config.quantizer, data, networks, actors)
+            (needs[name],) = plan_memory(config, config.quantizer, data, 1 << 20, 8, actors)
         one = 4 * (1 << 20) * 8  # D values of 4 bytes, 8 samples in a buffer
-        part, ahead = 3, 2  # classes of a part are written together; encoders may be two shards ahead
+        part, ahead = (
+            3,
+            2 * config.encoder.workers,
+        )  # classes of a part are written together; encoders may be two shards ahead
         rest = needs["mixed"] - 40 * one
         assert needs["sorted"] - rest == pytest.approx((part + ahead) * one, rel=0.01)
 

@@ -1,0 +1,39 @@
+"""All latents of some classes at once, for what looks at whole classes: W2, herding, medoids."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ddoq_ray.artifacts import Folder
+from ddoq_ray.stages.latent_log import LatentLog
+
+
+def class_latents(
+    latents: Folder, shards: int, classes: Collection[int]
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """(class_id, its latents float32 [n, D] in the log's order), ascending; a class without latents is left out.
+
+    Every file of the log that holds one of `classes` is read once. Memory: their latents in fp16, one class of them
+    in float32 and one file; so `classes` is a part of a codebook, not all there are.
+
+    Args:
+        latents: A latent log.
+        shards: How many shards it has.
+        classes: The classes wanted.
+
+    Raises:
+        ValueError: When a file of the log is gone or damaged.
+    """
+    log = LatentLog(latents)
+    pieces: dict[int, list[npt.NDArray[np.float16]]] = {c: [] for c in sorted(classes)}
+    for shard in range(shards):
+        for chunk in log.done(shard).chunks:
+            for c, x in log.read(chunk, classes):
+                pieces[c].append(x.copy())  # a view would keep the whole file in memory
+    for c in list(pieces):
+        mine = pieces.pop(c)
+        if mine:
+            yield c, np.concatenate(mine).astype(np.float32)

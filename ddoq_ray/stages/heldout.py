@@ -1,0 +1,176 @@
+"""heldout: latents of validation images, on which the report measures the codebooks that were fitted to others.
+
+``<run>/heldout/`` has the form of the latent log: a folder a validation shard, with at most `report.heldout_images`
+images of each class over all of them (the first ones, in the order of the shards), encoded as the training images are.
+It is an artifact of its own, so a second report finds it done. Encoding needs nothing of the stages between, so it goes
+on in tasks while students train; the report waits for it. Each task keeps the prior for its share of the shards; one
+that dies is retried by Ray and skips the shards that are published.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import ray
+
+from ddoq_ray.artifacts import Artifact, Folder, digest_of
+from ddoq_ray.config import RunConfig
+from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone
+from ddoq_ray.runtime import Events, Progress
+from ddoq_ray.stages import encode
+from ddoq_ray.stages.encode import Encoder, done_shards, read_chunks, shard_name
+from ddoq_ray.stages.networks import Networks
+from ddoq_ray.stages.prepare import Data
+
+Share = tuple[int, str, dict[int, int]]  # validation shard, its URL, class_id -> images to take
+
+
+def shares(data: Data, limit: int) -> list[Share]:
+    """What each validation shard contributes, so that no class has more than `limit` images in all."""
+    left = {c.class_id: limit for c in data.classes}
+    found = []
+    for shard, (info, url) in enumerate(zip(data.val, data.val_urls, strict=True)):
+        mine = {c: min(n, left[c]) for c, n in info.images.items() if left.get(c, 0) > 0}
+        for c, n in mine.items():
+            left[c] -= n
+        found.append((shard, url, mine))
+    return found
+
+
+class Heldout:
+    """The driver's handle: encoding starts with it, `wait` ends it.
+
+    Attributes:
+        folder: The log of held-out latents.
+        missing: Why there is none; empty when there is one.
+    """
+
+    def __init__(self, config: RunConfig, run_folder: Folder, data: Data, networks: Networks, latents: Folder) -> None:
+        self.folder = run_folder / "heldout"
+        self.shards = len(data.val)
+        self.limit = config.report.heldout_images
+        self._latent_bytes = 2 * int(np.prod(networks.latent_shape))
+        self._artifact = Artifact(self.folder, "heldout")
+        self._refs: list[Any] = []
+        self.missing = self._why_not(data, networks, latents)
+        if self.missing:
+            return
+        self._facts = encode.identity(config, None, networks.prior_id) | {
+            "val": digest_of([s.digest for s in data.val])[:32],
+            "classes": len(data.classes),
+            "heldout_images": self.limit,
+        }
+        if self._artifact.begin(self._facts, overwrite=config.overwrite) == "done":
+            if self._artifact.require()["kept"]:
+                return
+            self.folder.remove()  # the latents of a run with latents.keep=false went with it
+            self._artifact.begin(self._facts)
+        finished = done_shards(self.folder)
+        todo = [share for share in shares(data, self.limit) if share[0] not in finished]
+        tasks = max(1, min(config.encoder.workers, len(todo)))  # none to do is a log without its manifest
+        resources = config.cluster.encoder
+        settings = {
+            "prior_path": config.prior.path,
+            "batch": config.encoder.batch,
+            "threads": config.cluster.threads,
+            "num_classes": len(data.classes),
+            "chunk_samples": encode.chunk_rows(config, networks.image_size),
+        }
+        task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+        self._refs = [task.remote(self.folder, todo[i::tasks], settings) for i in range(tasks)]
+
+    def _why_not(self, data: Data, networks: Networks, latents: Folder) -> str:
+        if self.limit == 0:
+            return "report.heldout_images is 0"
+        if not any(s.samples for s in data.val):
+            return "the data has no held-out split (dataset.val_path)"
+        encoded = Artifact(latents, "encode").manifest()
+        if encoded is None or not encoded.get("kept", True):
+            return "the latents of the training images are not stored"
+        if encoded["identity"]["prior"] != networks.prior_id:
+            return "the latents were made by another prior than this one"
+        return ""
+
+    def wait(self, events: Events) -> dict[str, Any]:
+        """The facts of the held-out latents for ``results.json``, once they are all there.
+
+        Raises:
+            RayTaskError: When our own code fails in a task.
+        """
+        facts: dict[str, Any] = {"images_per_class": self.limit, "images": 0, "missing": self.missing}
+        if self._refs:
+            with Progress("heldout", len(self._refs), "encoders") as progress:
+                seconds = 0.0
+                for ref in self._refs:
+                    seconds = max(seconds, ray.get(ref))
+                    progress.advance()
+            records = [
+                ShardDone.loads(self.folder.read(f"{shard_name(s)}/done.json"))
+                for s in sorted(done_shards(self.folder))
+            ]
+            images = sum(r.classes.total for r in records)
+            self._artifact.finish(
+                self._facts,
+                seconds=round(seconds, 3),
+                items=images,
+                unit="images",
+                bytes=images * self._latent_bytes,
+                refused=sum(r.refused for r in records),
+                digest=digest_of([[c.sha256 for c in r.chunks] for r in records]),
+                kept=True,
+            )
+            events.add("stage finished", stage="heldout", images=images)
+        if not self.missing:
+            facts["images"] = self._artifact.require()["items"]
+        return facts
+
+
+@ray.remote
+def _encode(log: Folder, todo: list[Share], settings: dict[str, Any]) -> float:
+    """Encode one task's share of the validation shards; the seconds it took."""
+    start = time.monotonic()
+    encoder = None
+    for shard, url, left in todo:
+        if log.exists(f"{shard_name(shard)}/done.json"):  # by this task, before it was retried
+            continue
+        if encoder is None:
+            encoder = Encoder(settings["prior_path"], log, settings["batch"], settings["threads"])
+        chunks, refused, total = [], 0, Counter[int]()
+        rows = read_chunks(
+            {"shard": np.array([shard]), "url": np.array([url])},
+            quarantine=log / "quarantine",
+            num_classes=settings["num_classes"],
+            image_size=encoder.prior.image_size,
+            chunk_samples=settings["chunk_samples"],
+        )
+        for row in rows:
+            refused = row["refused"][0]
+            if _keep(row, left):
+                record = ChunkRecord.from_json(json.loads(encoder(row)["record"][0]))  # type: ignore[arg-type]
+                chunks.append(record)
+                total.update(record.classes)
+            if not any(left.values()):
+                break
+        done = ShardDone(shard, tuple(chunks), ClassCounts(total), refused)
+        log.publish(f"{shard_name(shard)}/done.json", done.dumps())
+    return time.monotonic() - start
+
+
+def _keep(row: dict[str, list[Any]], left: dict[int, int]) -> int:
+    """Cut a chunk of `read_chunks` down to the images that are `left` to take of each class; how many it holds now."""
+    class_ids = np.frombuffer(row["class_ids"][0], np.int32)
+    kept = []
+    for i, c in enumerate(class_ids.tolist()):
+        if left.get(c, 0) > 0:
+            left[c] -= 1
+            kept.append(i)
+    keys = json.loads(row["keys"][0])
+    pixels = np.frombuffer(row["pixels"][0], np.uint8).reshape(len(class_ids), -1)
+    row["keys"] = [json.dumps([keys[i] for i in kept])]
+    row["class_ids"] = [class_ids[kept].tobytes()]
+    row["pixels"] = [pixels[kept].tobytes()]
+    return len(kept)
