@@ -21,7 +21,7 @@ from ddoq_ray.config.compose import load_config
 
 pytestmark = pytest.mark.slow
 
-SHARDS, PER_SHARD = 10, 40
+SHARDS, PER_SHARD = 10, 30
 NODE = {"num_cpus": 4, "object_store_memory": 100 << 20}
 
 
@@ -51,7 +51,7 @@ def run(corpus: Path, place: Path) -> None:
             [
                 f"run_dir={place}", "dataset=webdataset", f"dataset.path={corpus}", "ipc=3", "baselines=[]",
                 "stages=[prepare,encode,quantize]", "encoder.chunk_samples=1", "encoder.workers=2",
-                "quantizer.snapshot_every=1", "quantizer.num_shards=3",
+                "quantizer.snapshot_every=1", "quantizer.num_shards=3", "cluster.quantizer.num_cpus=0.5",
             ]
         )
     )  # fmt: skip
