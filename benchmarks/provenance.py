@@ -31,13 +31,17 @@ def hardware() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Hardware, commit and command of this measurement."""
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    """Hardware, commit and command of this measurement; files of the command by their names, wherever they are."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    except OSError:  # a bare GPU machine: the rows must not be lost for it
+        commit = ""
     module = Path(sys.argv[0]).stem
     words = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--json" and sys.argv[i - 1] != "--json"]
+    words = [Path(a).name if os.sep in a and Path(a).exists() else a for a in words]
     return {
         "hardware": hardware(),
-        "commit": out.stdout.strip() or "unknown",
+        "commit": commit.strip() or "unknown",
         "command": " ".join(["python -m", f"benchmarks.{module}", *words]),
     }
 

@@ -7,8 +7,10 @@ A log of latents is written (a pool of random latents, drawn anew for every clas
 * `fold`: one bare process reads it, folds every class through `core.clvq`, assigns and writes the codebook; no Ray;
 * `actors`: the stage itself on a local Ray, for each number of `--actors`.
 
-Both have one thread a process. Peak memory is the process's own high-water mark (VmHWM); `stated_bytes` is what
-`plan_memory` asked of Ray for the largest actor. `--chunk-rows` changes the number of files for the same latents.
+Both have one thread a process. The ratios say how fast the actors are beside the fold: by the clock (1 actor has one
+core as the fold has, 2 actors have two), and by CPU time, which other work on the machine disturbs less. Peak memory is
+the process's own high-water mark (VmHWM); `stated_bytes` is what `plan_memory` asked of Ray for the largest actor.
+`--chunk-rows` changes the number of files for the same latents.
 """
 
 from __future__ import annotations
@@ -79,11 +81,18 @@ def peak_bytes(process: int | str = "self") -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
+def cpu_seconds(process: int | str = "self") -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[str, Any]:
     """The same work in one bare process: a class is freed as soon as it is written, if the log's order allows."""
     from ddoq_ray.core.clvq import Clvq
     from ddoq_ray.core.distortion import assign
-    from ddoq_ray.records import read_shards
+    from ddoq_ray.records import Codebook, read_shards
+    from ddoq_ray.stages.codebook import write_part
     from ddoq_ray.stages.latent_log import LatentLog
 
     shards = list(read_shards((run / "data").read("shards.json")))
@@ -91,9 +100,7 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
     for shard in shards:
         total.update(shard.images)
     log = LatentLog(run / "latents", dim)
-    out = Path((run / "fold").uri)
-    out.mkdir()
-    start = time.monotonic()
+    start, worked = time.monotonic(), cpu_seconds()
     state: dict[int, Clvq] = {}
     grids: dict[int, np.ndarray] = {}
     held: dict[int, list[int]] = {}
@@ -110,11 +117,12 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
             for chunk in log.done(s).chunks:
                 for c, latents in log.read(chunk, ready):
                     counts[c] += np.bincount(assign(latents, grids[c])[0], minlength=len(grids[c]))
-        with (out / f"{ready[0]}.bin").open("wb") as f:
-            for c in ready:
-                f.write(grids.pop(c).tobytes())
-                assert counts.pop(c).sum() == total[c]
-                del held[c]
+        books = [Codebook(c, grids.pop(c), counts.pop(c), 0.0, np.zeros(k, np.int64)) for c in ready]
+        facts = {"dropped": [], "algorithms": {}, "warnings": []}
+        write_part(run / "fold", ready[0], books, latent_shape=(dim,), prior_id="synthetic", **facts)
+        for book in books:
+            assert book.counts.sum() == total[book.class_id]
+            del held[book.class_id]
 
     complete: list[int] = []
     for index in range(len(shards)):
@@ -133,7 +141,7 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
             complete = []
     if complete:
         write(complete)
-    return {"seconds": time.monotonic() - start, "peak_bytes": peak_bytes()}
+    return {"seconds": time.monotonic() - start, "cpu_s": cpu_seconds() - worked, "peak_bytes": peak_bytes()}
 
 
 def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str, Any]:
@@ -163,18 +171,20 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     check_memory(made.needs)
     made.launch()
     pids = ray.get([a.__ray_call__.remote(lambda self: os.getpid()) for a in made.actors])
-    start = time.monotonic()
+    start, worked = time.monotonic(), sum(map(cpu_seconds, pids))
     for shard in range(len(data.train)):
         made.shard_done(shard)
     ray.get([call for call in made._calls if call is not None])
     bitmap = np.packbits(made.done).tobytes()
     ray.get([a.advance.remote(bitmap) for a in made.actors])
     seconds = time.monotonic() - start
+    worked = sum(map(cpu_seconds, pids)) - worked
     peaks = [peak_bytes(pid) for pid in pids]
     manifest = made.finish(Events(run))
     assert manifest["items"] == sum(s.samples for s in data.train)
     return {
         "seconds": seconds,
+        "cpu_s": worked,
         "peak_bytes": max(peaks),
         "stated_bytes": max(made.needs),
         "driver_peak_bytes": peak_bytes(),
@@ -229,9 +239,10 @@ def main() -> None:
             row = facts | {"what": what if what == "fold" else f"{what} actors"} | one(what)
             row["latents_per_s"] = latents / row["seconds"]
             if what == "fold":
-                base = row["latents_per_s"]
+                base = row
             elif base:
-                row["ratio_to_fold"] = row["latents_per_s"] / base
+                row["ratio_to_fold"] = base["seconds"] / row["seconds"]
+                row["cpu_ratio_to_fold"] = base["cpu_s"] / row["cpu_s"]
             if "stated_bytes" in row:
                 row["peak_over_stated"] = row["peak_bytes"] / row["stated_bytes"]
             rows.append(row)
@@ -240,7 +251,8 @@ def main() -> None:
                     shutil.rmtree(folder)
     finally:
         shutil.rmtree(scratch)
-    columns = ["layout", "classes", "k", "dim", "chunks", "what", "seconds", "latents_per_s", "ratio_to_fold",
+    columns = ["layout", "classes", "k", "dim", "chunks", "what", "seconds", "cpu_s", "latents_per_s",
+               "ratio_to_fold", "cpu_ratio_to_fold",
                "peak_bytes", "stated_bytes", "peak_over_stated", "driver_peak_bytes"]  # fmt: skip
     finish(rows, columns, given.json)
 

@@ -78,6 +78,8 @@ class Folder:
     def writing(self, name: str) -> Iterator[IO[bytes]]:
         """A file to write piece by piece, published when the block ends; nothing appears when it raises.
 
+        It has a `name` on this machine's disk, wherever it is published: for libraries that write to a path.
+
         Raises:
             ValueError: When the place cannot be written.
         """

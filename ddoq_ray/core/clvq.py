@@ -20,6 +20,7 @@ WINNERS: tuple[Winner, ...] = ("corrected", "paper")
 _STATE_VERSION = 1
 _SCALARS = ("version", "k", "dim", "winner", "batch", "buffer", "seed", "class_id", "n_seen")
 _GRAM_COLUMNS = 1024
+_BLOCK = 64  # samples whose products with the centroids are made together
 
 
 class Clvq:
@@ -40,7 +41,7 @@ class Clvq:
     so that K' = min(K, different samples seen).
 
     Memory, independent of N: 4 D buffer bytes while buffering (twice that for the moment of choosing), then
-    4 D (K + B). Cost of a sample: one [K, D] matrix-vector product.
+    4 D (K + B). Cost of a sample: its products with the K centroids and with 64 other samples.
 
     Source: arXiv 2501.07681, Algorithm 1 (CLVQ) and Algorithm 3 lines 3-11 (the same with step 1/v).
 
@@ -50,10 +51,10 @@ class Clvq:
           winners take everything. The factor v/(v+1) cancels exactly that.
         * Initial centroids are k-means++ picks that count as consumed samples; Algorithm 3 leaves the choice
           open and starts its counts at 1 for points that need not be samples.
-        * Algorithm 1 line 7 updates weights with the winner's own step gamma. With gamma = 1/v the result is
-          far from the Voronoi masses; it needs the global step 1/t (t = samples so far), and then w = v/t,
-          the counts.
-          So counts are kept and weights are counts/sum.
+        * Algorithm 1 line 7 keeps weights by a recursion whose step is left open. With the global step 1/t
+          (t = samples so far) they are the counts over their sum; with the winner's own step 1/v they are far
+          from the Voronoi masses (`ddoq_ray.core.companion`). So counts are kept, and weights are
+          counts/sum.
         * `batch` > 1 freezes centroids and counts for the winners of one mini-batch, then applies its steps
           in order (for `paper` this is Sculley's mini-batch k-means). Borders depend only on the sample's
           index.
@@ -253,9 +254,9 @@ class Clvq:
             start += 1
         rows = rows[start:]
         if self.batch == 1:
-            with np.errstate(over="ignore", invalid="ignore"):
-                for row in rows:
-                    self._step(row)
+            for first in range(0, len(rows), _BLOCK):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    self._steps(rows[first : first + _BLOCK])
             return
         while len(rows):
             rows = self._fill(rows, self.batch)
@@ -279,24 +280,42 @@ class Clvq:
             self._factor[index] = count / (count + 1.0)
         return count
 
-    def _step(self, row: F32) -> None:
-        """One sample: the winner by a screened product, then step 1/v after v += 1."""
-        size = self._sq + float(np.dot(row, row))
-        near = size - 2.0 * (self._centroids @ row)
-        size *= self._tolerance
-        lower, upper = (near - size) * self._factor, (near + size) * self._factor
-        index = int(upper.argmin())
-        # Written as "not greater", so that an overflow makes candidates instead of losing them.
-        candidates = np.flatnonzero(~(lower > upper[index]))
-        if len(candidates) > 1:
-            diff = self._centroids[candidates].astype(np.float64)
-            diff -= row
-            diff *= diff
-            index = int(candidates[np.argmin(diff.sum(axis=1) * self._factor[candidates])])
-        count = self._count(index, 1)
-        centroid = self._centroids[index]
-        centroid += (row - centroid) * np.float32(1.0 / count)
-        self._sq[index] = float(np.dot(centroid, centroid))
+    def _steps(self, rows: F32) -> None:
+        """Some samples, one after another: the winner by a screened distance, then step 1/v after v += 1.
+
+        One product gives the distances to the centroids as they are at first. When one of them moves to
+        c + s (x_i - c), its product with a later x becomes (1 - s) <c, x> + s <x_i, x>: no product is made anew.
+        Centroids are moved as written, so where a block ends changes no byte.
+        """
+        among = (rows @ rows.T).astype(np.float64)
+        own = among.diagonal().copy()
+        among *= -2.0
+        among += own
+        far = (rows @ self._centroids.T).astype(np.float64)  # ||x||^2 - 2 <c, x> + ||c||^2, kept up to date
+        far *= -2.0
+        far += own[:, None] + self._sq
+        # No centroid leaves the ball that holds the first ones and the samples. Each move rounds it anew.
+        radius = max(float(own.max()), float(self._sq.max()))
+        slack = (self._tolerance + 2.0**-22 * np.arange(len(rows))) * (own + radius)
+        for at, row in enumerate(rows):
+            score = far[at] * self._factor
+            index = int(score.argmin())
+            # Written as "not greater", so that an overflow makes candidates instead of losing them.
+            beyond = score > score[index] + 2.0 * slack[at]
+            if np.count_nonzero(beyond) != len(score) - 1:
+                candidates = np.flatnonzero(~beyond)
+                diff = self._centroids[candidates].astype(np.float64)
+                diff -= row
+                diff *= diff
+                index = int(candidates[np.argmin(diff.sum(axis=1) * self._factor[candidates])])
+            step = np.float32(1.0 / self._count(index, 1))
+            centroid = self._centroids[index]
+            centroid += (row - centroid) * step
+            before, after = self._sq[index], float(np.dot(centroid, centroid))
+            self._sq[index] = after
+            later, share = far[at + 1 :, index], float(step)
+            later *= 1.0 - share
+            later += share * among[at, at + 1 :] + (after - (1.0 - share) * before)
 
     def _step_batch(self, rows: F32) -> None:
         """One mini-batch: frozen winners; then m steps 1/v are one move to the mean of all."""

@@ -10,16 +10,25 @@ Shapes: N samples, M distinct samples, K centroids, D flattened latent dimension
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.distortion import F32, F64, I64, check_samples
+from ddoq_ray.core.gram_exchange import GAIN, cell_sums, exchange, hartigan_gram, members
 from ddoq_ray.core.rng import philox
 
+__all__ = [
+    "MAX_GRAM_BYTES", "cell_means", "distinct_rows", "gram_kmeans", "gram_labels", "gram_matrix", "hartigan_gram",
+    "kmeans_plus_plus", "lloyd_gram", "partition_gram",
+]  # fmt: skip
+
+Product = Literal["float32", "bfloat16"]
 MAX_GRAM_BYTES = 2 << 30  # 23,170 distinct samples
-# A move must lower the sum by this part of the mean distortion: below it, a float32 Gram matrix is noise.
-_GAIN = 1e-6
+_ROUNDS = 10
+_KEY_COLUMNS = 16
+_BLOCK = 256  # rows of one bfloat16 product
 
 
 def gram_kmeans(
@@ -32,12 +41,14 @@ def gram_kmeans(
     restarts: int = 1,
     max_iter: int = 300,
     max_gram_bytes: int = MAX_GRAM_BYTES,
+    product: Product = "float32",
 ) -> tuple[F32, I64]:
     """Quantizes the samples of one class to K centroids with counts.
 
-    Greedy k-means++ (2 + int(ln K) trials), Lloyd to convergence, then Hartigan's exchange of single points
-    until no exchange helps. Every centroid is the mean of its cell, formed from the full samples at the end.
-    Deterministic for one version of numpy and one BLAS thread count.
+    Greedy k-means++ (2 + int(ln K) trials), then Hartigan's exchange of single points until no exchange
+    helps: every such optimum is one of Lloyd too, and mostly a lower one. Every centroid is the mean of its
+    cell, formed from the full samples at the end. Deterministic for one version of numpy and one BLAS thread
+    count.
 
     Args:
         x: float [N, D], N >= 1.
@@ -45,10 +56,11 @@ def gram_kmeans(
             centroid: K = min(k, distinct samples). Copies of a sample always share a cell.
         seed: the run's seed.
         class_id: keys the generator together with the seed.
-        hartigan: False stops after Lloyd.
+        hartigan: False runs Lloyd to convergence instead.
         restarts: independent runs on the one Gram matrix; the lowest distortion is kept.
-        max_iter: bound of the Lloyd passes, and of the Hartigan sweeps.
+        max_iter: bound of the Lloyd passes; ten times as many rounds of exchange, each much shorter.
         max_gram_bytes: largest Gram matrix allowed, in bytes.
+        product: precision of the Gram matrix, see `gram_matrix`.
 
     Returns:
         centroids float32 [K, D] and counts int64 [K]; counts are >= 1 and sum to N.
@@ -67,11 +79,8 @@ def gram_kmeans(
     [(0.10000000149011612, 2), (9.0, 1)]
     """
     x = check_samples(x)
-    labels = gram_labels(
-        x, k, seed=seed, class_id=class_id, hartigan=hartigan, restarts=restarts, max_iter=max_iter,
-        max_gram_bytes=max_gram_bytes,
-    )  # fmt: skip
-    return cell_means(x, labels)
+    labels = _labels(x, k, seed, class_id, hartigan, restarts, max_iter, max_gram_bytes, product)
+    return _means(x, labels)
 
 
 def gram_labels(
@@ -84,12 +93,27 @@ def gram_labels(
     restarts: int = 1,
     max_iter: int = 300,
     max_gram_bytes: int = MAX_GRAM_BYTES,
+    product: Product = "float32",
 ) -> I64:
     """The cells of `gram_kmeans`: int64 [N] in 0..K-1, each used. Arguments and errors as there.
 
     With pooled latents for `x` and the full ones for `cell_means`, distances are measured on the pooled ones.
     """
-    x = check_samples(x)
+    return _labels(check_samples(x), k, seed, class_id, hartigan, restarts, max_iter, max_gram_bytes, product)
+
+
+def _labels(
+    x: npt.NDArray[np.floating],
+    k: int,
+    seed: int,
+    class_id: int,
+    hartigan: bool,
+    restarts: int,
+    max_iter: int,
+    max_gram_bytes: int,
+    product: Product,
+) -> I64:
+    """`gram_labels` for checked samples: a look at every latent costs, so it is done once."""
     if not len(x):
         raise ValueError("x is empty: a class without samples has no centroids")
     if k < 1 or restarts < 1 or max_iter < 1:
@@ -101,7 +125,7 @@ def gram_labels(
             f"the Gram matrix of n={len(first)} distinct samples needs 4 n^2 = {needed} bytes, above "
             f"max_gram_bytes={max_gram_bytes}: use a streaming or faiss quantizer for this class, or raise it"
         )
-    gram = gram_matrix(x if len(first) == len(x) else x[first])
+    gram = gram_matrix(x if len(first) == len(x) else x[first], product)
     mass = copies.astype(np.float64)
     best: I64 | None = None
     best_sum = np.inf
@@ -116,12 +140,15 @@ def gram_labels(
 
 def cell_means(x: npt.ArrayLike, labels: I64) -> tuple[F32, I64]:
     """Means (float32 [K, D], summed in float64) and counts (int64 [K]) of the cells 0..K-1, none empty."""
-    x = check_samples(x)
+    return _means(check_samples(x), labels)
+
+
+def _means(x: npt.NDArray[np.floating], labels: I64) -> tuple[F32, I64]:
     counts = np.bincount(labels).astype(np.int64)
     assert len(labels) == len(x) and (counts > 0).all()
     centroids = np.empty((len(counts), x.shape[1]), np.float32)
-    for cell, members in enumerate(_members(labels, len(counts))):
-        centroids[cell] = x[members].mean(axis=0, dtype=np.float64)
+    for cell, points in enumerate(members(labels, len(counts))):
+        centroids[cell] = x[points].mean(axis=0, dtype=np.float64)
     return centroids, counts
 
 
@@ -132,23 +159,57 @@ def distinct_rows(x: npt.NDArray[np.floating]) -> tuple[I64, I64, I64]:
         first int64 [M], the first index of each distinct row, in order; inverse int64 [N] with
         x == x[first[inverse]]; copies int64 [M].
     """
+    original = np.arange(len(x))
     seen: dict[bytes, int] = {}
-    first: list[int] = []
-    inverse = np.empty(len(x), np.int64)
-    for index, row in enumerate(x):
-        key = hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest()
-        cell = seen.setdefault(key, len(first))
-        if cell == len(first):
-            first.append(index)
-        inverse[index] = cell
+    for index in _suspects(x):
+        key = hashlib.blake2b((x[index] + 0.0).tobytes(), digest_size=16).digest()
+        original[index] = seen.setdefault(key, int(index))
+    first = np.flatnonzero(original == np.arange(len(x))).astype(np.int64)
+    inverse = np.searchsorted(first, original).astype(np.int64)
     copies = np.bincount(inverse, minlength=len(first)).astype(np.int64)
-    return np.array(first, np.int64), inverse, copies
+    return first, inverse, copies
 
 
-def gram_matrix(x: npt.NDArray[np.floating]) -> F32:
-    """Float32 [N, N] product of the centred samples. Centring keeps the digits that differences need."""
-    centred = (x - x.mean(axis=0, dtype=np.float64)).astype(np.float32)
-    gram: F32 = centred @ centred.T
+def _suspects(x: npt.NDArray[np.floating]) -> I64:
+    """Rows that agree with another one in a few columns: only these can have an equal, mostly there are none."""
+    some = x[:, :: max(1, x.shape[1] // _KEY_COLUMNS)] + 0.0
+    bits = some.view(np.uint32 if some.dtype == np.float32 else np.uint64).astype(np.uint64)
+    odd = np.arange(bits.shape[1], dtype=np.uint64) * np.uint64(2 * 0x9E3779B97F4A7C15 % 2**64) + np.uint64(1)
+    _, inverse, times = np.unique(bits @ odd, return_inverse=True, return_counts=True)
+    return np.flatnonzero(times[inverse] > 1).astype(np.int64)
+
+
+def gram_matrix(x: npt.NDArray[np.floating], product: Product = "float32") -> F32:
+    """Product of the centred samples, float32 [N, N], symmetric. Centring keeps the digits that differences need.
+
+    Args:
+        x: float32 or float64 [N, D].
+        product: `float32`; or `bfloat16`, the centred samples rounded to 8 bits and multiplied by torch, which
+            is faster where the processor has such a product. The diagonal stays float32: it holds most of
+            every distance.
+
+    Raises:
+        ValueError: another product.
+    """
+    if product not in ("float32", "bfloat16"):
+        raise ValueError(f'product must be "float32" or "bfloat16", got {product!r}')
+    centred = (x - x.mean(axis=0, dtype=np.float64).astype(x.dtype)).astype(np.float32, copy=False)
+    gram: F32
+    if product == "float32":
+        gram = centred @ centred.T
+        return gram
+    import torch  # heavy, and needed only here
+
+    rounded = torch.from_numpy(centred).bfloat16()
+    gram = np.empty((len(x), len(x)), np.float32)
+    for start in range(0, len(x), _BLOCK):
+        stop = start + _BLOCK
+        part = (rounded[start:stop] @ rounded[:stop].T).float().numpy()
+        gram[start:stop, :stop] = part
+        gram[:start, start:stop] = part[:, :start].T
+        square = part[:, start:]
+        gram[start:stop, start:stop] = (square + square.T) / 2
+    np.fill_diagonal(gram, np.einsum("nd,nd->n", centred, centred))
     return gram
 
 
@@ -199,7 +260,7 @@ def _draw(pull: F64, uniforms: F64) -> I64:
 def partition_gram(
     gram: F32, mass: F64, k: int, rng: np.random.Generator, *, hartigan: bool = True, max_iter: int = 300
 ) -> tuple[I64, float]:
-    """Cells of distinct samples from their Gram matrix: k-means++, Lloyd, then (if asked) Hartigan.
+    """Cells of distinct samples from their Gram matrix: k-means++, then Hartigan's exchange or Lloyd.
 
     Returns:
         labels int64 [M] in 0..min(k, M)-1, none empty; and the sum over samples of mass * squared distance.
@@ -211,31 +272,11 @@ def partition_gram(
     seeds = kmeans_plus_plus(gram, mass, cells, rng)
     labels = np.argmin(diag[seeds, None] - 2.0 * gram[seeds], axis=0).astype(np.int64)
     labels[seeds] = np.arange(cells)  # also for near-duplicates, so that no cell starts empty
-    labels = lloyd_gram(gram, mass, labels, cells, max_iter=max_iter)
     if hartigan:
-        labels = hartigan_gram(gram, mass, labels, cells, max_iter=max_iter)
-    sums, sizes, spread = _cell_sums(gram, mass, labels, cells)
-    own = diag - 2.0 * sums[labels, np.arange(len(diag))] / sizes[labels] + spread[labels]
-    return labels, float(np.maximum(own, 0.0) @ mass)
-
-
-def _members(labels: I64, cells: int) -> list[I64]:
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(labels, minlength=cells))[:-1])
-
-
-def _cell_sums(gram: F32, mass: F64, labels: I64, cells: int) -> tuple[F64, F64, F64]:
-    """sums[k, j] = sum_{i in k} mass_i G_ij; sizes[k] = mass of cell k; spread[k] = mean of G in k x k."""
-    sums = np.empty((cells, len(gram)), np.float64)
-    for cell, members in enumerate(_members(labels, cells)):
-        weights = mass[members]
-        if (weights == 1.0).all():
-            gram[members].sum(axis=0, dtype=np.float64, out=sums[cell])
-        else:
-            np.matmul(weights, gram[members].astype(np.float64), out=sums[cell])
-    sizes: F64 = np.bincount(labels, weights=mass, minlength=cells).astype(np.float64)
-    within = np.bincount(labels, weights=mass * sums[labels, np.arange(len(gram))], minlength=cells)
-    return sums, sizes, within / sizes**2
+        return exchange(gram, mass, labels, cells, max_iter=_ROUNDS * max_iter)
+    labels = lloyd_gram(gram, mass, labels, cells, max_iter=max_iter)
+    _, sizes, spread = cell_sums(gram, mass, labels, cells)
+    return labels, max(float(diag @ mass) - float(spread @ sizes), 0.0)
 
 
 def lloyd_gram(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: int = 300) -> I64:
@@ -248,14 +289,14 @@ def lloyd_gram(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: int =
     points = np.arange(len(gram))
     labels = labels.copy()
     for _ in range(max_iter):
-        sums, sizes, spread = _cell_sums(gram, mass, labels, cells)
+        sums, sizes, spread = cell_sums(gram, mass, labels, cells)
         sums *= (-2.0 / sizes)[:, None]
         sums += spread[:, None]
         sums += diag
         own = sums[labels, points]
         best = sums.argmin(axis=0)
         # A tie, or a difference at the level of rounding, is no reason to move: it could cycle.
-        moves = sums[best, points] < own - _GAIN * max(own.mean(), 0.0)
+        moves = sums[best, points] < own - GAIN * max(own.mean(), 0.0)
         if not moves.any():
             break
         labels = np.where(moves, best, labels).astype(np.int64)
@@ -272,52 +313,3 @@ def _reseed_empty(labels: I64, pull: F64, cells: int) -> None:
         points[cell] = 1
         labels[point] = cell
         pull[point] = 0.0
-
-
-def hartigan_gram(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: int = 300) -> I64:
-    """Moves single points between cells while that lowers the distortion, counting how both means move.
-
-    A point of mass w leaves a (size n_a) for b (size n_b) when n_b w/(n_b+w) d_b^2 < n_a w/(n_a-w) d_a^2:
-    the exact change of the sum. Each sweep finds the points that could gain with whole-matrix operations,
-    then visits only those, best first, each with its gain computed anew. A cell never empties.
-    """
-    diag = gram.diagonal().astype(np.float64)
-    points = np.arange(len(gram))
-    labels = labels.copy()
-    for _ in range(max_iter):
-        sums, sizes, spread = _cell_sums(gram, mass, labels, cells)  # anew each sweep: rounding cannot pile up
-        dist = diag + spread[:, None] - 2.0 * sums / sizes[:, None]
-        own = dist[labels, points]
-        threshold = _GAIN * max(float(own @ mass) / mass.sum(), 0.0)
-        dist *= sizes[:, None] * mass / (sizes[:, None] + mass)
-        dist[labels, points] = np.inf
-        gain = _leaving(own, sizes[labels], mass) - dist.min(axis=0)
-        visit = np.flatnonzero(gain > threshold)
-        moved = False
-        for j in visit[np.argsort(-gain[visit], kind="stable")]:
-            a, w = labels[j], mass[j]
-            to_all = diag[j] + spread - 2.0 * sums[:, j] / sizes
-            cost = to_all * (sizes * w / (sizes + w))
-            cost[a] = np.inf
-            b = int(np.argmin(cost))
-            n_a, n_b = sizes[a], sizes[b]
-            if n_a <= w or to_all[a] * (n_a * w / (n_a - w)) - cost[b] <= threshold:
-                continue
-            row = gram[j] if w == 1.0 else w * gram[j]
-            spread[a] = (spread[a] * n_a**2 - 2.0 * w * sums[a, j] + w * w * diag[j]) / (n_a - w) ** 2
-            spread[b] = (spread[b] * n_b**2 + 2.0 * w * sums[b, j] + w * w * diag[j]) / (n_b + w) ** 2
-            sums[a] -= row
-            sums[b] += row
-            sizes[a], sizes[b] = n_a - w, n_b + w
-            labels[j] = b
-            moved = True
-        if not moved:
-            break
-    return labels
-
-
-def _leaving(own: F64, size: F64, mass: F64) -> F64:
-    """What the sum loses when each point leaves its cell; 0 for the only point of a cell: it stays."""
-    rest = size - mass
-    alone = rest <= 0.0
-    return np.where(alone, 0.0, own * size * mass / np.where(alone, 1.0, rest))

@@ -67,7 +67,8 @@ def write_part(
     """Publish a part, a row group a class (so that one class can be read alone), then its record."""
     schema = codebook_schema(latent_shape, prior_id)
     plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-    with codebook.writing(part_name(part)) as f, pq.ParquetWriter(f, schema, **plain) as writer:
+    # By its path: through a Python file object Arrow writes eight times slower.
+    with codebook.writing(part_name(part)) as f, pq.ParquetWriter(f.name, schema, **plain) as writer:
         for b in books:
             columns = [
                 pa.array(np.full(b.k, b.class_id, np.int32)),

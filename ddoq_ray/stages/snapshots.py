@@ -26,7 +26,7 @@ Arrays = Mapping[str, np.ndarray]
 def write_snapshot(folder: Folder, name: str, identity: str, classes: Iterable[tuple[int, Arrays]]) -> None:
     """Publish the arrays of each class. One class at a time is copied: a snapshot must not double an actor's memory."""
     schema = SCHEMA.with_metadata({"identity": identity})
-    with folder.writing(name) as f, pa.ipc.new_stream(f, schema) as out:
+    with folder.writing(name) as f, pa.OSFile(f.name, "wb") as file, pa.ipc.new_stream(file, schema) as out:
         for class_id, arrays in classes:
             rows = [(class_id, k, v.dtype.str, json.dumps(v.shape), v.tobytes()) for k, v in arrays.items()]
             columns = [pa.array(column, g.type) for column, g in zip(zip(*rows, strict=True), schema, strict=True)]

@@ -206,17 +206,29 @@ def test_counts_are_close_to_the_voronoi_masses():
     assert total_variation(counts / 3000, voronoi_counts(x, centroids) / 3000) < 0.12
 
 
-def test_weights_of_algorithm_1_line_7_need_the_global_step():
-    # Wins of one centroid among t samples: with 1/t the recursion is the count, with its own 1/v it is not.
-    wins = np.random.default_rng(0).choice(4, size=4000, p=[0.7, 0.2, 0.05, 0.05])
-    with_t, with_v, v = np.full(4, 0.25), np.full(4, 0.25), np.zeros(4)
-    for t, win in enumerate(wins, 1):
-        v[win] += 1
-        hit = np.arange(4) == win
-        with_t += (hit - with_t) / t
-        with_v += (hit - with_v) / v[win]
-    np.testing.assert_allclose(with_t, v / 4000, atol=1e-12)
-    assert total_variation(with_v / with_v.sum(), v / 4000) > 0.1
+def sample_by_sample(x, k, winner):
+    """The same arithmetic with every distance made anew and in float64, after the first k samples."""
+    z, v = fitted(x[:k], k, buffer=k, winner=winner).result()
+    for row in x[k:]:
+        score = ((z.astype(np.float64) - row) ** 2).sum(1) * (v / (v + 1) if winner == "corrected" else 1.0)
+        best = int(np.argmin(score))
+        v[best] += 1
+        z[best] += (row - z[best]) * np.float32(1.0 / v[best])
+    return z, v
+
+
+@pytest.mark.parametrize("winner", WINNERS)
+@pytest.mark.parametrize(
+    ("dim", "offset", "spread"),
+    [(2, 0.5, 1.0), (3, 3000.0, 1.0), (300, 0.5, 1.0), (40, 1e4, 1.0), (40, 1e4, 0.01), (5, 0.0, 1e18)],
+)
+def test_products_kept_up_to_date_decide_as_distances_made_anew(winner, dim, offset, spread):
+    x = (np.random.default_rng(dim).normal(size=(700, dim)) * spread + offset).astype(np.float32)
+    x[300:340] = x[10:50]  # copies make ties
+    with np.errstate(over="ignore"):
+        z, v = sample_by_sample(x, 9, winner)
+    centroids, counts = fitted(x, 9, buffer=9, winner=winner).result()
+    assert centroids.tobytes() == z.tobytes() and (counts == v).all()
 
 
 def test_close_calls_are_decided_exactly():

@@ -1,4 +1,6 @@
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +115,34 @@ def test_near_copies_never_leave_a_cell_empty():
     assert len(centroids) == min(6, len(np.unique(x, axis=0))) and counts.sum() == 30 and counts.min() >= 1
 
 
+def by_rows(x):
+    """Equal rows by Python's own equality of tuples."""
+    first = {}
+    inverse = [first.setdefault(tuple(row), i) for i, row in enumerate(x.tolist())]
+    return sorted(first.values()), inverse
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dim", [1, 5, 16, 40, 700])
+def test_distinct_rows(dim, dtype):
+    rng = np.random.default_rng(dim)
+    x = rng.integers(-1, 2, (60, dim)).astype(dtype)
+    x = np.concatenate([x, x[rng.integers(0, 60, 20)], -x[:20]])
+    x[3::7] *= -0.0  # zeros of both signs
+    x[-1] = x[0]
+    x[-1, dim // 2 + 1 :] += 1  # agrees with the first row only in front
+    first, inverse, copies = g.distinct_rows(x)
+    expected_first, expected_original = by_rows(x)
+    assert first.tolist() == expected_first and first[inverse].tolist() == expected_original
+    assert copies.tolist() == [expected_original.count(i) for i in expected_first]
+
+
+def test_distinct_rows_of_nothing_and_of_rows_all_different():
+    assert [len(part) for part in g.distinct_rows(np.empty((0, 4), np.float32))] == [0, 0, 0]
+    first, inverse, copies = g.distinct_rows(mixture(50, 30, 3, 0))
+    assert (first == np.arange(50)).all() and (inverse == first).all() and (copies == 1).all()
+
+
 def test_an_empty_cell_is_seeded_with_the_farthest_point():
     labels = np.array([0, 0, 0, 2])
     g._reseed_empty(labels, np.array([1.0, 5.0, 2.0, 9.0]), 3)
@@ -134,6 +164,41 @@ def test_same_bytes_again_and_another_class_another_draw():
     assert g.gram_kmeans(x, 10, seed=5, class_id=4)[0].tobytes() != one[0].tobytes()
 
 
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+def test_the_gram_matrix_is_symmetric_and_close(product):
+    x = mixture(300, 500, 6, 6) + 20
+    gram = g.gram_matrix(x, product)
+    exact = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    exact = exact @ exact.T
+    assert gram.dtype == np.float32 and (gram == gram.T).all()
+    bound = {"float32": 1e-6, "bfloat16": 2.0**-7}[product] * exact.diagonal().mean()
+    assert abs(gram - exact).max() < bound
+    np.testing.assert_allclose(gram.diagonal(), exact.diagonal(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [10, 60])
+def test_a_bfloat16_product_costs_less_than_half_a_percent_of_distortion(k):
+    x = mixture(600, 400, 25, 7)
+    value = {p: distortion(x, g.gram_kmeans(x, k, seed=0, class_id=0, product=p)[0]) for p in ("float32", "bfloat16")}
+    assert value["bfloat16"] < 1.005 * value["float32"]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("k", [10, 50, 200])
+def test_a_bfloat16_product_on_real_latents(k):
+    folder = Path(os.environ.get("DDOQ_ASSETS", Path(__file__).parents[3] / "shared" / "assets")) / "latents"
+    files = sorted(folder.glob("*-2048d.npy"))
+    if not files:
+        pytest.skip(f"no latents in {folder}: set DDOQ_ASSETS")
+    for file in files:
+        x = np.load(file).astype(np.float32)
+        mean = {
+            p: np.mean([distortion(x, g.gram_kmeans(x, k, seed=s, class_id=0, product=p)[0]) for s in range(3)])
+            for p in ("float32", "bfloat16")
+        }
+        assert mean["bfloat16"] < 1.005 * mean["float32"], file.stem
+
+
 def test_refusals():
     x = mixture(50, 4, 2, 0)
     with pytest.raises(ValueError, match=r"4 n\^2 = 10000 bytes, above max_gram_bytes=9999"):
@@ -142,3 +207,5 @@ def test_refusals():
         g.gram_kmeans(x[:0], 2, seed=0, class_id=0)
     with pytest.raises(ValueError, match="k, restarts and max_iter"):
         g.gram_kmeans(x, 0, seed=0, class_id=0)
+    with pytest.raises(ValueError, match='"float32" or "bfloat16", got \'half\''):
+        g.gram_kmeans(x, 2, seed=0, class_id=0, product="half")
