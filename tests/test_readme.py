@@ -72,3 +72,18 @@ def test_strength_figures_are_the_measured_ones() -> None:
         means = [r["top1_pct_mean"] for r in rows if r.get("strength") == strength]
         told = [float(x) for x in re.findall(r"\d+\.\d", text.split(words)[1])[:3]]
         assert len(means) == 3 and all(abs(a - b) < 0.06 for a, b in zip(means, told, strict=True)), (strength, means)
+
+
+def test_quantizer_table_is_the_measured_one() -> None:
+    rows = json.loads((CHECKOUT / "benchmarks/results/quantize.json").read_text())
+    value = {(r["latents"], r["method"], r["k"], f): r[f] for r in rows for f in ("distortion", "cpu_s")}
+    files = sorted({r["latents"] for r in rows if not r["latents"].startswith("synthetic")})
+    lines = []
+    for k in (10, 50, 100, 200):
+        cells = []
+        for ours, theirs in (("gram", "sklearn-kmeans"), ("clvq-corrected", "d4m")):
+            for field, digits in (("distortion", 3), ("cpu_s", 2)):
+                ratios = [value[f, ours, k, field] / value[f, theirs, k, field] for f in files]
+                cells.append(f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}")
+        lines.append(f"| {k} | " + " | ".join(cells) + " |")
+    assert block("quantizer-table").splitlines()[2:] == lines
