@@ -23,6 +23,7 @@ Use:  ddoq-ray [command] key=value ...
 
   ddoq-ray                                    distil scikit-learn's digits at 10 images per class, on this machine
   ddoq-ray ipc=50 quantizer=gram              another size, another quantizer
+  ddoq-ray prepare dataset=imagefolder dataset.path=photos run_dir=DIR     any labelled images to shards
   ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR
   ddoq-ray label                              one stage of a run whose earlier stages are done
   ddoq-ray stages=[label,train,evaluate,report]

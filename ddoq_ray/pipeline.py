@@ -147,7 +147,7 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
     known = inquiry.result()
-    data = prepare.resolve(data, known)
+    data = prepare.resolve(data, known, required=wanted != {"prepare"})
     made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
     folder.publish("config.yaml", (header + to_yaml(config)).encode())

@@ -1,31 +1,43 @@
-"""Labelled samples in WebDataset shards: found, read one by one, decoded, written.
+"""Labelled samples in WebDataset shards: read one by one, decoded, indexed, written.
 
 No Ray here: the encode stage, the training commands and the evaluation all read through this file.
 A sample that cannot be used is never dropped silently: it is handed to `on_bad` with its key, its byte
 offset and the reason.
+
+A sample is a run of adjacent members with one key; the key of ``a/b.jpg`` is ``a/b``, what follows is the extension,
+in any case of letters. A key ends at its file name's first dot, so that ``x.seg.png`` belongs to sample ``x``, as in
+the webdataset library; but where no ``x.jpg`` or ``x.cls`` is beside them, ``x.0.jpg`` and ``x.0.cls`` are sample
+``x.0``. Hidden files are no samples.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import lzma
+import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 
-import braceexpand
 import fsspec
 import numpy as np
-import webdataset as wds
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from ddoq_ray.pictures import IMAGE_EXTENSIONS, RefusedPicture, Resize, decode_rgb, encode_png, to_square
 from ddoq_ray.records import ClassCounts, ClassInfo, ShardInfo
+from ddoq_ray.transport import list_shards, open_shard, retried
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
+__all__ = [
+    "BadSample", "Sample", "decode_rgb", "encode_png", "index_shard", "list_shards", "load_arrays", "read_classes",
+    "read_samples", "to_square", "write_tar",
+]  # fmt: skip
+
+NOT_ADJACENT = "members of one key are not next to each other in the tar"
 
 
 @dataclass(frozen=True)
@@ -40,53 +52,42 @@ class Sample:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A refused sample: key, byte offset of its first member, reason."""
+    """A refused sample: key, byte offset of its first member, reason (``kind`` or ``kind: detail``)."""
 
     key: str
     offset: int
     reason: str
 
 
-@dataclass(frozen=True)
+OnBad = Callable[[BadSample], None]
+OnMember = Callable[[tarfile.TarInfo], None]
+
+
+@dataclass
 class _Group:
+    """Adjacent members of one key.
+
+    Attributes:
+        members: extension -> content; None for one that nobody needs.
+        duplicate: An extension that came twice.
+        broken: Why a member could not be read.
+        cut: Whether the tar breaks right after it.
+    """
+
     key: str
     offset: int
-    members: dict[str, tarfile.TarInfo]
-    duplicate: str | None
+    members: dict[str, bytes | None] = field(default_factory=dict)
+    duplicate: str | None = None
+    broken: str | None = None
+    cut: bool = False
 
+    @property
+    def images(self) -> list[str]:
+        return [e for e in IMAGE_EXTENSIONS if e in self.members]
 
-def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
-    """The tar shards of a folder, a glob or a brace pattern, sorted by name.
-
-    Args:
-        path: A folder (its ``*.tar``), a glob, or a brace pattern such as ``train-{0000..0099}.tar``;
-            local or a URL that fsspec opens.
-        key: The configuration key to name in an error.
-
-    Raises:
-        ValueError: When the path does not exist or holds no shard.
-    """
-    found: list[str] = []
-    for pattern in braceexpand.braceexpand(path):
-        fs, root = fsspec.core.url_to_fs(pattern)
-        names: list[str] = []
-        if any(ch in root for ch in "*?["):
-            names = sorted(fs.glob(root))
-        elif fs.isdir(root):
-            names = sorted(fs.glob(root.rstrip("/") + "/*.tar"))
-            if not names:
-                raise ValueError(f"{key}={path}: the folder {root} holds no *.tar shard; expected WebDataset shards")
-        elif fs.exists(root):
-            names = [root]
-        else:
-            raise ValueError(
-                f"{key}={path}: {root} does not exist; expected a folder, glob or brace pattern of "
-                "WebDataset tar shards"
-            )
-        found += [str(fs.unstrip_protocol(n)) if fs.protocol not in ("file", ("file", "local")) else n for n in names]
-    if not found:
-        raise ValueError(f"{key}={path}: no shard matches; expected WebDataset tar shards (*.tar)")
-    return [n.removeprefix("file://") for n in found]
+    @property
+    def whole(self) -> bool:
+        return "cls" in self.members and bool(self.images)
 
 
 def read_classes(path: str) -> list[ClassInfo]:
@@ -96,8 +97,8 @@ def read_classes(path: str) -> list[ClassInfo]:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
     """
     try:
-        with fsspec.open(path, "rb") as f:
-            rows = json.load(f)
+        fs, root = fsspec.core.url_to_fs(path)
+        rows = json.loads(retried(path, lambda: fs.cat_file(root)))
     except FileNotFoundError:
         raise ValueError(
             f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
@@ -146,29 +147,75 @@ def read_classes(path: str) -> list[ClassInfo]:
     return classes
 
 
-def _groups(tar: tarfile.TarFile, on_bad: Callable[[BadSample], None]) -> Iterator[_Group]:
-    """Consecutive members with one key, by the webdataset library's naming (split at the first dot)."""
-    key: str | None = None
-    offset, position = 0, 0
-    members: dict[str, tarfile.TarInfo] = {}
-    duplicate: str | None = None
+# What a damaged tar, or the decompression around it, raises. An OSError with a number is the disk's: it must surface.
+_BROKEN = (tarfile.ReadError, EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def _why_broken(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
+    return str(error)
+
+
+def _split(name: str) -> tuple[str, str, str] | None:
+    """(key up to the first dot, what stands between it and the extension, extension); None without an extension."""
+    folder, slash, file = name.rpartition("/")
+    key, dot, rest = file.partition(".")
+    if not key or not dot:
+        return None
+    stem, _, extension = rest.rpartition(".")
+    return folder + slash + key, stem, extension.lower()
+
+
+def _samples_of(parts: dict[str, _Group]) -> list[_Group]:
+    """The samples among adjacent members whose names agree up to the first dot; `parts` by what follows that dot."""
+    bare = parts.get("")
+    if bare is None or not ("cls" in bare.members or bare.images):
+        return list(parts.values())
+    for stem, part in parts.items():
+        if stem:  # x.seg.png, beside x.jpg and x.cls
+            bare.members |= {f"{stem}.{extension}": None for extension in part.members}
+            bare.offset = min(bare.offset, part.offset)
+    return [bare]
+
+
+def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Collection[str], on_member: OnMember) -> Iterator[_Group]:
+    """Runs of adjacent members, with the content of the extensions in `needed`.
+
+    It is read as it passes: going back costs a request to the store, or the decompression of all that lies before.
+    """
+    prefix, position = "", 0
+    parts: dict[str, _Group] = {}
     try:
         for info in tar:
             position = info.offset
-            if not info.isreg():
+            tar.members.clear()  # type: ignore[attr-defined]  # else the table of a long shard stays in memory
+            name = info.name.rpartition("/")[2]
+            if info.isdir() or name.startswith("."):
                 continue
-            prefix, suffix = wds.tariterators.base_plus_ext(info.name)
-            if prefix is None or Path(prefix).name == "":
+            on_member(info)
+            split = _split(info.name)
+            if split is None:
                 on_bad(BadSample(info.name, info.offset, "member without an extension"))
                 continue
-            if prefix != key:
-                if key is not None:
-                    yield _Group(key, offset, members, duplicate)
-                key, offset, members, duplicate = prefix, info.offset, {}, None
-            suffix = suffix.lower()
-            if suffix in members:
-                duplicate = suffix
-            members[suffix] = info
+            if not info.isreg():
+                on_bad(BadSample(info.name, info.offset, "member is a link or device, not a file"))
+                continue
+            key, stem, extension = split
+            # Two labels after different stems, none before: the dots belong to the keys.
+            dotted = "" not in parts and sum("cls" in p.members for p in parts.values()) > 1
+            if key != prefix or (dotted and stem not in parts):
+                yield from _samples_of(parts)
+                prefix, parts = key, {}
+            if stem not in parts:
+                parts[stem] = _Group(f"{key}.{stem}" if stem else key, info.offset)
+            group = parts[stem]
+            if extension in group.members:
+                group.duplicate = extension
+            try:
+                group.members[extension] = _read(tar, info) if extension in needed else None
+            except tarfile.ReadError as error:
+                group.members[extension], group.broken = None, str(error)
         # tarfile takes any block that is no header for the end; only zeros, or the end of the file, are one.
         position = tar.offset
         assert tar.fileobj is not None
@@ -176,141 +223,144 @@ def _groups(tar: tarfile.TarFile, on_bad: Callable[[BadSample], None]) -> Iterat
         block = tar.fileobj.read(tarfile.BLOCKSIZE)
         if block.strip(b"\0") or 0 < len(block) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("no member header there")
-    except (tarfile.ReadError, EOFError, zlib.error) as error:
-        if key is not None:
-            yield _Group(key, offset, members, duplicate)
-            key = None
-        on_bad(BadSample("", position, f"broken tar: from byte {position} on nothing can be read: {error}"))
-    if key is not None:
-        yield _Group(key, offset, members, duplicate)
+    except _BROKEN as error:
+        why = _why_broken(error)
+        for group in _samples_of(parts):
+            group.cut = True
+            yield group
+        on_bad(BadSample("", position, f"broken tar: from byte {position} on nothing can be read: {why}"))
+        return
+    yield from _samples_of(parts)
 
 
-def _label(tar: tarfile.TarFile, group: _Group, num_classes: int) -> int | str:
-    """The group's class_id, or the reason why it has none."""
+def _labelled(
+    tar: tarfile.TarFile, on_bad: OnBad, needed: Collection[str], on_member: OnMember = lambda info: None
+) -> Iterator[tuple[_Group, int]]:
+    """Samples that have one label and one picture; whether the label is a class's is not looked at.
+
+    A key that comes again is refused there. What a key lacks may still come, so that its refusal waits for the end.
+    """
+    came: dict[str, bool] = {}  # key -> whether it came with a picture and a label
+    again: set[str] = set()
+    lacking: list[_Group] = []
+    for group in _groups(tar, on_bad, needed, on_member):
+        if group.key in came:
+            again.add(group.key)
+            twice = group.whole and came[group.key]
+            reason = "a sample with this key came before in the shard" if twice else NOT_ADJACENT
+            on_bad(BadSample(group.key, group.offset, reason))
+            continue
+        came[group.key] = group.whole
+        if not group.whole and not group.cut and group.duplicate is None:
+            group.members = dict.fromkeys(group.members)  # their content could fill the memory
+            lacking.append(group)
+            continue
+        label = _label(group)
+        if isinstance(label, str):
+            on_bad(BadSample(group.key, group.offset, label))
+        else:
+            yield group, label
+    for group in lacking:
+        names = ", ".join(sorted(group.members))
+        lack = "no label (.cls)" if "cls" not in group.members else f"no image among its members: {names}"
+        on_bad(BadSample(group.key, group.offset, NOT_ADJACENT if group.key in again else lack))
+
+
+def _label(group: _Group) -> int | str:
+    """The label of a group, or the reason why it is refused."""
+    if group.broken is not None:
+        return f"broken tar: {group.broken}"
     if group.duplicate is not None:
         return f"two members named .{group.duplicate}"
-    if "cls" not in group.members:
-        return "no label (.cls)"
-    text = _read(tar, group.members["cls"]).decode("utf-8", "replace").strip()
-    try:
-        class_id = int(text)
-    except ValueError:
-        return f"label {text[:40]!r} is not an integer"
-    if not 0 <= class_id < num_classes:
-        return f"label {class_id} is outside the class list (0 to {num_classes - 1})"
-    return class_id
+    if not group.whole:
+        return "broken tar: it ends before the sample's last member"
+    if len(group.images) > 1:
+        return f"more than one picture: {', '.join(group.images)}"
+    label = group.members["cls"]
+    assert label is not None
+    text = label.decode("utf-8", "replace").strip()
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else f"label is not a number: {text[:40]!r}"
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    member = tar.extractfile(info)
-    if member is None:
-        raise tarfile.ReadError(f"{info.name} is not a file")
-    data = member.read()
+    try:
+        member = tar.extractfile(info)
+        assert member is not None
+        data = member.read()
+    except _BROKEN as error:
+        raise tarfile.ReadError(f"{info.name}: {_why_broken(error)}") from error
     if len(data) != info.size:
         raise tarfile.ReadError(f"{info.name}: {len(data)} of {info.size} bytes")
     return data
 
 
-def _image_member(group: _Group) -> tarfile.TarInfo | None:
-    return next((group.members[e] for e in IMAGE_EXTENSIONS if e in group.members), None)
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode to 8-bit RGB: EXIF orientation applied, 16-bit grey scaled, palette and alpha resolved on black."""
-    image: Image.Image = Image.open(io.BytesIO(data))
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")  # the colour of a transparent pixel is whatever the editor left there
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
-
-
-def read_samples(shard: str, num_classes: int, on_bad: Callable[[BadSample], None]) -> Iterator[Sample]:
+def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample]:
     """Read and decode one shard sample by sample, in the tar's order.
 
     Args:
         shard: Path or URL of a tar.
         num_classes: Labels must be 0 to num_classes - 1.
-        on_bad: Called for each refused sample; reading goes on with the next one.
+        on_bad: Called for each refused sample; reading goes on with the next one. Not always in the tar's order: what
+            a key lacks is known only at the end.
+
+    Raises:
+        ValueError: When the shard cannot be read at all, now or from some byte on: that says nothing about its samples.
     """
-    with fsspec.open(shard, "rb") as f:
+    with open_shard(shard) as f:
         try:
             tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115 (closed with its file object)
         except tarfile.ReadError:  # its own words are those of four compressions
             on_bad(BadSample("", 0, "not a tar"))
             return
-        for group in _groups(tar, on_bad):
-            try:
-                class_id = _label(tar, group, num_classes)
-                if isinstance(class_id, str):
-                    on_bad(BadSample(group.key, group.offset, class_id))
-                    continue
-                info = _image_member(group)
-                if info is None:
-                    names = ", ".join(sorted(group.members))
-                    on_bad(BadSample(group.key, group.offset, f"no image among its members ({names})"))
-                    continue
-                data = _read(tar, info)
-            except tarfile.ReadError as error:
-                on_bad(BadSample(group.key, group.offset, f"broken tar: {error}"))
+        for group, class_id in _labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
+            if not 0 <= class_id < num_classes:
+                reason = f"label is outside the class list (0 to {num_classes - 1}): {class_id}"
+                on_bad(BadSample(group.key, group.offset, reason))
                 continue
+            data = group.members[group.images[0]]
+            assert data is not None
             try:
                 image = decode_rgb(data)
-            except UnidentifiedImageError:  # its own words hold a memory address, different in every run
-                on_bad(BadSample(group.key, group.offset, "undecodable image: not in any known format"))
-                continue
-            except Exception as error:  # PIL raises many kinds; each is one bad picture, never a reason to stop
-                on_bad(BadSample(group.key, group.offset, f"undecodable image: {type(error).__name__}: {error}"))
-                continue
-            yield Sample(group.key, class_id, image, group.offset)
+            except RefusedPicture as error:
+                on_bad(BadSample(group.key, group.offset, str(error)))
+            else:
+                yield Sample(group.key, class_id, image, group.offset)
 
 
 def index_shard(shard: str, num_classes: int) -> ShardInfo:
     """Count a shard's labelled images from its member table and labels; pictures are not decoded.
 
     Raises:
-        ValueError: When a label is outside the class list: counting it into another class, or leaving it out,
-            would both be the silent mistake that ruins a distilled set.
+        ValueError: When the shard cannot be read, or when a label is outside the class list: counting it into another
+            class, or leaving it out, would both be the silent mistake that ruins a distilled set.
     """
     digest = hashlib.blake2b(digest_size=16)
     images: Counter[int] = Counter()
-    fs, root = fsspec.core.url_to_fs(shard)
-    with fsspec.open(shard, "rb") as f:
+
+    def on_member(info: tarfile.TarInfo) -> None:
+        digest.update(f"{info.name}:{info.size}:{info.mtime}:{info.chksum};".encode("utf-8", "surrogateescape"))
+
+    with open_shard(shard) as f:
+        size = f.seek(0, io.SEEK_END)
+        f.seek(0)
         try:
             tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115
         except tarfile.ReadError:
-            return ShardInfo(shard, 0, int(fs.size(root)), ClassCounts({}), "not-a-tar")
-        for group in _groups(tar, lambda bad: digest.update(repr(bad).encode())):
-            for name, info in sorted(group.members.items()):
-                digest.update(f"{group.key}.{name}:{info.size}:{info.mtime}:{info.chksum};".encode())
-            try:
-                class_id = _label(tar, group, num_classes)
-            except tarfile.ReadError:
-                continue
+            return ShardInfo(shard, 0, size, ClassCounts({}), "not-a-tar")
+        for group, class_id in _labelled(tar, lambda bad: digest.update(repr(bad).encode()), ("cls",), on_member):
+            if not 0 <= class_id < num_classes:
+                raise ValueError(
+                    f"{shard}: sample {group.key}: label {class_id} is outside the class list "
+                    f"(0 to {num_classes - 1}); check that dataset.classes belongs to dataset.path (one entry for each "
+                    "label)"
+                )
             digest.update(str(class_id).encode())
-            if isinstance(class_id, str):
-                if "outside the class list" in class_id:
-                    raise ValueError(
-                        f"{shard}: sample {group.key}: {class_id}; check that dataset.classes belongs to "
-                        "dataset.path (one entry for each label)"
-                    )
-            elif _image_member(group) is not None:
-                images[class_id] += 1
-    return ShardInfo(shard, sum(images.values()), int(fs.size(root)), ClassCounts(images), digest.hexdigest())
-
-
-def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """Squash to size x size by antialiased bicubic resampling (as D4M resizes): uint8 [size, size, 3]."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8)
+            images[class_id] += 1
+    return ShardInfo(shard, sum(images.values()), size, ClassCounts(images), digest.hexdigest())
 
 
 def load_arrays(
-    shards: Iterable[str], size: int, num_classes: int, on_bad: Callable[[BadSample], None] | None = None
+    shards: Iterable[str], size: int, num_classes: int, on_bad: OnBad | None = None, resize: Resize = "squash"
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Decode whole shards into memory.
 
@@ -320,18 +370,11 @@ def load_arrays(
     images, class_ids, keys = [], [], []
     for shard in shards:
         for sample in read_samples(shard, num_classes, on_bad or (lambda bad: None)):
-            images.append(to_square(sample.image, size).transpose(2, 0, 1))
+            images.append(to_square(sample.image, size, resize).transpose(2, 0, 1))
             class_ids.append(sample.class_id)
             keys.append(sample.key)
     stacked = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
     return stacked, np.asarray(class_ids, np.int64), keys
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 [H, W, 3] (or [H, W])."""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="PNG", compress_level=6)
-    return out.getvalue()
 
 
 def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:

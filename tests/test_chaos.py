@@ -73,9 +73,15 @@ def workers(node: Any, word: str) -> list[int]:
     return found
 
 
+def encoded_samples(place: Path) -> int:
+    parts = sum(1 for _ in place.glob("latents/parts/shard-*/chunk-*.parquet"))
+    done = [json.loads(p.read_text())["classes"] for p in place.glob("latents/shard-*/done.json")]
+    return parts + sum(sum(classes.values()) for classes in done)
+
+
 def wait_for(chunks: int, place: Path, thread: threading.Thread, errors: list[BaseException]) -> None:
-    """Until so many chunks are in the latent log: a moment of the work, not of the clock."""
-    while sum(1 for _ in place.glob("latents/shard-*/chunk-*.parquet")) < chunks:
+    """Until so many chunks, of one sample each, are encoded: a moment of the work, not of the clock."""
+    while encoded_samples(place) < chunks:
         assert thread.is_alive(), (f"the run ended before chunk {chunks}", errors)
         time.sleep(0.01)
 

@@ -38,7 +38,7 @@ def test_help_goes_to_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]
         (["ipc=3", "label"], ["'label' is not key=value", "a command comes first"]),
         (["label", "stages=[train]"], ["one stage", "stages="]),
         (["train-prior", "outt=x"], ["unknown configuration key outt", "did you mean out?"]),
-        (["train-prior", "dataset=nothing"], ["dataset=nothing", "digits, webdataset"]),
+        (["train-prior", "dataset=nothing"], ["dataset=nothing", "digits, idx, imagefolder"]),
         (["train-prior", "dataset.path=/nowhere/at/all"], ["dataset.path=/nowhere/at/all", "does not exist"]),
         (["train-teacher", "image_size=2"], ["image_size=2", "8 or more"]),
         (["train-teacher", "training.epochs=[1"], ["training.epochs=[1", "cannot read"]),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.dataset import PACKED, DatasetConfig
 from ddoq_ray.config.schema import option, require
 from ddoq_ray.runtime import Progress, say
 from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
@@ -63,6 +63,11 @@ def load_training_data(dataset: DatasetConfig, image_size: int) -> tuple[Split, 
     Raises:
         ValueError: When the data is missing, empty, or has samples that cannot be used.
     """
+    if dataset.kind in PACKED or dataset.resort:
+        raise ValueError(
+            f"dataset.source={dataset.kind}: this command reads shards; write them by `ddoq-ray prepare dataset=... "
+            "run_dir=RUN`, then give dataset.path=RUN/data/train (and dataset.val_path=RUN/data/val)"
+        )
     if dataset.path is None:
         splits = digits()
         train, held_out = (_grey(*splits[name], image_size) for name in ("train", "selection"))

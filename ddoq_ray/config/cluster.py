@@ -11,7 +11,7 @@ from ddoq_ray.config.schema import option, require
 @dataclass(frozen=True)
 class WorkerResources:
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
-    num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
+    num_gpus: float = option(0.0, "GPUs that one worker asks of Ray; a fraction shares one")
 
 
 @dataclass(frozen=True)

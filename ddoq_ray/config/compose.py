@@ -36,7 +36,11 @@ _INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("labels.workers", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
     ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", "labels.mode=online stores no labels"),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, "`full` is not among baselines"),
-    ("dataset.source", lambda c: c.dataset.path is not None, "dataset.path gives the data"),
+    (
+        "dataset.source",
+        lambda c: c.dataset.path is not None and c.dataset.source == "digits",
+        "dataset.path gives the data",
+    ),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", "protocol.schedule is not step"),
     ("cluster.num_cpus", lambda c: c.cluster.address == "auto", "cluster.address=auto joins a cluster as it is"),
 )

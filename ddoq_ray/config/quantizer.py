@@ -15,10 +15,14 @@ class QuantizerConfig:
     streaming: ClassVar[bool] = False
     name: str = option("", "the algorithm; set by the choice of the group (quantizer=gram)")
     num_shards: int = option(2, "quantizer actors; the codebook's bytes do not depend on it")
+    noise_level: float = option(
+        0.0, "quantize latents noised to this level, as the paper does; 0 = clean, else equal to synthesizer.strength"
+    )
     snapshot_every: int = option(16, "shards consumed between two snapshots of an actor's open classes")
 
     def __post_init__(self) -> None:
         require(self.num_shards >= 1, f"quantizer.num_shards={self.num_shards}: expected 1 or more")
+        require(0 <= self.noise_level <= 1, f"quantizer.noise_level={self.noise_level}: expected 0 to 1")
         require(self.snapshot_every >= 1, f"quantizer.snapshot_every={self.snapshot_every}: expected 1 or more")
 
     def identity(self) -> dict[str, Any]:

@@ -72,9 +72,10 @@ class RunConfig:
         require(not unknown, f"baselines={unknown}: expected some of {', '.join(METHODS)}")
         measured = [s for s in ("label", "train", "evaluate") if s in self.stages]
         require(
-            not measured or self.dataset.path is None or self.dataset.val_path is not None,
-            f"dataset.val_path is not set, and {', '.join(measured)} need real validation images: give their shards, "
-            "or leave those stages out (stages=[prepare,encode,quantize,synthesize])",
+            not measured or self.dataset.may_have_validation,
+            f"dataset.val_path is not set, and {', '.join(measured)} need real validation images: give them, hold some "
+            "out of a collection that is packed (dataset.heldout=0.1), name its kind if it has its own "
+            "(dataset=imagefolder), or leave those stages out (stages=[prepare,encode,quantize,synthesize])",
         )
         require(
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
@@ -83,6 +84,13 @@ class RunConfig:
         require(
             self.latents.path is None or "encode" not in self.stages or len(self.stages) > 1,
             "latents.path has no effect on the encode stage alone; leave it out, or run the stages after it",
+        )
+        level, start, strength = self.quantizer.noise_level, self.synthesizer.start, self.synthesizer.strength
+        require(
+            level == 0 or (start == "noised" and strength == level),
+            f"quantizer.noise_level={level} with synthesizer.start={start} and synthesizer.strength={strength}: "
+            "centroids of noised latents are denoised from the level they have; expected synthesizer.start=noised and "
+            f"synthesizer.strength={level}",
         )
 
     @property

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddoq_ray.models.folders import read_json, resolve_folder
 
-Start = Literal["noised", "inversion", "noise"]
-STARTS: tuple[Start, ...] = ("noised", "inversion", "noise")
+Start = Literal["noised", "given", "inversion", "noise"]
+STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise")
 
 
 class Prior(ABC):
@@ -38,11 +38,13 @@ class Prior(ABC):
     device: torch.device
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents of images: the posterior's mode, scaled to about unit standard deviation.
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of images, scaled to about unit standard deviation.
 
         Args:
             images: float32 [B, 3, H, W] in [-1, 1].
+            noise: None takes the posterior's mode; standard normal float32 [B, C, h, w] its sample
+                `mean + std * noise`.
 
         Returns:
             float32 [B, C, h, w] on the prior's device.
@@ -68,8 +70,9 @@ class Prior(ABC):
             labels: int64 [B].
             noise: float32 [B, C, h, w], standard normal; the noise of "noised" and the start of "noise".
             generators: one a row, for schedulers that add noise in each step (DDPM); may be None for others.
-            start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "inversion":
-                reach that level by deterministic DDIM inversion; "noise": ignore centroid and strength.
+            start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "given": the centroid is
+                of that level already, as `noise_scales` gives it; "inversion": reach that level by deterministic DDIM
+                inversion; "noise": ignore centroid and strength.
             strength: in [0, 1]; the last int(steps * strength) of `steps` timesteps are run, as in diffusers'
                 img2img pipelines. 0 decodes the centroid as it is.
             steps: number of timesteps of the whole trajectory.
@@ -80,6 +83,14 @@ class Prior(ABC):
 
         Raises:
             ValueError: shapes or labels that do not fit, an unknown start, or a strength that runs no step.
+        """
+
+    @abstractmethod
+    def noise_scales(self, strength: float, steps: int) -> tuple[float, float]:
+        """(signal, sigma) of the time at which `synthesize` starts: a latent z is there `signal * z + sigma * noise`.
+
+        Raises:
+            ValueError: a strength that runs no step.
         """
 
 

@@ -1,4 +1,4 @@
-"""Class-conditional latent diffusion: AutoencoderKL + UNet2DModel or DiTTransformer2DModel + a scheduler.
+"""Class-conditional latent diffusion: an autoencoder + UNet2DModel or DiTTransformer2DModel + a scheduler.
 
 Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 """
@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
+from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, load_network, network_kind
 from ddoq_ray.models.folders import content_digest, read_json
 from ddoq_ray.models.prior import STARTS, Prior, Start
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRIOR_JSON = "ddoq_prior.json"
 # DiT's published folders were saved before the class had its own name.
 _DENOISERS = {
@@ -35,7 +34,7 @@ class ClassConditionalPrior(Prior):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         denoiser: UNet2DModel | DiTTransformer2DModel,
         scheduler: Any,
         *,
@@ -80,7 +79,6 @@ class ClassConditionalPrior(Prior):
         self.num_classes, self._has_null = _class_count(denoiser, classes)
         self.classes = classes
         self.latent_shape = (channels, height, width)
-        self.image_size = height * 2 ** (len(vae.config["block_out_channels"]) - 1)
         configs = {
             "vae": dict(vae.config),
             "denoiser": dict(denoiser.config),
@@ -89,8 +87,10 @@ class ClassConditionalPrior(Prior):
         self.id = id or content_digest(configs, _tensors(vae, denoiser))
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
-        self.vae = _cast(vae, self.device, self.dtype).eval().requires_grad_(False)
-        self.denoiser = _cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+        self.autoencoder = Autoencoder(vae, device=device, dtype=dtype)
+        self.vae = self.autoencoder.network
+        self.image_size = height * self.autoencoder.factor
+        self.denoiser = cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
         self.scheduler = scheduler
 
     @classmethod
@@ -109,13 +109,10 @@ class ClassConditionalPrior(Prior):
         raw = {name: read_json(folder / name / "config.json", "prior") for name in ("vae", part)}
         raw["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json", "prior")
         kind = raw[part].get("_class_name")
-        if kind not in _DENOISERS or raw["vae"].get("_class_name") != "AutoencoderKL":
-            raise ValueError(
-                f"prior: expected AutoencoderKL with one of {sorted(_DENOISERS)}, "
-                f"got {raw['vae'].get('_class_name')} with {kind} in {folder}"
-            )
-        vae = _load_network(AutoencoderKL, folder, "vae")
-        denoiser = _load_network(_DENOISERS[kind], folder, part)
+        if kind not in _DENOISERS:
+            raise ValueError(f"prior: expected a denoiser of {sorted(_DENOISERS)}, got {kind} in {folder}")
+        vae = load_network(network_kind(raw["vae"], folder), folder, "vae")
+        denoiser = load_network(_DENOISERS[kind], folder, part)
         scheduler_class = getattr(diffusers, str(raw["scheduler"].get("_class_name")), None)
         if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
             raise ValueError(f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})")
@@ -140,13 +137,11 @@ class ClassConditionalPrior(Prior):
             )
         return prior
 
-    @torch.inference_mode()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"prior.encode: expected images [B, {expected}], got {tuple(images.shape)}")
-        mode = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode().float()
-        return (mode - self._shift) * self._scale
+        return self.autoencoder.encode(images, noise)
 
     @torch.inference_mode()
     def synthesize(
@@ -166,25 +161,38 @@ class ClassConditionalPrior(Prior):
         y = labels.to(self.device)
         if run == 0:
             return self._decode(z)
-        # A fresh scheduler a call: multistep ones carry state, which a retried unit must not see.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.device)
-        first = max(steps - run, 0) * scheduler.order
-        timesteps = scheduler.timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
+        scheduler, timesteps = self._schedule(run, steps)
         e = noise.to(self.device, torch.float32)
         if start == "noise":
             z = e * scheduler.init_noise_sigma
         elif start == "inversion":
             z = self._invert(z, y, timesteps)
-        else:
+        elif start == "noised":
             z = scheduler.add_noise(z, e, timesteps[:1].expand(len(z)))
         options = _step_options(scheduler, generators)
         for t in timesteps:
             output = self._predict(scheduler.scale_model_input(z, t), t, y, guidance)
             z = scheduler.step(output, t, z, **options).prev_sample
         return self._decode(z)
+
+    def noise_scales(self, strength: float, steps: int) -> tuple[float, float]:
+        run = _steps_run(strength, steps)
+        if run == 0:
+            raise ValueError(f"prior: expected a strength above 0, got {strength}")
+        scheduler, timesteps = self._schedule(run, steps)
+        zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        scales = [scheduler.add_noise(a, b, timesteps[:1].cpu()) for a, b in ((one, zero), (zero, one))]
+        return float(scales[0]), float(scales[1])
+
+    def _schedule(self, run: int, steps: int) -> tuple[Any, Tensor]:
+        """A scheduler at the start of the last `run` of `steps` timesteps, and these timesteps."""
+        # A fresh one a call: multistep ones carry state, which a retried unit must not see.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        first = max(steps - run, 0) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return scheduler, scheduler.timesteps[first:]
 
     def save(self, out: Path, extra: dict[str, Any], *, dtype: str = "float32") -> None:
         """Write the parts into the folder `out` in diffusers' format; `extra` goes into ddoq_prior.json."""
@@ -197,30 +205,22 @@ class ClassConditionalPrior(Prior):
             "_diffusers_version": diffusers.__version__,
             part: ["diffusers", type(self.denoiser).__name__],
             "scheduler": ["diffusers", type(self.scheduler).__name__],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", type(self.vae).__name__],
         }
         if self.classes is not None and part == "transformer":
             index["id2label"] = {str(label): name for label, name in enumerate(self.classes)}
         write_json(out / "model_index.json", index)
         for name, network in (("vae", self.vae), (part, self.denoiser)):
             stored = copy.deepcopy(network)  # not cast in place: this prior stays what it was
-            _cast(stored, self.device, DTYPES[dtype]).save_pretrained(out / name)
+            cast(stored, self.device, DTYPES[dtype]).save_pretrained(out / name)
         self.scheduler.save_pretrained(out / "scheduler")
         write_json(
             out / PRIOR_JSON,
             {"kind": "class_conditional", "classes": self.classes, "image_size": self.image_size, **extra},
         )
 
-    @property
-    def _scale(self) -> float:
-        return float(self.vae.config["scaling_factor"])
-
-    @property
-    def _shift(self) -> float:
-        return float(self.vae.config.get("shift_factor") or 0.0)
-
     def _decode(self, z: Tensor) -> Tensor:
-        pixels = self.vae.decode((z / self._scale + self._shift).to(self.dtype)).sample.float()
+        pixels = self.autoencoder.decode(z)
         pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
@@ -309,39 +309,23 @@ class ClassConditionalPrior(Prior):
             )
         if start == "noise":
             return steps
-        run = min(int(steps * strength), steps)
-        if run == 0 and strength > 0:
-            raise ValueError(
-                f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
-                f"decode or at least {1 / steps:.3g}"
-            )
-        return run
+        return _steps_run(strength, steps)
 
 
-def _tensors(vae: AutoencoderKL, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
+def _steps_run(strength: float, steps: int) -> int:
+    """How many of the last timesteps a strength runs."""
+    run = min(int(steps * strength), steps)
+    if run == 0 and strength > 0:
+        raise ValueError(
+            f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
+            f"decode or at least {1 / steps:.3g}"
+        )
+    return run
+
+
+def _tensors(vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
     networks = {"vae": vae, "denoiser": denoiser}
     return {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
-
-
-def _cast(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    # torch's own `to`: diffusers' warns of every cast, even when no part of the network must stay float32.
-    return torch.nn.Module.to(network, device, dtype)
-
-
-def _load_network(network_class: Any, folder: Path, part: str) -> Any:
-    try:
-        # Without low_cpu_mem_usage no accelerate is needed; random values must not stand in for tensors
-        # that are absent or of a wrong shape, so the report of what was missing is asked for and read.
-        network, report = network_class.from_pretrained(
-            os.fspath(folder), subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False,
-            output_loading_info=True, local_files_only=True,
-        )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"prior: {folder / part} does not load as {network_class.__name__}: {error}") from error
-    absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if absent:
-        raise ValueError(f"prior: {folder / part} lacks {len(absent)} tensors, such as {absent[:3]}")
-    return network
 
 
 def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | None:

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.artifacts import Folder
+from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.stages.latent_log import LatentLog
 
 
 def class_latents(
-    latents: Folder, shards: int, classes: Collection[int]
+    latents: Folder, shards: int, classes: Collection[int], noise: NoiseLevel | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """(class_id, its latents float32 [n, D] in the log's order), ascending; a class without latents is left out.
 
@@ -23,11 +24,12 @@ def class_latents(
         latents: A latent log.
         shards: How many shards it has.
         classes: The classes wanted.
+        noise: The level to which they are noised, as for the codebook that they are compared with; None: clean.
 
     Raises:
         ValueError: When a file of the log is gone or damaged.
     """
-    log = LatentLog(latents)
+    log = LatentLog(latents, noise=noise)
     pieces: dict[int, list[npt.NDArray[np.float16]]] = {c: [] for c in sorted(classes)}
     for shard in range(shards):
         for chunk in log.done(shard).chunks:

@@ -12,6 +12,7 @@ import ray
 from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign
+from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.core.sizing import GIB, exact_algorithm
 from ddoq_ray.records import Codebook
 from ddoq_ray.runtime import device
@@ -35,6 +36,7 @@ class Settings:
     prior_id: str
     identity: str
     num_actors: int
+    noise: NoiseLevel | None = None
 
     @property
     def dim(self) -> int:

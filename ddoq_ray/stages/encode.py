@@ -1,58 +1,89 @@
 """encode: Ray Data streams shards through a pool of encoder actors into the latent log.
 
 A reader task decodes a shard sample by sample and yields chunks, each ONE row of the stream (Ray Data merges and
-re-cuts rows that come in batches). An encoder actor turns a chunk into one published file of latents. The shard's
-done record follows when all its chunks are there. Every step is a pure function of the shard, so running one twice,
-which Ray Data may do, changes nothing.
+re-cuts rows that come in batches). An encoder actor turns a chunk into one published file of latents. When all chunks
+of a shard are there, a task joins them into few files, and the shard's done record follows. Every step is a pure
+function of the shard, so running one twice, which Ray Data may do, changes nothing.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone, fixed_binary, latent_schema
-from ddoq_ray.runtime import Events, Progress, device, pin_threads
-from ddoq_ray.samples import BadSample, Sample, read_samples, to_square
+from ddoq_ray.pictures import Resize
+from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone
+from ddoq_ray.runtime import Events, Progress, say
+from ddoq_ray.samples import BadSample, read_samples, to_square
+from ddoq_ray.stages.encode_worker import (
+    FILE_BYTES,
+    PARTS,
+    Encoder,
+    EncoderSettings,
+    join_chunks,
+    search_batch,
+    shard_name,
+)
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
 CHUNK_BYTES = 32 << 20  # of pixels: small enough that several wait in memory, large enough to hide a call's cost
 
 
-def chunk_rows(config: RunConfig, image_size: int) -> int:
-    """Samples in a chunk, at most."""
-    return config.encoder.chunk_samples or max(1, CHUNK_BYTES // (3 * image_size**2))
+T = TypeVar("T")
+
+READER_BYTES = 4 * CHUNK_BYTES  # a chunk is collected, joined, put into a block and stored
+MAX_JOINS = 16  # shards that wait to be joined; more, and the stream waits for them
+SEARCH_SECONDS = 0.3  # for each micro-batch that is tried
+
+# No CPU of its own: it must find room while readers hold every one, and it mostly waits for files.
+_join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(join_chunks)
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:06d}"
+def chunk_rows(config: RunConfig, image_size: int, batch: int = 1) -> int:
+    """Samples in a chunk, at most; whole micro-batches where it holds more than one."""
+    rows = config.encoder.chunk_samples or max(1, CHUNK_BYTES // (3 * image_size**2))
+    return rows if config.encoder.chunk_samples or rows < batch else rows - rows % batch
+
+
+def file_rows(config: RunConfig, networks: Networks) -> int:
+    """Samples in a file of the latent log, at most."""
+    rows = FILE_BYTES // (2 * int(np.prod(networks.latent_shape)))
+    return max(rows, chunk_rows(config, networks.image_size))
 
 
 def read_chunks(
-    batch: dict[str, np.ndarray], *, quarantine: Folder, num_classes: int, image_size: int, chunk_samples: int
+    batch: dict[str, np.ndarray],
+    *,
+    quarantine: Folder,
+    num_classes: int,
+    image_size: int,
+    chunk_samples: int,
+    resize: Resize = "squash",
 ) -> Iterator[dict[str, list[Any]]]:
-    """Ray Data UDF: one shard in, its chunks out, each as one row; refused samples go to ``quarantine/<shard>.jsonl``.
+    """One shard in, its chunks out, each as one row; refused samples go to ``quarantine/<shard>.jsonl``.
 
     The last chunk of a shard (possibly without samples) carries the number of refused samples.
     """
     for shard, url in zip(batch["shard"].tolist(), batch["url"].tolist(), strict=True):
         bad: list[BadSample] = []
-        chunks = _in_chunks(read_samples(url, num_classes, bad.append), chunk_samples)
-        for number, (samples, last) in enumerate(chunks):
+        samples = read_samples(url, num_classes, bad.append)
+        # Resized one by one: a chunk of large photographs, as they were decoded, would be gigabytes.
+        squares = ((s.key, s.class_id, to_square(s.image, image_size, resize)) for s in samples)
+        for number, (chunk, last) in enumerate(_in_chunks(squares, chunk_samples)):
             if last and bad:
+                bad.sort(key=lambda b: b.offset)
                 lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
                 quarantine.publish(f"{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
             yield {
@@ -60,15 +91,24 @@ def read_chunks(
                 "chunk": [number],
                 "last": [last],
                 "refused": [len(bad) if last else 0],
-                "keys": [json.dumps([s.key for s in samples])],
-                "class_ids": [np.asarray([s.class_id for s in samples], np.int32).tobytes()],
-                "pixels": [b"".join(to_square(s.image, image_size).tobytes() for s in samples)],
+                "keys": [json.dumps([key for key, _, _ in chunk])],
+                "class_ids": [np.asarray([class_id for _, class_id, _ in chunk], np.int32).tobytes()],
+                "pixels": [b"".join(square.data for _, _, square in chunk)],
             }
 
 
-def _in_chunks(samples: Iterator[Sample], size: int) -> Iterator[tuple[list[Sample], bool]]:
+def read_tables(batch: dict[str, np.ndarray], **reading: Any) -> Iterator[pa.Table]:
+    """Ray Data UDF: the rows of `read_chunks` as Arrow tables; their pixels are not copied once more on the way."""
+    for row in read_chunks(batch, **reading):
+        pixels = row.pop("pixels")[0]
+        ends = np.array([0, len(pixels)], np.int32)
+        column = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(pixels)])
+        yield pa.table({**row, "pixels": column})
+
+
+def _in_chunks(samples: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
     """(samples, whether these are the last); at least once, possibly without samples."""
-    chunk: list[Sample] = []
+    chunk: list[T] = []
     for sample in samples:
         if len(chunk) == size:  # one sample ahead, so that the last chunk is known to be the last
             yield chunk, False
@@ -77,71 +117,42 @@ def _in_chunks(samples: Iterator[Sample], size: int) -> Iterator[tuple[list[Samp
     yield chunk, True
 
 
-class Encoder:
-    """Ray Data actor: a chunk of pixels becomes one file of latents; only its record goes back."""
-
-    def __init__(self, prior_path: str, latents: Folder, batch: int, threads: int) -> None:
-        from ddoq_ray.models.prior import load_prior
-
-        pin_threads(threads)
-        self.prior = load_prior(prior_path, device=device())
-        self.latents = latents
-        self.batch = batch
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        import torch
-
-        keys = json.loads(batch["keys"][0])
-        class_ids = np.frombuffer(batch["class_ids"][0], np.int32)
-        size = self.prior.image_size
-        pixels = np.frombuffer(batch["pixels"][0], np.uint8).reshape(len(keys), size, size, 3)
-        parts = []
-        for first in range(0, len(keys), self.batch):
-            inner = torch.from_numpy(pixels[first : first + self.batch].copy()).to(self.prior.device)
-            images = inner.permute(0, 3, 1, 2).float() / 127.5 - 1
-            parts.append(self.prior.encode(images).flatten(1).to(torch.float16).cpu().numpy())
-        dim = int(np.prod(self.prior.latent_shape))
-        latents = np.concatenate(parts) if parts else np.empty((0, dim), np.float16)
-        if not np.isfinite(latents).all():
-            row = int(np.flatnonzero(~np.isfinite(latents).all(1))[0])
-            raise ValueError(
-                f"the prior gave a non-finite latent for sample {keys[row]} of {shard_name(int(batch['shard'][0]))}; "
-                "check its weights and scaling_factor"
-            )
-        shard, chunk = int(batch["shard"][0]), int(batch["chunk"][0])
-        record = self._publish(shard, chunk, keys, class_ids, latents)
-        return {
-            "shard": [shard],
-            "chunk": [chunk],
-            "last": [bool(batch["last"][0])],
-            "refused": [int(batch["refused"][0])],
-            "record": [json.dumps(record.to_json())],
-        }
-
-    def _publish(
-        self, shard: int, chunk: int, keys: list[str], class_ids: np.ndarray, latents: np.ndarray
-    ) -> ChunkRecord:
-        order = np.argsort(class_ids, kind="stable")  # a class's rows lie together, in the shard's order
-        table = pa.Table.from_arrays(
-            [pa.array([keys[i] for i in order], pa.string()), pa.array(class_ids[order]), fixed_binary(latents[order])],
-            schema=latent_schema(self.prior.latent_shape, self.prior.id),
-        )
-        out = io.BytesIO()
-        pq.write_table(table, out, compression="NONE", use_dictionary=False, write_statistics=False)
-        data = out.getvalue()
-        name = f"{shard_name(shard)}/chunk-{chunk:05d}.parquet"
-        self.latents.publish(name, data)
-        counts = Counter(class_ids.tolist())
-        return ChunkRecord(name, len(keys), ClassCounts(counts), digest_of(data))
-
-
-def identity(config: RunConfig, data: Data | None, prior_id: str) -> dict:
+def identity(config: RunConfig, data: Data | None, networks: Networks) -> dict:
     """What the latents depend on. Without `data` (before prepare) the inputs are left out."""
-    encoder = {k: v for k, v in plain(config.encoder).items() if k != "workers"}
-    facts: dict[str, Any] = {"encoder": encoder, "prior": prior_id}
+    encoder = {k: v for k, v in plain(config.encoder).items() if k not in ("workers", "max_workers")}
+    encoder["path"] = networks.encoder_id  # what the autoencoder is, not where
+    facts: dict[str, Any] = {"encoder": encoder, "prior": networks.prior_id}
+    if config.encoder.posterior == "sample":
+        facts["seed"] = config.seed
     if data is not None:
         facts["data"] = data.digest
     return facts
+
+
+def inner_batch(config: RunConfig, networks: Networks, log: Folder, other: Folder | None = None) -> int:
+    """The micro-batch of a log: as configured, or found by trying once, and recorded so that a resumed run has it.
+
+    Args:
+        log: Where it is recorded.
+        other: Another log of this run, whose record is taken if there is one.
+
+    Raises:
+        ValueError: When not even one image fits the encoder's memory.
+    """
+    if config.encoder.batch:
+        return config.encoder.batch
+    for folder in (log, other):
+        if folder is not None and folder.exists("batch.json"):
+            return int(folder.read_json("batch.json")["batch"])
+    resources = config.cluster.encoder
+    search = search_batch.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    settings = EncoderSettings.of(config, networks, batch=1)
+    try:
+        found = ray.get(search.remote(settings, chunk_rows(config, networks.image_size), SEARCH_SECONDS))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+    log.publish_json("batch.json", found)
+    return int(found["batch"])
 
 
 def done_shards(latents: Folder) -> set[int]:
@@ -165,7 +176,7 @@ def run(
     start = time.time()
     latents = run_folder / "latents"
     artifact = Artifact(latents, "encode")
-    facts = identity(config, data, networks.prior_id)
+    facts = identity(config, data, networks)
     status = artifact.begin(facts, overwrite=config.overwrite)
     if status == "done":
         for shard in range(len(data.train)):
@@ -176,13 +187,15 @@ def run(
     finished = done_shards(latents)
     for shard in sorted(finished):
         on_shard(shard)
+    batch = inner_batch(config, networks, latents)
     total = sum(s.samples for s in data.train)
     with Progress("encode", total, "images") as progress:
         for shard in finished:
             progress.advance(ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json")).classes.total)
         refused = 0
-        for record in _stream(config, run_folder, data, finished, networks.image_size):
+        for record in _stream(config, run_folder, data, finished, networks, batch):
             latents.publish(f"{shard_name(record.shard)}/done.json", record.dumps())
+            (latents / PARTS / shard_name(record.shard)).remove()
             refused += record.refused
             progress.advance(record.classes.total)
             if refused > config.max_bad_fraction * max(1, total):
@@ -197,18 +210,26 @@ def run(
     check_bad_fraction(config, run_folder, encoded, refused)
     if not encoded:
         raise ValueError(f"no usable sample in any shard; each refusal is listed in {run_folder.path('quarantine')}")
+    (latents / PARTS).remove()  # of chunks that Ray Data ran once more after their shard was done
+    reasons = quarantine_reasons(run_folder)
     manifest = artifact.finish(
         facts,
         seconds=round(time.time() - start, 3),
         items=encoded,
+        batch=batch,
         unit="images",
         bytes=encoded * 2 * int(np.prod(networks.latent_shape)),
         refused=refused,
+        refused_by_reason=dict(reasons.most_common()),
         digest=digest_of(digests),
         latent_shape=list(networks.latent_shape),
         environment=networks.environment,
         kept=True,
     )
+    if refused:
+        shown = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+        place = run_folder.path("quarantine")
+        say(f"encode     {refused} of {encoded + refused} samples refused ({shown}); each is listed in {place}")
     events.add("stage finished", stage="encode", images=encoded, refused=manifest["refused"])
     return manifest
 
@@ -244,57 +265,101 @@ def discard(latents: Folder, events: Events) -> None:
 
 
 def _stream(
-    config: RunConfig, run_folder: Folder, data: Data, finished: set[int], image_size: int
+    config: RunConfig, run_folder: Folder, data: Data, finished: set[int], networks: Networks, batch: int
 ) -> Iterator[ShardDone]:
-    """The done record of each shard that is not finished, as its last chunk arrives."""
+    """The done record of each shard that is not finished, once its files are published."""
     todo = [{"shard": i, "url": url} for i, url in enumerate(data.train_urls) if i not in finished]
     if not todo:
         return
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = CHUNK_BYTES  # chunks go on one by one, not a shard at a time
-    cluster = config.cluster
-    rows = (
-        ray.data.from_items(todo, override_num_blocks=len(todo))
-        .map_batches(
-            read_chunks,
-            batch_size=1,
-            num_cpus=cluster.reader.num_cpus,
-            fn_kwargs={
-                "quarantine": run_folder / "quarantine",
-                "num_classes": len(data.classes),
-                "image_size": image_size,
-                "chunk_samples": chunk_rows(config, image_size),
-            },
-        )
-        .map_batches(
-            Encoder,
-            batch_size=1,
-            fn_constructor_kwargs={
-                "prior_path": config.prior.path,
-                "latents": run_folder / "latents",
-                "batch": config.encoder.batch,
-                "threads": cluster.threads,
-            },
-            compute=ray.data.ActorPoolStrategy(size=config.encoder.workers),
-            num_cpus=cluster.encoder.num_cpus,
-            num_gpus=cluster.encoder.num_gpus or None,
-        )
-        .iter_rows()
-    )
+    latents = run_folder / "latents"
     chunks: dict[int, dict[int, ChunkRecord]] = {}
     ends: dict[int, tuple[int, int]] = {}
-    for row in rows:
+    joins: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> shard, refused samples
+    for row in chunk_records(config, todo, run_folder, len(data.classes), networks, batch):
         shard = int(row["shard"])
         chunks.setdefault(shard, {})[int(row["chunk"])] = ChunkRecord.from_json(json.loads(row["record"]))
         if row["last"]:
             ends[shard] = (int(row["chunk"]) + 1, int(row["refused"]))
         if shard in ends and len(chunks[shard]) == ends[shard][0]:
-            ordered = tuple(chunks[shard][i] for i in range(ends[shard][0]))
-            total: Counter[int] = Counter()
-            for chunk in ordered:
-                total.update(chunk.classes)
-            yield ShardDone(shard, ordered, ClassCounts(total), ends[shard][1])
-            del chunks[shard]
+            parts, (count, refused) = chunks.pop(shard), ends.pop(shard)
+            if count == 1:
+                yield shard_done(shard, [parts[0]], refused)
+            else:
+                joins[_join.remote(latents, shard, [parts[i] for i in range(count)])] = shard, refused
+        yield from _joined(joins, wait=len(joins) > MAX_JOINS)
+    while joins:
+        yield from _joined(joins, wait=True)
+
+
+def _joined(joins: dict[ray.ObjectRef, tuple[int, int]], *, wait: bool) -> Iterator[ShardDone]:
+    """Done records of the shards whose files are joined by now; `wait` for one at least."""
+    if joins:
+        for ref in ray.wait(list(joins), num_returns=1 if wait else len(joins), timeout=None if wait else 0)[0]:
+            shard, refused = joins.pop(ref)
+            yield shard_done(shard, ray.get(ref), refused)
+
+
+def shard_done(shard: int, files: Sequence[ChunkRecord], refused: int) -> ShardDone:
+    """The done record of a shard with these files."""
+    total: Counter[int] = Counter()
+    for file in files:
+        total.update(file.classes)
+    return ShardDone(shard, tuple(files), ClassCounts(total), refused)
+
+
+def chunk_records(
+    config: RunConfig,
+    todo: list[dict[str, Any]],
+    run_folder: Folder,
+    num_classes: int,
+    networks: Networks,
+    batch: int,
+) -> Iterator[dict[str, Any]]:
+    """What the encoders say of each chunk of the shards `todo`, in any order."""
+    arguments = (EncoderSettings.of(config, networks, batch), run_folder / "latents")
+    stream = chunk_stream(config, todo, run_folder, num_classes, networks.image_size, batch)
+    return iter(encoded(stream, config.cluster, config.encoder.pool, Encoder, arguments).iter_rows())
+
+
+def chunk_stream(
+    config: RunConfig, todo: list[dict[str, Any]], run_folder: Folder, num_classes: int, image_size: int, batch: int
+) -> ray.data.Dataset:
+    """The chunks of the shards `todo`, decoded by tasks on any node."""
+    ray.data.DataContext.get_current().target_max_block_size = CHUNK_BYTES  # chunks go on one by one, not a shard
+    return ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        read_tables,
+        batch_size=1,
+        num_cpus=config.cluster.reader.num_cpus,
+        fn_kwargs={
+            "quarantine": run_folder / "quarantine",
+            "num_classes": num_classes,
+            "image_size": image_size,
+            "chunk_samples": chunk_rows(config, image_size, batch),
+            "resize": config.encoder.resize,
+        },
+        memory=READER_BYTES,
+    )
+
+
+def encoded(
+    chunks: ray.data.Dataset, cluster: ClusterConfig, pool: tuple[int, int], encoder: type, arguments: tuple[Any, ...]
+) -> ray.data.Dataset:
+    """The chunks through a pool of encoder actors.
+
+    Ray Data would fuse the readers into the actors if both asked for the same resources; decoding would then wait for
+    encoding, and could not go to nodes without a GPU. The memory that only readers ask for keeps them apart.
+    """
+    return chunks.map_batches(
+        encoder,
+        batch_size=1,
+        fn_constructor_args=arguments,
+        # Two calls at once: one computes while the other is fetched, uploaded or published.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool[0], max_size=pool[1], max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=cluster.encoder.num_cpus,
+        num_gpus=cluster.encoder.num_gpus or None,
+    )
 
 
 def quarantine_reasons(run_folder: Folder) -> Counter[str]:

@@ -9,6 +9,7 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
+from ddoq_ray.pictures import Resize
 from ddoq_ray.records import StudentRow
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.stages.prepare import Data
@@ -36,7 +37,13 @@ def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int =
 
 @ray.remote
 def _evaluate(
-    run: Folder, folders: list[str], size: int, val_urls: list[str], teacher_index: list[int], threads: int
+    run: Folder,
+    folders: list[str],
+    size: int,
+    resize: Resize,
+    val_urls: list[str],
+    teacher_index: list[int],
+    threads: int,
 ) -> list[dict[str, Any]]:
     import json
 
@@ -48,7 +55,7 @@ def _evaluate(
 
     pin_threads(threads)
     where = device()
-    pixels, ids, _ = load_arrays(val_urls, size, len(teacher_index))
+    pixels, ids, _ = load_arrays(val_urls, size, len(teacher_index), resize=resize)
     images, class_ids = torch.from_numpy(pixels).to(where), torch.from_numpy(ids).to(where)
     columns = torch.tensor(teacher_index, device=where)
     rows = []
@@ -78,6 +85,7 @@ def run(
             run_folder,
             [r.folder for r in rows[i::tasks]],
             config.student.image_size,
+            config.encoder.resize,
             data.val_urls,
             indices,
             config.cluster.threads,

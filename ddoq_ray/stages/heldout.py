@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
-from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone
+from ddoq_ray.records import ChunkRecord, ShardDone
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
-from ddoq_ray.stages.encode import Encoder, done_shards, read_chunks, shard_name
+from ddoq_ray.stages.encode import done_shards, read_chunks
+from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, shard_name
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -59,7 +59,7 @@ class Heldout:
         self.missing = self._why_not(data, networks, latents)
         if self.missing:
             return
-        self._facts = encode.identity(config, None, networks.prior_id) | {
+        self._facts = encode.identity(config, None, networks) | {
             "val": digest_of([s.digest for s in data.val])[:32],
             "classes": len(data.classes),
             "heldout_images": self.limit,
@@ -73,15 +73,16 @@ class Heldout:
         todo = [share for share in shares(data, self.limit) if share[0] not in finished]
         tasks = max(1, min(config.encoder.workers, len(todo)))  # none to do is a log without its manifest
         resources = config.cluster.encoder
-        settings = {
-            "prior_path": config.prior.path,
-            "batch": config.encoder.batch,
-            "threads": config.cluster.threads,
+        batch = encode.inner_batch(config, networks, self.folder, latents)
+        settings = EncoderSettings.of(config, networks, batch)
+        reading = {
             "num_classes": len(data.classes),
-            "chunk_samples": encode.chunk_rows(config, networks.image_size),
+            "image_size": networks.image_size,
+            "chunk_samples": encode.chunk_rows(config, networks.image_size, batch),
+            "resize": config.encoder.resize,
         }
         task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
-        self._refs = [task.remote(self.folder, todo[i::tasks], settings) for i in range(tasks)]
+        self._refs = [task.remote(self.folder, todo[i::tasks], settings, reading) for i in range(tasks)]
 
     def _why_not(self, data: Data, networks: Networks, latents: Folder) -> str:
         if self.limit == 0:
@@ -130,7 +131,7 @@ class Heldout:
 
 
 @ray.remote
-def _encode(log: Folder, todo: list[Share], settings: dict[str, Any]) -> float:
+def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: dict[str, Any]) -> float:
     """Encode one task's share of the validation shards; the seconds it took."""
     start = time.monotonic()
     encoder = None
@@ -138,25 +139,21 @@ def _encode(log: Folder, todo: list[Share], settings: dict[str, Any]) -> float:
         if log.exists(f"{shard_name(shard)}/done.json"):  # by this task, before it was retried
             continue
         if encoder is None:
-            encoder = Encoder(settings["prior_path"], log, settings["batch"], settings["threads"])
-        chunks, refused, total = [], 0, Counter[int]()
+            encoder = Encoder(settings, log)
+        chunks: list[ChunkRecord] = []
+        refused = 0
         rows = read_chunks(
             {"shard": np.array([shard]), "url": np.array([url])},
             quarantine=log / "quarantine",
-            num_classes=settings["num_classes"],
-            image_size=encoder.prior.image_size,
-            chunk_samples=settings["chunk_samples"],
+            **reading,
         )
         for row in rows:
             refused = row["refused"][0]
             if _keep(row, left):
-                record = ChunkRecord.from_json(json.loads(encoder(row)["record"][0]))  # type: ignore[arg-type]
-                chunks.append(record)
-                total.update(record.classes)
+                chunks.append(encoder.publish(row, f"{shard_name(shard)}/chunk-{len(chunks):05d}.parquet"))
             if not any(left.values()):
                 break
-        done = ShardDone(shard, tuple(chunks), ClassCounts(total), refused)
-        log.publish(f"{shard_name(shard)}/done.json", done.dumps())
+        log.publish(f"{shard_name(shard)}/done.json", encode.shard_done(shard, chunks, refused).dumps())
     return time.monotonic() - start
 
 

@@ -130,7 +130,8 @@ class Teacher:
         """(top-1 in %, images) on real images, over the classes of the data."""
         import torch
 
-        images, class_ids, _ = load_arrays(shards, self.model.image_size, len(teacher_index))
+        resize = self.config.encoder.resize
+        images, class_ids, _ = load_arrays(shards, self.model.image_size, len(teacher_index), resize=resize)
         correct = 0
         columns = torch.tensor(teacher_index)
         for first in range(0, len(images), self.config.teacher.batch):

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.artifacts import Folder, digest_of
+from ddoq_ray.artifacts import Artifact, Folder, digest_of
+from ddoq_ray.core.noising import NoiseLevel, noised
 from ddoq_ray.records import ChunkRecord, ShardDone, binary_rows
 
 DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would fill gigabytes
@@ -19,10 +20,17 @@ DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would
 class LatentLog:
     """A ``latents/`` folder. Latents are never kept, done records only briefly."""
 
-    def __init__(self, folder: Folder, dim: int | None = None) -> None:
-        """`dim`: flattened latent dimension that every file must have; None takes each as it is."""
+    def __init__(self, folder: Folder, dim: int | None = None, noise: NoiseLevel | None = None) -> None:
+        """A view of the log.
+
+        Args:
+            folder: Where it is.
+            dim: Flattened latent dimension that every file must have; None takes each as it is.
+            noise: The level to which latents are noised as they are read; None reads them as they are.
+        """
         self.folder = folder
         self.dim = dim
+        self.noise = noise
         self._done: OrderedDict[int, ShardDone] = OrderedDict()
 
     def done(self, shard: int) -> ShardDone:
@@ -45,15 +53,17 @@ class LatentLog:
         at = np.flatnonzero(np.isin(chunk.classes.class_ids, wanted))
         if not len(at):
             return
-        latents = self._latents(chunk)
+        latents, keys = self._latents(chunk)
         ends = np.cumsum(chunk.classes.counts)
         starts = ends - chunk.classes.counts
         for class_id, start, end in zip(
             chunk.classes.class_ids[at].tolist(), starts[at].tolist(), ends[at].tolist(), strict=True
         ):
-            yield class_id, latents[start:end]
+            mine = latents[start:end]
+            yield class_id, mine if self.noise is None else noised(mine, keys[start:end].to_pylist(), self.noise)
 
-    def _latents(self, chunk: ChunkRecord) -> npt.NDArray[np.float16]:
+    def _latents(self, chunk: ChunkRecord) -> tuple[npt.NDArray[np.float16], pa.ChunkedArray]:
+        """The latents of a file; their keys only if noise needs them, else nothing."""
         path = self.folder.path(chunk.file)
         try:
             data = self.folder.read(chunk.file)
@@ -67,7 +77,9 @@ class LatentLog:
                 f"latent file {path} is not the one that was encoded: it has {len(data):,} bytes and another digest "
                 "than its record; encode again in a new run_dir"
             )
-        latents = binary_rows(pq.read_table(pa.BufferReader(data), columns=["latent"])["latent"], "<f2")
+        columns = ["latent"] if self.noise is None else ["latent", "key"]
+        table = pq.read_table(pa.BufferReader(data), columns=columns)
+        latents = binary_rows(table["latent"], "<f2")
         if self.dim is not None and latents.shape[1] != self.dim:
             raise ValueError(
                 f"latent file {path} holds latents of {latents.shape[1]} values, the prior of this run makes "
@@ -81,4 +93,11 @@ class LatentLog:
                 f"latent file {path} holds a latent that is not finite (row {row}, class {class_id}); check the "
                 "prior's weights and encode again in a new run_dir"
             )
-        return latents
+        return latents, table[columns[-1]]
+
+
+def noise_of(codebook: Folder) -> NoiseLevel | None:
+    """The level of the latents that a finished codebook was made from; None when they were clean."""
+    manifest = Artifact(codebook, "quantize").manifest() or {"identity": {}}
+    noise = manifest["identity"].get("noise")
+    return NoiseLevel(**noise) if noise else None

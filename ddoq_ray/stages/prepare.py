@@ -2,7 +2,8 @@
 
 Writes ``data/source-classes.json`` (the class list as given), ``data/classes.json`` (with each class's place in the
 prior and the teacher), ``data/shards.json`` (what each training shard holds) and ``data/val-shards.json``. Shards of
-the person's own are read where they are.
+the person's own are read where they are; any other collection is packed into ``data/train`` and ``data/val``, each
+with a classes.json of its own, so that other runs can read them.
 """
 
 from __future__ import annotations
@@ -13,76 +14,24 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import numpy as np
 import ray
 
-from ddoq_ray.artifacts import Artifact, Folder, Status, digest_of
+from ddoq_ray.artifacts import Artifact, Folder, Status
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.records import ClassInfo, ShardInfo, read_shards
-from ddoq_ray.runtime import Events, Progress
+from ddoq_ray.records import ClassInfo, ShardInfo
+from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.samples import encode_png, index_shard, list_shards, read_classes, write_tar
-from ddoq_ray.sources import DIGIT_NAMES, digits
+from ddoq_ray.sources import DIGIT_NAMES, digits, kind_of, open_source
 from ddoq_ray.stages.networks import Networks
+from ddoq_ray.stages.pack import make_plans, pack, survey_source
+from ddoq_ray.stages.prepared import Data, Packed, summary, summary_lines
 
 DIGIT_SHARDS = {"train": 4, "selection": 1, "val": 1}
-
-
-@dataclass(frozen=True)
-class Data:
-    """The prepared data of a run: its class list and its shards with what they hold.
-
-    Shard paths inside the run directory are stored relative to it, so that a run can be moved.
-    """
-
-    run: Folder
-    classes: tuple[ClassInfo, ...]
-    train: tuple[ShardInfo, ...]
-    val: tuple[ShardInfo, ...]
-
-    def url(self, shard: ShardInfo) -> str:
-        inside = "://" not in shard.path and not posixpath.isabs(shard.path)
-        return self.run.path(shard.path) if inside else shard.path
-
-    @property
-    def train_urls(self) -> list[str]:
-        return [self.url(s) for s in self.train]
-
-    @property
-    def val_urls(self) -> list[str]:
-        return [self.url(s) for s in self.val]
-
-    @property
-    def counts(self) -> dict[int, int]:
-        """class_id -> labelled training images."""
-        total: Counter[int] = Counter()
-        for shard in self.train:
-            total.update(shard.images)
-        return {c.class_id: total[c.class_id] for c in self.classes}
-
-    @property
-    def digest(self) -> str:
-        """Changes when a training shard, its place in the order, or the class list does."""
-        shards = [(posixpath.basename(s.path), s.digest) for s in self.train]
-        return digest_of([shards, [c.name for c in self.classes]])[:32]
-
-    @staticmethod
-    def load(run: Folder) -> Data:
-        """Read the prepared data of a run.
-
-        Raises:
-            ValueError: When prepare has not finished.
-        """
-        folder = run / "data"
-        Artifact(folder, "prepare").require()
-        classes = tuple(ClassInfo(**row) for row in folder.read_json("source-classes.json"))
-        train = tuple(read_shards(folder.read("shards.json")))
-        val = tuple(read_shards(folder.read("val-shards.json")))
-        return Data(run, classes, train, val)
 
 
 def digit_shards() -> dict[str, list[bytes]]:
@@ -169,9 +118,19 @@ def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
 
 
 def identity(config: RunConfig) -> dict:
+    """What the prepared data follows from.
+
+    Raises:
+        ValueError: When the kind of the collection is ambiguous.
+    """
     d = config.dataset
-    source = None if d.path else d.source
-    return {"dataset": {"source": source, "path": d.path, "val_path": d.val_path, "classes": d.classes}}
+    facts = {"source": d.source, "path": d.path, "val_path": d.val_path, "classes": d.classes}
+    kind = kind_of(d)
+    if kind in ("digits", "webdataset") and not d.resort:
+        return {"dataset": facts | {"source": None if d.path else d.source}}
+    packed = {"seed": config.seed, "shard_samples": d.shard_samples, "shard_mb": d.shard_mb}
+    given = {"torchvision": d.torchvision, "label_column": d.label_column, "heldout": d.heldout, "resort": d.resort}
+    return {"dataset": facts | {"source": kind} | packed | {key: value for key, value in given.items() if value}}
 
 
 def run(config: RunConfig, folder: Folder, events: Events) -> Data:
@@ -187,37 +146,77 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     if _status(config, artifact, facts) == "done":
         _take_class_list(config, data)
         _check_unchanged(Data.load(folder))
-    else:
-        # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
-        # stage behind, which would refuse the right one.
-        given = _survey(config) if config.dataset.path is not None else None
-        artifact.begin(facts, overwrite=config.overwrite)
-        classes, train, val = given or _write_digits(folder)
-        samples = sum(s.samples for s in train)
-        data.publish_json("source-classes.json", [c.to_json() for c in classes])
-        data.publish_json("shards.json", [_relative(s, folder).to_json() for s in train])
-        data.publish_json("val-shards.json", [_relative(s, folder).to_json() for s in val])
-        artifact.finish(
-            facts,
-            seconds=round(time.time() - start, 3),
-            items=samples,
-            unit="images",
-            bytes=sum(s.bytes for s in train),
-            shards=len(train),
-            classes=len(classes),
-        )
-        events.add("stage finished", stage="prepare", images=samples)
+        return Data.load(folder)
+    # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
+    # stage behind, which would refuse the right one.
+    source = open_source(config.dataset)
+    packed, plans, survey = None, None, None
+    if source is not None:
+        survey = survey_source(source)
+        plans = make_plans(config, survey)
+        _check_validation(config, len(plans) > 1)
+    elif config.dataset.path is not None:
+        packed = _survey(config)
+    artifact.begin(facts, overwrite=config.overwrite)
+    if source is not None:
+        assert survey is not None and plans is not None
+        packed = pack(config, source, survey, plans, folder)
+    elif packed is None:
+        packed = _write_digits(folder)
+    rows = [c.to_json() for c in packed.classes]
+    if source is not None or config.dataset.path is None:
+        for split, shards in (("train", packed.train), ("val", packed.val)):
+            if shards:  # beside the shards, where another run's dataset.path looks for it
+                data.publish_json(f"{split}/classes.json", rows)
+    data.publish_json("source-classes.json", rows)
+    data.publish_json("shards.json", [_relative(s, folder).to_json() for s in packed.train])
+    data.publish_json("val-shards.json", [_relative(s, folder).to_json() for s in packed.val])
+    counted = summary(packed)
+    samples = counted["train"]["images"]
+    artifact.finish(
+        facts,
+        seconds=round(time.time() - start, 3),
+        items=samples,
+        unit="images",
+        bytes=counted["train"]["bytes"],
+        shards=len(packed.train),
+        classes=len(packed.classes),
+        summary=counted,
+    )
+    events.add("stage finished", stage="prepare", images=samples)
+    for line in summary_lines(counted, data.path("quarantine")):
+        say(line)
     return Data.load(folder)
 
 
-def resolve(data: Data, networks: Networks) -> Data:
+def _check_validation(config: RunConfig, there: bool) -> None:
+    needing = [s for s in ("label", "train", "evaluate") if s in config.stages]
+    if needing and not there:
+        raise ValueError(
+            f"the source has no validation images, and {', '.join(needing)} need some: hold some out "
+            "(dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
+            "(stages=[prepare,encode,quantize,synthesize])"
+        )
+
+
+def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
     """Find each class's place in the prior and (when the run needs it) the teacher; publish ``classes.json``.
 
+    Args:
+        required: False where no later stage of this run needs the places: data can be prepared for a prior that is yet
+            to be trained.
+
     Raises:
-        ValueError: When a network does not cover the classes.
+        ValueError: When a network does not cover the classes, and they are required.
     """
     classes: Sequence[ClassInfo] = data.classes
-    classes = resolve_mapping(classes, "prior_label", "prior", networks.prior_classes, networks.prior_labels)
+    try:
+        classes = resolve_mapping(classes, "prior_label", "prior", networks.prior_classes, networks.prior_labels)
+    except ValueError as error:
+        if required:
+            raise
+        say(f"prepare    the classes have no place in the prior yet, which stages after prepare need: {error}")
+        return data
     if networks.teacher_id is not None:
         names = networks.teacher_classes
         classes = resolve_mapping(classes, "teacher_index", "teacher", names, networks.teacher_outputs)
@@ -244,7 +243,7 @@ def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:
     """`done` when the prepared data is there and its class list is still the one given; write nothing."""
     try:
         status = artifact.check(facts)
-        if status == "done" and config.dataset.path is not None:
+        if status == "done" and _gives_class_list(config):
             before = [row["name"] for row in artifact.folder.read_json("source-classes.json")]
             now = [c.name for c in _class_list(config)]
             if before != now:
@@ -279,7 +278,7 @@ def _shown(names: Sequence[str]) -> str:
 
 def _take_class_list(config: RunConfig, data: Folder) -> None:
     """Places in the networks and prompts may be mended in classes.json after prepare: take them as they are now."""
-    if config.dataset.path is not None:
+    if _gives_class_list(config):
         rows = [c.to_json() for c in _class_list(config)]
         if rows != data.read_json("source-classes.json"):
             data.publish_json("source-classes.json", rows)
@@ -290,6 +289,12 @@ def _relative(shard: ShardInfo, folder: Folder) -> ShardInfo:
     return dataclasses.replace(shard, path=shard.path.removeprefix(prefix))
 
 
+def _gives_class_list(config: RunConfig) -> bool:
+    """Whether the class list is a file of the person's own, which may change."""
+    in_place = kind_of(config.dataset) == "webdataset" and not config.dataset.resort
+    return in_place or config.dataset.classes is not None
+
+
 def _class_list(config: RunConfig) -> list[ClassInfo]:
     if config.dataset.classes is not None:
         return read_classes(config.dataset.classes)
@@ -297,14 +302,18 @@ def _class_list(config: RunConfig) -> list[ClassInfo]:
     return read_classes(posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
 
 
-Prepared = tuple[list[ClassInfo], list[ShardInfo], list[ShardInfo]]
-
-
-def _survey(config: RunConfig) -> Prepared:
+def _survey(config: RunConfig) -> Packed:
     """Class list, training shards and validation shards of the person's own data, each with what it holds."""
     shards = list_shards(str(config.dataset.path), key="dataset.path")
     val_path = config.dataset.val_path
     val_shards = [] if val_path is None else list_shards(val_path, key="dataset.val_path")
+    d = config.dataset
+    unused = {"heldout": d.heldout > 0, "label_column": d.label_column is not None}
+    if any(unused.values()):
+        raise ValueError(
+            f"dataset.{next(k for k, u in unused.items() if u)} has no effect on WebDataset shards that are read where "
+            "they are; leave it out, or set dataset.resort=true to write them anew"
+        )
     classes = _class_list(config)
     train, val = _index(shards, len(classes)), _index(val_shards, len(classes))
     for key, path, found in (("path", config.dataset.path, train), ("val_path", val_path, val)):
@@ -313,10 +322,10 @@ def _survey(config: RunConfig) -> Prepared:
                 f"dataset.{key}={path}: no sample with an image and a label in {len(found)} shards; expected members "
                 "<key>.png (or jpg, ...) and <key>.cls with the label as a number"
             )
-    return classes, train, val
+    return Packed(classes, train, val)
 
 
-def _write_digits(folder: Folder) -> Prepared:
+def _write_digits(folder: Folder) -> Packed:
     """Publish the built-in source's shards."""
     data = folder / "data"
     for split, tars in digit_shards().items():
@@ -326,4 +335,4 @@ def _write_digits(folder: Folder) -> Prepared:
     train, val = (
         _index([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes)) for split in ("train", "val")
     )
-    return classes, train, val
+    return Packed(classes, train, val)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import ray
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import QuantizerConfig
+from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.records import CodebookWarning
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
@@ -55,8 +57,11 @@ class Quantizers:
         self.artifact = Artifact(self.codebook, "quantize")
         # Named by how they were encoded, since quantizers start before the last latent is there.
         reused = Artifact(latents, "encode").require()["identity"] if config.latents.path else None
-        made = reused or encode.identity(config, data, networks.prior_id)
+        made = reused or encode.identity(config, data, networks)
         self.facts = identity(config, algorithm) | {"latents": digest_of(made)[:32]}
+        noise = noise_level(config, algorithm, networks)
+        if noise is not None:
+            self.facts["noise"] = asdict(noise)
         self.start = time.time()
         self.done = np.zeros(len(data.train), np.uint8)
         self.actors: list[Any] = []
@@ -70,7 +75,7 @@ class Quantizers:
         num = min(algorithm.num_shards, len(parts))
         self.num_parts = len(parts)
         self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
-        rows = encode.chunk_rows(config, networks.image_size)
+        rows = encode.file_rows(config, networks)
         if config.latents.path and data.train:  # cut by another run: its first shard shows how
             rows = max(c.rows for c in LatentLog(latents).done(0).chunks)
         self.needs = plan_memory(config, algorithm, data, dim, rows, self.parts)
@@ -83,6 +88,7 @@ class Quantizers:
             prior_id=networks.prior_id,
             identity=digest_of(self.facts),
             num_actors=num,
+            noise=noise,
         )
         self._arguments = [(self.codebook, latents, run / "data", mine, algorithm, settings) for mine in self.parts]
 
@@ -168,6 +174,14 @@ class Quantizers:
         if set(algorithms) - {self.facts["quantizer"]["name"]}:
             events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
         events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
+
+
+def noise_level(config: RunConfig, algorithm: QuantizerConfig, networks: Networks) -> NoiseLevel | None:
+    """The level to which this codebook's latents are noised as they are read; None for clean ones."""
+    if not algorithm.noise_level:
+        return None
+    assert networks.noise_scales is not None, "the inquiry knows the run's own quantizer.noise_level"
+    return NoiseLevel(*networks.noise_scales, seed=config.seed)
 
 
 def identity(config: RunConfig, algorithm: QuantizerConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def plan_memory(
         actors: For each actor its parts: part -> class ids.
     """
     chunk = 6 * dim * min(chunk_rows, max((s.samples for s in data.train), default=0))
-    census = _Census(data, len(actors), ahead=0 if config.latents.path else 2 * config.encoder.workers)
+    census = _Census(data, len(actors), ahead=0 if config.latents.path else 2 * config.encoder.pool[1])
     needs = []
     for parts in actors:
         mine = np.array(sorted(c for classes in parts.values() for c in classes), np.int64)

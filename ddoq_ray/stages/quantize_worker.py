@@ -59,7 +59,7 @@ class Quantizer:
     ) -> None:
         # BLAS only: loading torch here would cost seconds and hundreds of MB for nothing.
         pin_blas_threads(settings.threads)
-        self.codebook, self.log = codebook, LatentLog(latents, settings.dim)
+        self.codebook, self.log = codebook, LatentLog(latents, settings.dim, settings.noise)
         self.algorithm, self.settings = algorithm, settings
         published = {p for p in parts if codebook.exists(record_name(p))}
         self.parts = {p: c for p, c in parts.items() if p not in published}

@@ -22,6 +22,7 @@ from ddoq_ray.stages.class_latents import class_latents
 from ddoq_ray.stages.codebook import read_part
 from ddoq_ray.stages.encode import quarantine_reasons
 from ddoq_ray.stages.heldout import Heldout
+from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -41,9 +42,10 @@ def _part_distances(codebook: Folder, part: str, latents: Log, heldout: Log | No
     columns = {name: table[name].to_numpy() for name in ("weight", "distortion", "stream_count")}
     columns["centroid"] = binary_rows(table["centroid"], "<f4")
     wanted = sorted(set(class_ids.tolist()))
-    unseen = dict(class_latents(*heldout, wanted)) if heldout is not None else {}
+    noise = noise_of(codebook)
+    unseen = dict(class_latents(*heldout, wanted, noise)) if heldout is not None else {}
     rows = []
-    for c, x in class_latents(*latents, wanted):
+    for c, x in class_latents(*latents, wanted, noise):
         mine = {name: column[class_ids == c] for name, column in columns.items()}
         centroids, weights = mine["centroid"], mine["weight"]
         row = {

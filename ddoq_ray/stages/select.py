@@ -21,12 +21,13 @@ import ray
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
+from ddoq_ray.pictures import Resize, reframe
 from ddoq_ray.records import binary_rows
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, read_samples, write_tar
 from ddoq_ray.stages.class_latents import class_latents
 from ddoq_ray.stages.codebook import part_classes, read_part
-from ddoq_ray.stages.latent_log import LatentLog
+from ddoq_ray.stages.latent_log import LatentLog, noise_of
 from ddoq_ray.stages.prepare import Data
 
 METHODS = ("random", "herding", "medoids")
@@ -104,7 +105,8 @@ def _identity(
     config: RunConfig, run_folder: Folder, data: Data, latents: Folder, draw_index: int, method: str
 ) -> dict[str, Any]:
     assert method in METHODS, method
-    facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest}
+    resize = config.encoder.resize
+    facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest, "resize": resize}
     if method != "random":
         facts |= {"small_class": config.small_class, "latents": Artifact(latents, "encode").require()["digest"]}
     if method == "medoids":
@@ -149,7 +151,8 @@ def _medoids(latents: Folder, shards: int, codebook: Folder, part: str) -> Picks
     table = read_part(codebook, part)
     class_ids, centroids = table["class_id"].to_numpy(), binary_rows(table["centroid"], "<f4")
     wanted = np.unique(class_ids).tolist()
-    return {c: medoids(x, centroids[class_ids == c]) for c, x in class_latents(latents, shards, wanted)}
+    found = class_latents(latents, shards, wanted, noise_of(codebook))
+    return {c: medoids(x, centroids[class_ids == c]) for c, x in found}
 
 
 def _write(
@@ -175,7 +178,9 @@ def _write(
         if rows:
             groups = [rows[place] for place in sorted(rows)]
             url = data.url(data.train[shard])
-            refs = extract.options(num_returns=len(groups)).remote(url, len(data.classes), groups)
+            refs = extract.options(num_returns=len(groups)).remote(
+                url, len(data.classes), groups, config.encoder.resize
+            )
             for place, ref in zip(sorted(rows), refs if len(groups) > 1 else [refs], strict=True):
                 found.setdefault(place, []).append(ref)
     records = []
@@ -186,11 +191,12 @@ def _write(
     return ray.get(records)
 
 
-def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]]) -> Any:
+def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]], resize: Resize) -> Any:
     """PNGs of the wanted images of one shard, by their class_id and their position among the shard's usable ones.
 
     Args:
         groups: For each image shard that takes some: (class_id, position, rank).
+        resize: Pictures are cut or padded as those that were encoded, at their own resolution.
 
     Returns:
         For each group (class_id, rank) -> PNG; of a single group its dict alone, as Ray's num_returns wants it.
@@ -203,7 +209,7 @@ def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]
         seen[sample.class_id] += 1
         if key in wanted:
             group, rank = wanted.pop(key)
-            found[group][sample.class_id, rank] = encode_png(np.asarray(sample.image))
+            found[group][sample.class_id, rank] = encode_png(np.asarray(reframe(sample.image, resize)))
             if not wanted:
                 break
     return found if len(groups) > 1 else found[0]

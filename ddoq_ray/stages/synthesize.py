@@ -25,6 +25,7 @@ from ddoq_ray.records import ImageUnit, binary_rows
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.samples import encode_png, write_tar
 from ddoq_ray.stages.codebook import read_part
+from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -94,6 +95,8 @@ class Decoder:
                 rows[key] = (centroids[i], table["weight"][i].as_py())
         keys = list(zip(unit.class_ids, unit.centroid_ids, strict=True))
         shape = self.prior.latent_shape
+        # Centroids of noised latents are at the strength's level already.
+        start = self.options.start if noise_of(self.run_folder / job.folder / "codebook") is None else "given"
         members: list[tuple[str, bytes]] = []
         for first in range(0, len(keys), self.options.batch):
             inner = keys[first : first + self.options.batch]
@@ -111,7 +114,7 @@ class Decoder:
                 labels,
                 noise,
                 generators,
-                start=self.options.start,
+                start=start,
                 strength=self.options.strength,
                 steps=self.options.steps,
                 guidance=self.options.guidance,

@@ -25,6 +25,7 @@ from ddoq_ray.stages.train_worker import Job, train_loop
 def identity(config: RunConfig) -> dict[str, Any]:
     return {
         "student": plain(config.student),
+        "resize": config.encoder.resize,
         "protocol": {k: v for k, v in plain(config.protocol).items() if k != "name"},
         "across_classes": config.weights.across_classes,
         "seed": config.seed,

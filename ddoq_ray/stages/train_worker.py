@@ -213,7 +213,8 @@ class _Trainer:
             self._sets.clear()  # one set at a time: rows of a set follow one another
             size = self.config.student.image_size
             if row.images == "data":
-                pixels, class_ids, _ = load_arrays(self.job.train_urls, size, len(self.job.teacher_index))
+                classes, resize = len(self.job.teacher_index), self.config.encoder.resize
+                pixels, class_ids, _ = load_arrays(self.job.train_urls, size, classes, resize=resize)
                 per_class = np.bincount(class_ids, minlength=len(self.job.teacher_index))
                 arrays = ImageArrays(pixels, class_ids, 1.0 / per_class[class_ids])
             else:
@@ -265,8 +266,9 @@ class _Trainer:
         from ddoq_ray.stages.evaluate import accuracy
 
         if self._val is None:
-            size = self.config.student.image_size
-            images, class_ids, _ = load_arrays(self.job.val_urls, size, len(self.job.teacher_index))
+            size, resize = self.config.student.image_size, self.config.encoder.resize
+            classes = len(self.job.teacher_index)
+            images, class_ids, _ = load_arrays(self.job.val_urls, size, classes, resize=resize)
             self._val = (torch.from_numpy(images).to(self.device), torch.from_numpy(class_ids).to(self.device))
         return accuracy(model, *self._val, self.columns)
 

@@ -22,7 +22,13 @@ from ddoq_ray.config.schema import plain
 GROUPS = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
 CHOICES = sorted((p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml"))
 # What a choice cannot do without.
-NEEDS = {("dataset", "webdataset"): ["dataset.path=train", "dataset.val_path=val"]}
+NEEDS = {
+    ("dataset", "webdataset"): {"path": "train", "val_path": "val"},
+    ("dataset", "imagefolder"): {"path": "train", "val_path": "val"},
+    ("dataset", "parquet"): {"path": "train", "val_path": "val"},
+    ("dataset", "idx"): {"path": "train"},
+    ("dataset", "torchvision"): {"torchvision": "CIFAR10"},
+}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -39,20 +45,22 @@ def names(values: Any) -> Any:
     return {k: names(v) if isinstance(v, dict) else None for k, v in values.items()}
 
 
+def compose_choice(group: str, choice: str) -> RunConfig:
+    needs = NEEDS.get((group, choice), {})
+    return load_config([f"{group}={choice}", *(f"{group}.{key}={value}" for key, value in needs.items())])
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_to_its_own_values(group: str, choice: str) -> None:
-    config = load_config([f"{group}={choice}", *NEEDS.get((group, choice), [])])
-    there = read_yaml(config_dir() / group / f"{choice}.yaml")
-    got = plain(getattr(config, group))
-    if (group, choice) in NEEDS:
-        there |= {"path": "train", "val_path": "val"}
-    assert got == there
+    config = compose_choice(group, choice)
+    there = read_yaml(config_dir() / group / f"{choice}.yaml") | NEEDS.get((group, choice), {})
+    assert plain(getattr(config, group)) == there
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_yaml_and_dataclass_have_the_same_keys(group: str, choice: str) -> None:
     values = read_yaml(config_dir() / group / f"{choice}.yaml")
-    config = load_config([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    config = compose_choice(group, choice)
     if (group, choice) == ("teacher", "digits"):
         assert set(values) == set(keys(config.teacher))
     assert names(values) == keys(getattr(config, group))
@@ -134,10 +142,11 @@ def test_run_folder_has_a_word_for_the_data() -> None:
     assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
     for path, title in [
         ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),
-        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"),
+        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"), ("data/cats/*.parquet", "cats"),
     ]:  # fmt: skip
         assert DatasetConfig(path=path).title == title
     assert DatasetConfig(path="data/flowers", name="f").title == "f"
+    assert DatasetConfig(source="torchvision", torchvision="CIFAR10", path="/cache").title == "cifar10"
 
 
 def test_own_method_and_baselines_without_doubles() -> None:
@@ -221,6 +230,23 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["protocol.step_factor=0.5"], ["protocol.step_factor", "no effect", "protocol.schedule"]),
         (["cluster=gpu", "cluster.num_cpus=3"], ["cluster.num_cpus", "no effect", "cluster.address"]),
         (["dataset.path=x", "dataset.val_path=y", "dataset.source=digits"], ["dataset.source", "no effect"]),
+        # collections
+        (["dataset=imagefolder"], ["dataset.path is not set"]),
+        (["dataset=pictures"], ["dataset=pictures", "imagefolder", "torchvision"]),
+        (["dataset=torchvision"], ["dataset.torchvision=CIFAR10"]),
+        (["dataset.torchvision=CIFAR10"], ["dataset=torchvision"]),
+        (["dataset=torchvision", "dataset.torchvision=SVHN"], ["dataset.torchvision=SVHN", "CIFAR10, CIFAR100"]),
+        (["dataset=idx", "dataset.path=x", "dataset.val_path=y"], ["dataset.val_path", "no effect", "its own"]),
+        (["dataset=imagefolder", "dataset.path=x", "dataset.heldout=1.5"], ["dataset.heldout=1.5", "whole number"]),
+        (["dataset=imagefolder", "dataset.path=x", "dataset.heldout=-1"], ["dataset.heldout=-1", "part"]),
+        (["dataset=parquet", "dataset.path=x", "dataset.val_path=y", "dataset.heldout=3"], ["dataset.heldout", "one"]),
+        (["dataset=parquet", "dataset.path=x", "dataset.resort=true"], ["dataset.resort", "no effect", "parquet"]),
+        (["dataset=idx", "dataset.path=x", "dataset.label_column=l"], ["dataset.label_column", "no effect", "idx"]),
+        (["dataset.heldout=0.1"], ["dataset.heldout", "no effect", "digits"]),
+        (["dataset=webdataset", "dataset.path=x", "dataset.heldout=0.1"], ["dataset.heldout", "dataset.resort=true"]),
+        (["dataset=webdataset", "dataset.path=x", "dataset.shard_mb=9"], ["dataset.shard_mb", "dataset.resort=true"]),
+        (["dataset=imagefolder", "dataset.path=x", "dataset.shard_mb=0"], ["dataset.shard_mb=0", "1 or more"]),
+        (["dataset=imagefolder", "dataset.path=x", "dataset.shard_samples=0"], ["shard_samples=0", "1 or more"]),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, list) and "=" in str(v) else "",
 )

@@ -227,6 +227,20 @@ def test_inversion_brings_the_image_back_and_ignores_the_noise(prior):
     assert (plain.int() - back.int()).abs().float().mean() < 2.0
 
 
+def test_a_given_start_goes_on_from_its_own_noise(prior):
+    z, y, e = batch()
+    signal, sigma = prior.noise_scales(0.5, STEPS)
+    prior.scheduler.set_timesteps(STEPS)
+    alpha = float(prior.scheduler.alphas_cumprod[prior.scheduler.timesteps[STEPS // 2]])
+    assert (signal, sigma) == pytest.approx((alpha**0.5, (1 - alpha) ** 0.5), rel=1e-5)
+    expected = prior.synthesize(z, y, e, start="noised", strength=0.5, steps=STEPS)
+    given = prior.synthesize(signal * z + sigma * e, y, torch.zeros_like(e), start="given", strength=0.5, steps=STEPS)
+    assert int((given.int() - expected.int()).abs().max()) <= 1
+    for strength in (0.0, 0.01):
+        with pytest.raises(ValueError, match="strength"):
+            prior.noise_scales(strength, STEPS)
+
+
 def test_step_noise_comes_from_the_generators(folders):
     base = load_prior(folders["dit"])
     prior = ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +15,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.rng import philox
 from ddoq_ray.models.prior import Prior, load_prior
-from ddoq_ray.records import binary_rows
+from ddoq_ray.records import binary_rows, latent_schema
 from ddoq_ray.runtime import Events
 from ddoq_ray.samples import decode_rgb, to_square, write_tar
 from ddoq_ray.stages import encode, prepare
+from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, join_chunks, write_file
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 
@@ -122,7 +128,7 @@ def latents_of(run: Path) -> dict[str, tuple[int, np.ndarray]]:
         if not table.num_rows:  # of the shard that is no tar
             continue
         class_ids = table["class_id"].to_pylist()
-        assert class_ids == sorted(class_ids) and table.num_rows <= CHUNK
+        assert class_ids == sorted(class_ids)
         for key, class_id, row in zip(
             table["key"].to_pylist(), class_ids, binary_rows(table["latent"], "<f2"), strict=True
         ):
@@ -175,14 +181,183 @@ def test_latents_are_what_the_prior_gives(encoded: Path, corpus: Corpus, prior: 
 def test_two_encoders_write_the_same_bytes(encoded: Path, corpus: Corpus, prior: Prior, tmp_path: Path) -> None:
     config = dataclasses.replace(settings(corpus, workers=2), max_bad_fraction=0.2)
     run_encode(config, tmp_path, prior)
-
-    def content(run: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(run)): p.read_bytes() for p in run.glob("latents/shard-*/*")}
-
     assert content(tmp_path) == content(encoded)
     assert sorted(p.name for p in tmp_path.glob("quarantine/*")) == sorted(p.name for p in encoded.glob("quarantine/*"))
     digests = [json.loads((run / "latents/manifest.json").read_text())["digest"] for run in (tmp_path, encoded)]
     assert digests[0] == digests[1]
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.glob("latents/shard-*/*")}
+
+
+def test_no_part_is_left_and_a_shard_is_one_small_file(encoded: Path) -> None:
+    assert not (encoded / "latents" / "parts").exists()
+    assert [len(list(encoded.glob(f"latents/shard-{s:06d}/*.parquet"))) for s in range(6)] == [1] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [0, 3])
+def test_four_encoders_and_killed_ones_write_the_same_bytes(
+    encoded: Path, corpus: Corpus, prior: Prior, tmp_path: Path, deaths: int
+) -> None:
+    """A pool that grows from two to four; a worker is killed whenever another part has appeared."""
+    config = dataclasses.replace(settings(corpus, workers=2, max_workers=4), max_bad_fraction=0.2)
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while len(killed) < deaths and not ended.wait(0.02):
+            parts = list(tmp_path.glob("latents/**/chunk-*.parquet"))
+            there = [pid for pid in encoder_processes() if pid not in killed]
+            if len(parts) > len(killed) and there:
+                os.kill(there[0], signal.SIGKILL)
+                killed.append(there[0])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        run_encode(config, tmp_path, prior)
+    finally:
+        ended.set()
+        killer.join()
+    assert len(killed) >= min(deaths, 1)
+    assert content(tmp_path) == content(encoded)
+
+
+def encoder_processes() -> list[int]:
+    """The encoder actors of this process's own Ray."""
+    import ray
+
+    raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                title = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if parent == raylet and "MapBatches(Encoder)" in title:
+                found.append(int(entry.name))
+    return found
+
+
+def test_parts_are_joined_in_order_into_files_of_bounded_size(tmp_path: Path) -> None:
+    """Five parts of 4, 4, 4, 4 and 2 rows, 8 bytes of latents a row; 80 bytes hold two of them."""
+    folder = Folder(str(tmp_path))
+    schema = latent_schema((4,), "some")
+    rng = np.random.default_rng(0)
+    class_ids = rng.integers(0, 3, 18).astype(np.int32)
+    latents = np.arange(18 * 4, dtype=np.float16).reshape(18, 4)
+    parts = [
+        write_file(
+            folder, f"parts/shard-000007/chunk-{i:05d}.parquet", [f"k{j}" for j in range(a, b)], class_ids[a:b],
+            latents[a:b], schema,
+        )
+        for i, (a, b) in enumerate([(0, 4), (4, 8), (8, 12), (12, 16), (16, 18)])
+    ]  # fmt: skip
+    files = join_chunks(folder, 7, parts, 80)
+    assert [f.rows for f in files] == [8, 10] and join_chunks(folder, 7, parts, 80) == files
+    log = LatentLog(folder)
+    for c in range(3):
+        rows = [x for f in files for _, x in log.read(f, [c])]
+        np.testing.assert_array_equal(np.concatenate(rows), latents[class_ids == c])
+    (tmp_path / parts[1].file).write_bytes(b"something else")
+    with pytest.raises(AssertionError, match="changed after"):
+        join_chunks(folder, 7, parts, 80)
+
+
+def test_the_reader_is_never_fused_into_the_encoder(corpus: Corpus, prior: Prior, tmp_path: Path) -> None:
+    """With the same resources on both sides Ray Data would; each row tells the process that decoded it."""
+
+    class WhichProcess:  # in place of the encoder: the operator that this actor runs
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+            title = Path("/proc/self/cmdline").read_text()
+            return {"name": [title.split("MapWorker(")[-1].split(").")[0]]}
+
+    config = settings(corpus)
+    same = dataclasses.replace(config.cluster, encoder=config.cluster.reader)
+    todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar")}]
+    stream = encode.chunk_stream(
+        dataclasses.replace(config, cluster=same), todo, Folder(str(tmp_path)), 10, prior.image_size, 64
+    )
+    done = encode.encoded(stream, same, (1, 1), WhichProcess, ()).take_all()
+    assert len(done) == 3 and all(row["name"] == "MapBatches(WhichProcess)" for row in done)
+
+
+def encoder_settings(path: Path, batch: int, **more: object) -> EncoderSettings:
+    own = EncoderSettings(str(path), "some", (4, 4, 4), 8, batch, 1, 3, "mode", "float32", False, False, 0.0)
+    return dataclasses.replace(own, **more)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder") / "kl"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=8, scaling_factor=0.5,
+            mid_block_add_attention=False,
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_posterior_sample_belongs_to_its_key(autoencoder_folder: Path) -> None:
+    """In any batch and any order, and with the noise that the key alone gives."""
+    keys = [f"k{i}" for i in range(7)]
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    where = Folder("unused")
+    drawn = Encoder(encoder_settings(autoencoder_folder, 7, posterior="sample"), where).encode(pixels, keys)
+    for batch in (1, 3):
+        small = Encoder(encoder_settings(autoencoder_folder, batch, posterior="sample"), where)
+        np.testing.assert_allclose(small.encode(pixels[::-1], keys[::-1])[::-1], drawn, rtol=2e-3, atol=2e-3)
+    other = Encoder(encoder_settings(autoencoder_folder, 7, posterior="sample", seed=4), where).encode(pixels, keys)
+    assert not np.allclose(other, drawn, atol=1e-2)
+
+    network = AutoencoderKL.from_pretrained(autoencoder_folder).eval()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    noise = np.stack([philox("posterior", 3, k).standard_normal((4, 4, 4), dtype=np.float32) for k in keys])
+    with torch.no_grad():
+        posterior = network.encode(images).latent_dist
+    expected = (posterior.mean + posterior.std * torch.from_numpy(noise)) * 0.5
+    np.testing.assert_allclose(drawn, expected.flatten(1).numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_batch_is_found_once_and_recorded(autoencoder_folder: Path, tmp_path: Path) -> None:
+    config = load_config(["encoder.batch=0", f"encoder.path={autoencoder_folder}", "encoder.chunk_samples=16"])
+    networks = Networks("some", (4, 4, 4), 8, None, 10, None, None, None, 0, 0, {}, "this")
+    log, other = Folder(str(tmp_path / "log")), Folder(str(tmp_path / "other"))
+    found = encode.inner_batch(config, networks, log)
+    record = log.read_json("batch.json")
+    tried = sorted(map(int, record["images_per_s"]))
+    assert record["batch"] == found and found in tried and tried == [2**i for i in range(len(tried))]
+    assert max(tried) <= 16 and all(rate > 0 for rate in record["images_per_s"].values())
+    log.publish_json("batch.json", record | {"batch": 11})  # what was recorded counts, not a second search
+    assert encode.inner_batch(config, networks, log) == 11
+    assert encode.inner_batch(config, networks, other, log) == 11 and not other.exists()
+    assert encode.inner_batch(load_config(), networks, log) == 64
+
+
+def test_chunks_are_whole_batches(corpus: Corpus) -> None:
+    config = load_config()
+    assert encode.chunk_rows(config, 256) == 170 and encode.chunk_rows(config, 256, 64) == 128
+    assert encode.chunk_rows(config, 512, 64) == 42
+    assert encode.chunk_rows(settings(corpus), 256, 64) == CHUNK
+
+
+def test_what_changes_latents_is_in_their_identity(prior: Prior) -> None:
+    def of(*overrides: str, encoder_id: str = "") -> dict:
+        facts = Networks(prior.id, (8, 4, 4), 16, None, 10, None, None, None, 0, 0, {}, encoder_id)
+        return encode.identity(load_config([*overrides]), None, facts)
+
+    plain = of()
+    assert of("encoder.workers=3", "encoder.max_workers=5", "seed=5") == plain
+    for change in ("posterior=sample", "dtype=bfloat16", "channels_last=true", "compile=true", "batch=3"):
+        assert of(f"encoder.{change}") != plain
+    assert of("encoder.posterior=sample", "seed=5") != of("encoder.posterior=sample")
+    assert of("encoder.path=x", encoder_id="a") == of("encoder.path=y", encoder_id="a") != plain
 
 
 def test_a_finished_log_is_reused(encoded: Path, corpus: Corpus, prior: Prior) -> None:

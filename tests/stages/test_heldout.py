@@ -82,7 +82,7 @@ def case(
     networks = Networks(prior.id, tuple(prior.latent_shape), prior.image_size, None, 10, None, None, None, 0, 0, {})
     data = prepare.run(config, run, Events(run))
     latents = run / "latents"
-    Artifact(latents, "encode").finish(encode.identity(config, data, prior.id), kept=True)
+    Artifact(latents, "encode").finish(encode.identity(config, data, networks), kept=True)
     made = Case(config, run, data, networks, latents)
     return made, made.start().wait(Events(run))
 

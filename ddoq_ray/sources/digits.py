@@ -1,4 +1,4 @@
-"""Labelled image collections that `prepare` can turn into shards by name."""
+"""scikit-learn's digits: the collection that comes with the package."""
 
 from __future__ import annotations
 

@@ -1,0 +1,146 @@
+"""What every labelled image collection is to `prepare`: a survey of names, and the bytes behind some of them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from ddoq_ray.artifacts import Folder
+from ddoq_ray.pictures import FORMATS as READ_FORMATS
+from ddoq_ray.pictures import IMAGE_EXTENSIONS
+from ddoq_ray.records import ClassInfo
+
+NO_EXTENSION = "no image extension"
+# Pillow's word for a format -> the extension that a nameless file of it gets in a shard.
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file or sample that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    """The samples of one split by name; no image is in it.
+
+    Attributes:
+        names: Where each sample is, in the source's own words; sorted, each once.
+        class_ids: int32 [N].
+        sizes: int64 [N], bytes of each sample, or a fixed guess where telling would mean reading it.
+        refused: What was refused by its name alone.
+    """
+
+    names: list[str]
+    class_ids: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
+    refused: list[Refused] = field(default_factory=list)
+
+
+@dataclass
+class Survey:
+    """A collection before any image of it is read."""
+
+    classes: list[ClassInfo]
+    train: Listing
+    val: Listing | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image file's bytes; `extension` is None where the source does not name one."""
+
+    data: bytes
+    extension: str | None = None
+
+
+class Source(ABC):
+    """A collection; small and picklable, made of paths and options."""
+
+    @abstractmethod
+    def survey(self) -> Survey:
+        """Names and labels of everything there.
+
+        Raises:
+            ValueError: When the collection is missing, empty, or its classes are ambiguous.
+        """
+
+    @abstractmethod
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+        """The images of some names of a split, one by one and in their order."""
+
+    def containers(self) -> list[str]:
+        """Files that must be laid open before single samples of them can be read; usually none."""
+        return []
+
+    def lay_open(self, container: int, scratch: Folder) -> None:
+        """Publish in `scratch` what `read` needs of the container with that number. Running it twice is harmless."""
+        raise AssertionError("this source has no containers")
+
+
+def refusal(picture: Picture) -> str | None:
+    """Why bytes are no image, by their header; None when they may be one. Decoding is the encode stage's."""
+    if not picture.data:
+        return "empty file"
+    kind = _header(picture.data)
+    if kind is None:
+        return "not an image in a known format"
+    if picture.extension is None and kind not in _EXTENSIONS:
+        return f"image format {kind} is not one that is read"
+    return None
+
+
+def extension_of(picture: Picture) -> str:
+    """The extension that the image has in a shard: its own in lower case, else that of its format."""
+    kind = _header(picture.data) if picture.extension is None else None
+    extension = picture.extension.lower() if picture.extension is not None else _EXTENSIONS[str(kind)]
+    assert extension in IMAGE_EXTENSIONS, extension
+    return extension
+
+
+def _header(data: bytes) -> str | None:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures: whether one is too large is decided where it is decoded
+        try:
+            with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+                return image.format
+        except Image.DecompressionBombError:
+            return "PNG"  # it has a header, and that is all that is asked here
+        except Exception:  # Pillow raises many kinds for a broken header
+            return None
+
+
+def image_extension(name: str) -> str | None:
+    """A file name's extension when it is an image's, as written; else None."""
+    stem, dot, extension = name.rpartition("/")[2].rpartition(".")
+    return extension if dot and stem and extension.lower() in IMAGE_EXTENSIONS else None
+
+
+def absolute(path: str) -> str:
+    """A path that means the same in every process of this machine; URLs are kept."""
+    if "://" in path:
+        return path.rstrip("/")
+    return str(fsspec.core.url_to_fs(path)[1])
+
+
+def sorted_listing(names: list[str], class_ids: list[int], sizes: list[int], refused: list[Refused]) -> Listing:
+    """A listing in the order of its names, whatever the order in which a file system gave them."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return Listing(
+        [names[i] for i in order],
+        np.asarray([class_ids[i] for i in order], np.int32),
+        np.asarray([sizes[i] for i in order], np.int64),
+        sorted(refused, key=lambda r: (r.name, r.reason)),
+    )

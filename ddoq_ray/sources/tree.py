@@ -1,0 +1,64 @@
+"""Folders and files below a place, on a disk (symbolic links followed) or in a store."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+
+import fsspec
+
+Entry = tuple[str, int]  # a name, a size in bytes
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str], list[Entry]]]:
+    """(folder relative to the root, its folders, its files with their sizes) of every folder, the root as "".
+
+    Links to folders are followed, as trees of links to a larger collection are common; one that leads back to a
+    folder above it is not, and is given as a file. Names are sorted.
+
+    Raises:
+        ValueError: When a folder cannot be listed.
+    """
+    if "://" not in root:
+        yield from _walk_disk(root, "", frozenset())
+        return
+    fs, place = fsspec.core.url_to_fs(root)
+    place = place.rstrip("/")
+    for here, folders, files in fs.walk(place, detail=True):
+        # An object store lists a folder's own marker as a file without a name.
+        entries = sorted((name, int(info.get("size") or 0)) for name, info in files.items() if name)
+        yield here.removeprefix(place).strip("/"), sorted(folders), entries
+
+
+def _walk_disk(
+    root: str, below: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, list[str], list[Entry]]]:
+    here = os.path.join(root, below) if below else root
+    status = os.stat(here)
+    above |= {(status.st_dev, status.st_ino)}
+    folders: list[str] = []
+    files: list[Entry] = []
+    try:
+        there = list(os.scandir(here))
+    except PermissionError as error:
+        raise ValueError(f"no permission to list {here}; mend its permissions, or move it out of the source") from error
+    for entry in there:
+        try:
+            found = entry.stat()
+        except OSError:  # a link to nothing: reading it will say so
+            files.append((entry.name, 0))
+            continue
+        if entry.is_dir() and (found.st_dev, found.st_ino) not in above:
+            folders.append(entry.name)
+        else:
+            files.append((entry.name, found.st_size))
+    yield below, sorted(folders), sorted(files)
+    for folder in sorted(folders):
+        yield from _walk_disk(root, posixpath.join(below, folder), above)
+
+
+def top(root: str) -> tuple[list[str], list[str]]:
+    """(names of the folders, names of the files) directly in a folder; hidden folders are left out."""
+    _, folders, files = next(walk(root))
+    return [f for f in folders if not f.startswith(".")], [name for name, _ in files]

@@ -1,0 +1,210 @@
+"""Shards wherever they are: found by name, and read as one stream that a bad network cannot cut short.
+
+Anything that fsspec opens will do: local paths, ``s3://``, ``gs://``, ``memory://``. A store of one's own is named as
+its libraries want it: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY`` for S3 (or a profile, or
+the machine's role), ``GOOGLE_APPLICATION_CREDENTIALS`` for Google. On a cluster every node needs them.
+
+An object is read in blocks, each by a request of its own: what fails is asked for again, and no byte comes twice.
+The object's own size says where it ends: fewer bytes than that are an error of the transport, never the end of a tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import IO, Any, TypeVar
+
+import braceexpand
+import fsspec
+
+T = TypeVar("T")
+
+BLOCK_BYTES = 8 << 20  # one request: large enough to hide its latency, small enough to lose little
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the 2nd to the 6th try; each up to half as long again, by chance
+
+# Errors of these libraries that are no OSError are the network's; anything else is a bug and is not tried again.
+_NETWORK_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
+    """The tar shards of a folder, a glob or a brace pattern, sorted by name.
+
+    Args:
+        path: A folder (its ``*.tar``), a glob, or a brace pattern such as ``train-{0000..0099}.tar``;
+            local or a URL that fsspec opens.
+        key: The configuration key to name in an error.
+
+    Raises:
+        ValueError: When the path does not exist, cannot be listed, or holds no shard.
+    """
+    found: list[str] = []
+    for pattern in braceexpand.braceexpand(path):
+        try:
+            names = retried(pattern, partial(_matches, pattern, f"{key}={path}"))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{key}={path}: cannot be listed: {_words(error)}") from error
+        found += names
+    if not found:
+        raise ValueError(f"{key}={path}: no shard matches; expected WebDataset tar shards (*.tar)")
+    return found
+
+
+def _matches(pattern: str, asked: str) -> list[str]:
+    try:
+        fs, root = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:  # a library to install, or a protocol that nobody knows
+        raise ValueError(f"{asked}: {error}") from error
+    if any(ch in root for ch in "*?["):
+        names = sorted(fs.glob(root))
+    elif fs.isdir(root):
+        names = sorted(fs.glob(root.rstrip("/") + "/*.tar"))
+        if not names:
+            raise ValueError(f"{asked}: the folder {root} holds no *.tar shard; expected WebDataset shards")
+    elif fs.exists(root):
+        names = [root]
+    else:
+        raise ValueError(
+            f"{asked}: {root} does not exist; expected a folder, glob or brace pattern of WebDataset tar shards"
+        )
+    return [name if _is_local(fs) else str(fs.unstrip_protocol(name)) for name in names]
+
+
+@contextlib.contextmanager
+def open_shard(url: str) -> Iterator[IO[bytes]]:
+    """A shard to read and seek in, from its first byte on.
+
+    Raises:
+        ValueError: Here or in reading, when it cannot be read: the store refuses it, or every try failed.
+    """
+    try:
+        with _opened(url) as f:
+            yield f
+    except (ImportError, OSError) as error:
+        raise ValueError(f"cannot read {url}: {_words(error)}") from error
+
+
+def _opened(url: str) -> IO[bytes]:
+    fs, root = fsspec.core.url_to_fs(url)
+    if _is_local(fs):
+        return open(root, "rb")
+    size = retried(url, lambda: fs.size(root))
+    if size is None:
+        raise ValueError(f"cannot read {url}: its store does not tell its size; copy it to a disk, S3 or Google store")
+    return io.BufferedReader(_RemoteFile(fs, root, url, int(size)), 1 << 16)
+
+
+def retried(url: str, call: Callable[[], T]) -> T:
+    """`call()`, again after a wait as long as it fails by what may pass: `len(WAITS)` times at most.
+
+    Raises:
+        ValueError: When the last try failed too.
+        Exception: At once, what another try cannot mend.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if wait is None:
+                raise ValueError(
+                    f"cannot read {url}: {len(WAITS) + 1} tries over {sum(WAITS):.0f} s or more failed, the last by "
+                    f"{_words(error)}; when the store answers again, run again: what is done stays"
+                ) from error
+            time.sleep(wait * random.SystemRandom().uniform(1, 1.5))  # else a thousand readers come back at once
+    raise AssertionError("unreachable")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later: a timeout, a cut connection, a 5xx, a short read."""
+    if isinstance(error, _PERMANENT):
+        return False
+    if isinstance(error, OSError | EOFError):  # TimeoutError and ConnectionError are OSErrors
+        return True
+    status = getattr(error, "status", getattr(error, "code", None))
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    library = type(error).__module__.split(".")[0]
+    return library in _NETWORK_LIBRARIES and "Credentials" not in type(error).__name__
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a file: one block in hand, the next one on its way while this one is decoded."""
+
+    def __init__(self, fs: Any, root: str, url: str, size: int) -> None:
+        self._fs, self._root, self._url, self._size = fs, root, url, size
+        self._at = 0
+        self._index, self._block = -1, b""
+        self._next: tuple[int, Future[bytes]] | None = None
+        self._thread = ThreadPoolExecutor(1, "shard")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._size:
+            return 0
+        index, start = divmod(self._at, BLOCK_BYTES)
+        if index != self._index:
+            self._take(index)
+        data = memoryview(self._block)[start : start + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _take(self, index: int) -> None:
+        sequential = index == self._index + 1
+        coming, self._next = self._next, None
+        self._block = b""  # two blocks in memory, not three
+        if coming is not None and coming[0] == index:
+            self._block = coming[1].result()
+        else:
+            self._block = self._fetch(index)
+        self._index = index
+        if sequential and (index + 1) * BLOCK_BYTES < self._size:
+            self._next = (index + 1, self._thread.submit(self._fetch, index + 1))
+
+    def _fetch(self, index: int) -> bytes:
+        start = index * BLOCK_BYTES
+        end = min(start + BLOCK_BYTES, self._size)
+
+        def request() -> bytes:
+            data = bytes(self._fs.cat_file(self._root, start=start, end=end))
+            if len(data) != end - start:
+                raise OSError(f"a short read: {len(data)} of the {end - start} bytes from byte {start} on")
+            return data
+
+        try:
+            return retried(self._url, request)
+        except OSError as error:  # what no try mends; an OSError would pass for a damaged tar further up
+            raise ValueError(f"cannot read {self._url}: {_words(error)}") from error
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
