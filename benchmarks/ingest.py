@@ -13,8 +13,11 @@ Processes are started and have imported everything before the clock starts on bo
 the turns of the two rates of one turn. `cpu_us_per_image` is processor time of one process that does the same work
 without Ray: it shows what reading costs when other programs take the machine's processors away.
 
-* `memory`: the whole encode stage with a small encoder, over 4 shards of 100 images (`1x`) and over 40 (`10x`), each in
-  a process of its own. The driver's peak is its high-water mark; a worker's is its private memory (the object store
+With as many processes as cores, Ray's own (driver, raylet) take from the readers; with two a core, as the configuration
+for one machine has it (`cluster.reader.num_cpus=0.5`), each side has the same number and the gaps are filled.
+
+* `memory`: the whole encode stage with a small encoder, over 16 shards of 100 images (`1x`) and over 160 (`10x`), each
+  in a process of its own. The driver's peak is its high-water mark; a worker's is its private memory (the object store
   is shared, and of a fixed size), seen ten times a second.
 """
 
@@ -273,7 +276,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=20_000)
     options.add_argument("--shards", type=int, default=20)
-    options.add_argument("--processes", type=int, default=2)
+    options.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     options.add_argument("--turns", type=int, default=5)
     options.add_argument("--scratch", help="folder for the shards; removed at the end")
     options.add_argument("--one", help=argparse.SUPPRESS)
@@ -290,7 +293,7 @@ def main() -> None:
     os.environ.update(THREADS)
     scratch = Path(tempfile.mkdtemp(dir=given.scratch))
     rows: list[dict[str, Any]] = []
-    about = {"images": given.images, "shards": given.shards, "processes": given.processes}
+    about = {"images": given.images, "shards": given.shards}
     try:
         import ray
 
@@ -299,35 +302,34 @@ def main() -> None:
         from ddoq_ray.stages.encode import chunk_rows
 
         chunk = chunk_rows(settings(folder), SIZE, settings(folder).encoder.batch)
-        start_ray(given.processes)
-        ray_rate(folder, warm=True)
-        rates: dict[str, list[float]] = {"webdataset": [], "ray": []}
-        for turn in range(given.turns):
-            for side in sorted(rates, reverse=bool(turn % 2)):
-                rate = (
-                    ray_rate(folder, warm=False) if side == "ray" else webdataset_rate(folder, given.processes, chunk)
-                )
-                rates[side].append(rate)
-                print(f"turn {turn}: {side} {rate:,.0f} images/s", flush=True)
-        ray.shutdown()
         cpu = processor_time(sorted(str(p) for p in folder.glob("*.tar"))[:1], chunk, 2 * given.turns)
-        ratio = statistics.median(r / w for r, w in zip(rates["ray"], rates["webdataset"], strict=True))
-        for side, found in rates.items():
-            about["load"] = [round(x, 1) for x in os.getloadavg()]
-            row = about | {"what": side, "images_per_s": statistics.median(found), "turns": [round(r) for r in found]}
-            row["cpu_us_per_image"] = cpu[side]
-            if side == "ray":
-                row |= {"ratio_to_webdataset": ratio, "cpu_ratio_to_webdataset": cpu["webdataset"] / cpu["ray"]}
-            rows.append(row)
+        for processes in given.processes:
+            start_ray(processes)
+            ray_rate(folder, warm=True)
+            rates: dict[str, list[float]] = {"webdataset": [], "ray": []}
+            for turn in range(given.turns):
+                for side in sorted(rates, reverse=bool(turn % 2)):
+                    rate = ray_rate(folder, warm=False) if side == "ray" else webdataset_rate(folder, processes, chunk)
+                    rates[side].append(rate)
+                    print(f"{processes} processes, turn {turn}: {side} {rate:,.0f} images/s", flush=True)
+            ray.shutdown()
+            ratio = statistics.median(r / w for r, w in zip(rates["ray"], rates["webdataset"], strict=True))
+            for side, found in rates.items():
+                row = about | {"processes": processes, "load": [round(x, 1) for x in os.getloadavg()]}
+                row |= {"what": side, "images_per_s": statistics.median(found), "turns": [round(r) for r in found]}
+                row["cpu_us_per_image"] = cpu[side]
+                if side == "ray":
+                    row |= {"ratio_to_webdataset": ratio, "cpu_ratio_to_webdataset": cpu["webdataset"] / cpu["ray"]}
+                rows.append(row)
         call = json.dumps(["save", str(scratch / "encoder")])
         subprocess.run([sys.executable, "-m", "benchmarks.ingest", "--one", call], env=os.environ | THREADS, check=True)
         for times in (1, 10):
             what, place = f"memory {times}x", scratch / f"shards-{times}x"
-            write_shards(place, 400 * times, 4 * times)
-            call = json.dumps(["memory", str(place), str(scratch / "encoder"), given.processes])
+            write_shards(place, 1600 * times, 16 * times)
+            call = json.dumps(["memory", str(place), str(scratch / "encoder"), given.processes[0]])
             command = [sys.executable, "-m", "benchmarks.ingest", "--one", call]
             out = subprocess.run(command, env=os.environ | THREADS, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append({"what": what, "processes": given.processes} | json.loads(out.stdout.splitlines()[-1]))
+            rows.append({"what": what, "processes": given.processes[0]} | json.loads(out.stdout.splitlines()[-1]))
     finally:
         shutil.rmtree(scratch)
     columns = ["what", "images", "shards", "processes", "images_per_s", "ratio_to_webdataset", "cpu_us_per_image",
