@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ingest import SIZE, THREADS, WorkerPeaks, facts, peak_bytes, settings, start_ray, write_shards
-from benchmarks.provenance import finish, parser
+from benchmarks.ingest import SIZE, THREADS, WorkerPeaks, facts, settings, start_ray, write_shards
+from benchmarks.provenance import finish, parser, peak_bytes
 
 
 def save_encoder(folder: Path, width: int) -> None:

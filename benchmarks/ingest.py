@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.provenance import finish, parser
+from benchmarks.provenance import finish, parser, peak_bytes
 from ddoq_ray.samples import write_tar
 
 SIZE = 256
@@ -188,11 +188,6 @@ def ray_rate(folder: Path, warm: bool) -> float:
 def chunk_images(bundle: Any) -> int:
     """Images in the blocks of a bundle, from what Ray Data knows of their size."""
     return round(sum(m.size_bytes for m in bundle.metadata) / (3 * SIZE**2))
-
-
-def peak_bytes(process: int | str = "self", field: str = "VmHWM") -> int:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 class WorkerPeaks(threading.Thread):

@@ -30,6 +30,12 @@ def hardware() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
+def peak_bytes(process: int | str = "self", field: str = "VmHWM") -> int:
+    """Resident memory of a process at its highest (VmHWM), or another line of its status."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
 def provenance() -> dict[str, str]:
     """Hardware, commit and command of this measurement; files of the command by their names, wherever they are."""
     try:

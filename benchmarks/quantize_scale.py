@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.provenance import finish, parser
+from benchmarks.provenance import finish, parser, peak_bytes
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
 
@@ -73,12 +73,6 @@ def write_log(run: Folder, layout: str, classes: int, per_class: int, dim: int, 
     data.publish_json("val-shards.json", [])
     Artifact(data, "prepare").finish({})
     Artifact(run / "latents", "encode").finish({"prior": "synthetic", "data": "synthetic"}, kept=True)
-
-
-def peak_bytes(process: int | str = "self") -> int:
-    """High-water mark of a process's resident memory."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def cpu_seconds(process: int | str = "self") -> float:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,30 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:
+    """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
+
+    Raises:
+        ValueError: A worker's, for the person; the other tasks are cancelled.
+    """
+    waiting: dict[Any, int] = {}
+    left = deque(enumerate(jobs))
+    while left or waiting:
+        while left and len(waiting) < at_once:
+            number, submit = left.popleft()
+            waiting[submit()] = number
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        number = waiting.pop(ready[0])
+        try:
+            yield number, ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            for ref in waiting:  # one answer is enough; Ray would print the others' errors
+                ray.cancel(ref)
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    ray.get(ref)
+            raise (error.cause if isinstance(error.cause, ValueError) else error) from None
 
 
 def say(text: str) -> None:

@@ -7,12 +7,11 @@ is there and was made from the same plan, so that a killed run goes on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import tarfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import IO, Any
@@ -26,7 +25,7 @@ from ddoq_ray.artifacts import Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
-from ddoq_ray.runtime import Progress
+from ddoq_ray.runtime import Progress, in_tasks
 from ddoq_ray.samples import index_shard
 from ddoq_ray.sources.listing import Listing, Refused, Source, Survey, extension_of, refusal
 from ddoq_ray.stages.prepared import Packed
@@ -132,7 +131,7 @@ def survey_source(source: Source) -> Survey:
     Raises:
         ValueError: When the collection is missing, empty or ambiguous.
     """
-    return next(_in_tasks([lambda: _survey.remote(source)], 1))[1]
+    return next(in_tasks([lambda: _survey.remote(source)], 1))[1]
 
 
 def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan], run: Folder) -> Packed:
@@ -152,7 +151,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     containers = source.containers()
     if containers:
         with Progress("prepare", len(containers), "files") as progress:
-            for _ in _in_tasks([open_job(i) for i in range(len(containers))], at_once):
+            for _ in in_tasks([open_job(i) for i in range(len(containers))], at_once):
                 progress.advance()
 
     def job(plan: Plan, index: int) -> Callable[[], Any]:
@@ -170,7 +169,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     infos: list[Any] = [None] * len(jobs)
     refused: Counter[str] = Counter()
     with Progress("prepare", len(jobs), "shards") as progress:
-        for number, (info, why) in _in_tasks(jobs, at_once):
+        for number, (info, why) in in_tasks(jobs, at_once):
             infos[number] = info
             refused.update(why)
             progress.advance()
@@ -285,30 +284,6 @@ def _check_refused(config: RunConfig, packed: Packed, data: Folder) -> None:
             f"{bad:,} of {bad + good:,} images ({bad / (bad + good):.1%}) are refused ({told}), more than "
             f"max_bad_fraction={config.max_bad_fraction:g}; {where}; mend the source, or allow more"
         )
-
-
-def _in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:
-    """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
-
-    Raises:
-        ValueError: A worker's, for the person; the other tasks are cancelled.
-    """
-    waiting: dict[Any, int] = {}
-    left = deque(enumerate(jobs))
-    while left or waiting:
-        while left and len(waiting) < at_once:
-            number, submit = left.popleft()
-            waiting[submit()] = number
-        ready, _ = ray.wait(list(waiting), num_returns=1)
-        number = waiting.pop(ready[0])
-        try:
-            yield number, ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            for ref in waiting:  # one answer is enough; Ray would print the others' errors
-                ray.cancel(ref)
-                with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                    ray.get(ref)
-            raise (error.cause if isinstance(error.cause, ValueError) else error) from None
 
 
 @ray.remote(num_cpus=1)

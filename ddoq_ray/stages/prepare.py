@@ -8,8 +8,8 @@ with a classes.json of its own, so that other runs can read them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import posixpath
 import time
 from collections import Counter
@@ -24,13 +24,14 @@ from ddoq_ray.artifacts import Artifact, Folder, Status
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
-from ddoq_ray.runtime import Events, Progress, say
+from ddoq_ray.runtime import Events, Progress, in_tasks, say
 from ddoq_ray.samples import encode_png, index_shard, list_shards, read_classes, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits, kind_of, open_source
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.pack import make_plans, pack, survey_source
 from ddoq_ray.stages.prepared import Data, Packed, summary, summary_lines
 
+INDEXED_AT_ONCE = 256  # shards; enough for a large cluster, and Ray is not given 14,000 tasks at a time
 DIGIT_SHARDS = {"train": 4, "selection": 1, "val": 1}
 
 
@@ -100,21 +101,13 @@ def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
     if not urls:
         return []
     task = ray.remote(num_cpus=0.5)(index_shard)
-    refs = [task.remote(url, num_classes) for url in urls]
-    with Progress("prepare", len(refs), "shards") as progress:
-        waiting = list(refs)
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1)
-            try:
-                ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:
-                for ref in waiting:  # one answer is enough; Ray would print the others' errors
-                    ray.cancel(ref)
-                    with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                        ray.get(ref)
-                raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+    jobs = [functools.partial(task.remote, url, num_classes) for url in urls]
+    found: dict[int, ShardInfo] = {}
+    with Progress("prepare", len(jobs), "shards") as progress:
+        for number, info in in_tasks(jobs, INDEXED_AT_ONCE):
+            found[number] = info
             progress.advance()
-    return ray.get(refs)
+    return [found[i] for i in range(len(jobs))]
 
 
 def identity(config: RunConfig) -> dict:

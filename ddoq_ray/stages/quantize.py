@@ -7,6 +7,7 @@ of actors, any order of arrival, any death.
 Classes are written in parts (fixed ranges of class ids, which do not depend on the number of actors). When the last
 shard of a part's last class is consumed, each class of the part gets its exact assignment pass over the log, the part
 is published, and its state is freed.
+
 What an actor may hold is planned, checked and asked of Ray first (`quantize_memory`).
 """
 

@@ -7,8 +7,8 @@ An actor needs
     streaming:  sum over the open classes of 4 D max(min(n, buffer), min(n, K)) + 24 K + 6 KiB, where they are most
                 (a class is open from its first shard until its part is written: in a class-mixed log all classes are
                 open at the end), and one class's seeding
-    exact:      160 MiB of libraries; 512 MiB of latents, or the largest class; and what its algorithm needs for the
-                largest class that it gets (8 n D + 12 n^2 in Gram space)
+    exact:      160 MiB of libraries; 512 MiB of latents, or the largest class; and what the algorithm needs for the
+                class that needs most (8 n D + 12 n^2 in Gram space; a class too large for that is streamed)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, QuantizerConfig
+from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
 from ddoq_ray.stages.class_quantizers import READ_BYTES, algorithm_of
@@ -57,21 +57,25 @@ def plan_memory(
             work = census.peak(parts, clvq_bytes(census.images, config.ipc, dim, buffer))
             work += clvq_seeding_bytes(config.ipc, dim, buffer)
         else:
-            latents = 2.0 * dim * census.images[mine]
-            work = min(latents.sum(), max(READ_BYTES, latents.max(initial=0)))
-            work += max((_class_bytes(algorithm, int(n), dim) for n in np.unique(census.images[mine])), default=0.0)
+            sizes = census.images[mine].tolist()
+            latents = [2.0 * n * dim for n in sizes if algorithm_of(algorithm, n, dim) != "clvq"]
+            work = min(sum(latents), max(READ_BYTES, max(latents, default=0.0)))
+            work += max((_class_bytes(algorithm, n, config.ipc, dim) for n in set(sizes)), default=0.0)
             base += LIBRARY_BYTES
         pairs = sum(len(census.shards[c]) for c in mine.tolist())
         needs.append(int(base + 12 * pairs + chunk + work))
     return needs
 
 
-def _class_bytes(algorithm: QuantizerConfig, n: int, dim: int) -> float:
-    """Working memory of an exact algorithm for one class of n images."""
-    if not isinstance(algorithm, GramConfig):
-        return 16.0 * n * dim  # scikit-learn and faiss copy what they get
+def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int) -> float:
+    """Working memory, beside its fp16 latents, of a class of n images that an exact algorithm was asked for."""
     kind = algorithm_of(algorithm, n, dim)
-    return float(gram_bytes(n, dim)) if kind == "gram" else 8.0 * n * dim if kind == "faiss" else 0.0
+    if kind == "gram":
+        return float(gram_bytes(n, dim))
+    if kind == "clvq":  # too large to be whole in memory: it is streamed
+        buffer = Clvq.default_buffer(k)
+        return float(clvq_bytes(n, k, dim, buffer)) + clvq_seeding_bytes(k, dim, buffer)
+    return 16.0 * n * dim  # scikit-learn and faiss copy what they get
 
 
 class _Census:
