@@ -74,7 +74,7 @@ def stage(folder: Path, encoder: Path, batch: int) -> dict[str, float]:
     times: list[tuple[float, int]] = []
     start = time.perf_counter()
     manifest = encode.run(
-        config, run, data, Events(run), facts(),
+        config, run, data, Events(run), facts(SIZE),
         lambda shard: times.append((time.perf_counter(), data.train[shard].samples)),
     )  # fmt: skip
     seconds = time.perf_counter() - start

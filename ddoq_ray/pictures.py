@@ -102,20 +102,22 @@ def to_square(image: Image.Image, size: int, resize: Resize = "squash") -> np.nd
         uint8 [size, size, 3], bit for bit what torchvision's `resize`, `center_crop` and `pad` make of a PIL picture
         (up to an aspect of 8 : 1; a longer picture loses its ends before it is resized to be cropped).
     """
+    if resize not in RESIZE_MODES:
+        raise ValueError(f"encoder.resize={resize}: expected one of {', '.join(RESIZE_MODES)}")
     width, height = image.size
+    if image.size == (size, size):
+        return np.asarray(image, dtype=np.uint8)  # PIL would copy it first
     if resize == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     elif resize == "center-crop":
         image = _center_crop(image, size)
-    elif resize == "pad":
+    else:
         longer = max(width, height)
         inner = (max(1, size * width // longer), max(1, size * height // longer))
         image = image.resize(inner, Image.Resampling.BICUBIC)
         if inner != (size, size):
             left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
             image = ImageOps.expand(image, (left, top, size - inner[0] - left, size - inner[1] - top))
-    else:
-        raise ValueError(f"encoder.resize={resize}: expected one of {', '.join(RESIZE_MODES)}")
     return np.asarray(image, dtype=np.uint8)
 
 

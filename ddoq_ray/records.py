@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,10 @@ class ClassCounts(Mapping[int, int]):
         self.class_ids: npt.NDArray[np.int32] = class_ids[order]
         self.counts: npt.NDArray[np.int64] = np.fromiter(counts.values(), np.int64, len(counts))[order]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As bytes: arrays that come through Ray keep the whole message alive, kilobytes for each shard.
+        return _counts_of, (self.class_ids.tobytes(), self.counts.tobytes())
+
     def __getitem__(self, class_id: int) -> int:
         at = int(np.searchsorted(self.class_ids, class_id))
         if at == len(self.class_ids) or self.class_ids[at] != class_id:
@@ -54,6 +59,12 @@ class ClassCounts(Mapping[int, int]):
 
     def to_json(self) -> dict[str, int]:
         return {str(c): n for c, n in zip(self.class_ids.tolist(), self.counts.tolist(), strict=True)}
+
+
+def _counts_of(class_ids: bytes, counts: bytes) -> ClassCounts:
+    made = ClassCounts({})
+    made.class_ids, made.counts = np.frombuffer(class_ids, np.int32), np.frombuffer(counts, np.int64)
+    return made
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from PIL import Image
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS, RefusedPicture, Resize, decode_rgb, encode_png, to_square
 from ddoq_ray.records import ClassCounts, ClassInfo, ShardInfo
+from ddoq_ray.tar_headers import open_tar
 from ddoq_ray.transport import list_shards, open_shard, retried
 
 __all__ = [
@@ -233,7 +234,7 @@ def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Collection[str], on_mem
     yield from _samples_of(parts)
 
 
-def _labelled(
+def labelled(
     tar: tarfile.TarFile, on_bad: OnBad, needed: Collection[str], on_member: OnMember = lambda info: None
 ) -> Iterator[tuple[_Group, int]]:
     """Samples that have one label and one picture; whether the label is a class's is not looked at.
@@ -308,11 +309,11 @@ def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample
     """
     with open_shard(shard) as f:
         try:
-            tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115 (closed with its file object)
+            tar = open_tar(f)
         except tarfile.ReadError:  # its own words are those of four compressions
             on_bad(BadSample("", 0, "not a tar"))
             return
-        for group, class_id in _labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
+        for group, class_id in labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
             if not 0 <= class_id < num_classes:
                 reason = f"label is outside the class list (0 to {num_classes - 1}): {class_id}"
                 on_bad(BadSample(group.key, group.offset, reason))
@@ -344,10 +345,10 @@ def index_shard(shard: str, num_classes: int) -> ShardInfo:
         size = f.seek(0, io.SEEK_END)
         f.seek(0)
         try:
-            tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115
+            tar = open_tar(f)
         except tarfile.ReadError:
             return ShardInfo(shard, 0, size, ClassCounts({}), "not-a-tar")
-        for group, class_id in _labelled(tar, lambda bad: digest.update(repr(bad).encode()), ("cls",), on_member):
+        for group, class_id in labelled(tar, lambda bad: digest.update(repr(bad).encode()), ("cls",), on_member):
             if not 0 <= class_id < num_classes:
                 raise ValueError(
                     f"{shard}: sample {group.key}: label {class_id} is outside the class list "

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.samples import BadSample, _labelled, read_classes
+from ddoq_ray.samples import BadSample, labelled, read_classes
 from ddoq_ray.sources.containers import Containers, row_names
 from ddoq_ray.sources.listing import Listing, Refused, Survey
+from ddoq_ray.tar_headers import open_tar
 from ddoq_ray.transport import list_shards, open_shard
 
 
@@ -67,11 +68,11 @@ def _pictures(shard: str, on_bad: Callable[[BadSample], None]) -> Iterator[tuple
     """(key, label, image bytes, extension) of each usable sample of a shard, in its order."""
     with open_shard(shard) as f:
         try:
-            tar = tarfile.open(fileobj=f, mode="r:*")  # noqa: SIM115
+            tar = open_tar(f)
         except tarfile.ReadError:
             on_bad(BadSample("", 0, "not a tar"))
             return
-        for group, label in _labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
+        for group, label in labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
             data = group.members[group.images[0]]
             assert data is not None
             yield group.key, label, data, group.images[0]

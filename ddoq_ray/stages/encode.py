@@ -1,31 +1,30 @@
 """encode: Ray Data streams shards through a pool of encoder actors into the latent log.
 
-A reader task decodes a shard sample by sample and yields chunks, each ONE row of the stream (Ray Data merges and
-re-cuts rows that come in batches). An encoder actor turns a chunk into one published file of latents. When all chunks
-of a shard are there, a task joins them into few files, and the shard's done record follows. Every step is a pure
-function of the shard, so running one twice, which Ray Data may do, changes nothing.
+A reader task decodes shards and yields chunks of pixels. An encoder actor turns a chunk into one published file of
+latents. When all chunks of a shard are there, a task joins them into few files, and the shard's done record follows.
+Every step is a pure function of the shard, so running one twice, which Ray Data may do, changes nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.cluster import ClusterConfig
+from ddoq_ray.config.latents import EncoderConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.pictures import Resize
 from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone
 from ddoq_ray.runtime import Events, Progress, say
-from ddoq_ray.samples import BadSample, read_samples, to_square
+from ddoq_ray.stages.encode_reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode_worker import (
     FILE_BYTES,
     PARTS,
@@ -38,12 +37,6 @@ from ddoq_ray.stages.encode_worker import (
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
-CHUNK_BYTES = 32 << 20  # of pixels: small enough that several wait in memory, large enough to hide a call's cost
-
-
-T = TypeVar("T")
-
-READER_BYTES = 4 * CHUNK_BYTES  # a chunk is collected, joined, put into a block and stored
 MAX_JOINS = 16  # shards that wait to be joined; more, and the stream waits for them
 SEARCH_SECONDS = 0.3  # for each micro-batch that is tried
 
@@ -51,70 +44,10 @@ SEARCH_SECONDS = 0.3  # for each micro-batch that is tried
 _join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(join_chunks)
 
 
-def chunk_rows(config: RunConfig, image_size: int, batch: int = 1) -> int:
-    """Samples in a chunk, at most; whole micro-batches where it holds more than one."""
-    rows = config.encoder.chunk_samples or max(1, CHUNK_BYTES // (3 * image_size**2))
-    return rows if config.encoder.chunk_samples or rows < batch else rows - rows % batch
-
-
 def file_rows(config: RunConfig, networks: Networks) -> int:
     """Samples in a file of the latent log, at most."""
     rows = FILE_BYTES // (2 * int(np.prod(networks.latent_shape)))
     return max(rows, chunk_rows(config, networks.image_size))
-
-
-def read_chunks(
-    batch: dict[str, np.ndarray],
-    *,
-    quarantine: Folder,
-    num_classes: int,
-    image_size: int,
-    chunk_samples: int,
-    resize: Resize = "squash",
-) -> Iterator[dict[str, list[Any]]]:
-    """One shard in, its chunks out, each as one row; refused samples go to ``quarantine/<shard>.jsonl``.
-
-    The last chunk of a shard (possibly without samples) carries the number of refused samples.
-    """
-    for shard, url in zip(batch["shard"].tolist(), batch["url"].tolist(), strict=True):
-        bad: list[BadSample] = []
-        samples = read_samples(url, num_classes, bad.append)
-        # Resized one by one: a chunk of large photographs, as they were decoded, would be gigabytes.
-        squares = ((s.key, s.class_id, to_square(s.image, image_size, resize)) for s in samples)
-        for number, (chunk, last) in enumerate(_in_chunks(squares, chunk_samples)):
-            if last and bad:
-                bad.sort(key=lambda b: b.offset)
-                lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
-                quarantine.publish(f"{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
-            yield {
-                "shard": [shard],
-                "chunk": [number],
-                "last": [last],
-                "refused": [len(bad) if last else 0],
-                "keys": [json.dumps([key for key, _, _ in chunk])],
-                "class_ids": [np.asarray([class_id for _, class_id, _ in chunk], np.int32).tobytes()],
-                "pixels": [b"".join(square.data for _, _, square in chunk)],
-            }
-
-
-def read_tables(batch: dict[str, np.ndarray], **reading: Any) -> Iterator[pa.Table]:
-    """Ray Data UDF: the rows of `read_chunks` as Arrow tables; their pixels are not copied once more on the way."""
-    for row in read_chunks(batch, **reading):
-        pixels = row.pop("pixels")[0]
-        ends = np.array([0, len(pixels)], np.int32)
-        column = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(pixels)])
-        yield pa.table({**row, "pixels": column})
-
-
-def _in_chunks(samples: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
-    """(samples, whether these are the last); at least once, possibly without samples."""
-    chunk: list[T] = []
-    for sample in samples:
-        if len(chunk) == size:  # one sample ahead, so that the last chunk is known to be the last
-            yield chunk, False
-            chunk = []
-        chunk.append(sample)
-    yield chunk, True
 
 
 def identity(config: RunConfig, data: Data | None, networks: Networks) -> dict:
@@ -127,6 +60,12 @@ def identity(config: RunConfig, data: Data | None, networks: Networks) -> dict:
     if data is not None:
         facts["data"] = data.digest
     return facts
+
+
+def made_with(latents: Folder, encoder: EncoderConfig) -> EncoderConfig:
+    """The settings that a log was encoded with; the workers, and where the autoencoder is, are the run's own."""
+    made = Artifact(latents, "encode").require()["identity"]["encoder"]
+    return dataclasses.replace(encoder, **{key: value for key, value in made.items() if key != "path"})
 
 
 def inner_batch(config: RunConfig, networks: Networks, log: Folder, other: Folder | None = None) -> int:
@@ -268,7 +207,11 @@ def _stream(
     config: RunConfig, run_folder: Folder, data: Data, finished: set[int], networks: Networks, batch: int
 ) -> Iterator[ShardDone]:
     """The done record of each shard that is not finished, once its files are published."""
-    todo = [{"shard": i, "url": url} for i, url in enumerate(data.train_urls) if i not in finished]
+    todo = [
+        {"shard": i, "url": data.url(shard), "bytes": shard.bytes}
+        for i, shard in enumerate(data.train)
+        if i not in finished
+    ]
     if not todo:
         return
     latents = run_folder / "latents"
@@ -324,11 +267,14 @@ def chunk_records(
 def chunk_stream(
     config: RunConfig, todo: list[dict[str, Any]], run_folder: Folder, num_classes: int, image_size: int, batch: int
 ) -> ray.data.Dataset:
-    """The chunks of the shards `todo`, decoded by tasks on any node."""
-    ray.data.DataContext.get_current().target_max_block_size = CHUNK_BYTES  # chunks go on one by one, not a shard
-    return ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+    """The chunks of the shards `todo` (shard, url, bytes), decoded by tasks on any node; a task takes several."""
+    # Half a chunk, so that each one goes on at once and by itself; Ray Data would collect until a block is full.
+    ray.data.DataContext.get_current().target_max_block_size = CHUNK_BYTES // 2
+    readers = ray.cluster_resources().get("CPU", 1) / (config.cluster.reader.num_cpus or 1)
+    tasks = reader_tasks([row["bytes"] for row in todo], readers)
+    return ray.data.from_items(todo, override_num_blocks=tasks).map_batches(
         read_tables,
-        batch_size=1,
+        batch_size=None,  # all shards of a task
         num_cpus=config.cluster.reader.num_cpus,
         fn_kwargs={
             "quarantine": run_folder / "quarantine",

@@ -1,14 +1,15 @@
 """heldout: latents of validation images, on which the report measures the codebooks that were fitted to others.
 
 ``<run>/heldout/`` has the form of the latent log: a folder a validation shard, with at most `report.heldout_images`
-images of each class over all of them (the first ones, in the order of the shards), encoded as the training images are.
-It is an artifact of its own, so a second report finds it done. Encoding needs nothing of the stages between, so it goes
-on in tasks while students train; the report waits for it. Each task keeps the prior for its share of the shards; one
-that dies is retried by Ray and skips the shards that are published.
+images of each class over all of them (the first ones, in the order of the shards), encoded with the settings of the
+training images' log. It is an artifact of its own, so a second report finds it done. Encoding needs nothing of the
+stages between, so it goes on in tasks while students train; the report waits for it. Each task keeps the prior for its
+share of the shards; one that dies is retried by Ray and skips the shards that are published.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -21,7 +22,8 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.records import ChunkRecord, ShardDone
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
-from ddoq_ray.stages.encode import done_shards, read_chunks
+from ddoq_ray.stages.encode import done_shards
+from ddoq_ray.stages.encode_reader import chunk_rows, read_chunks
 from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, shard_name
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
@@ -59,6 +61,7 @@ class Heldout:
         self.missing = self._why_not(data, networks, latents)
         if self.missing:
             return
+        config = dataclasses.replace(config, encoder=encode.made_with(latents, config.encoder))
         self._facts = encode.identity(config, None, networks) | {
             "val": digest_of([s.digest for s in data.val])[:32],
             "classes": len(data.classes),
@@ -78,7 +81,7 @@ class Heldout:
         reading = {
             "num_classes": len(data.classes),
             "image_size": networks.image_size,
-            "chunk_samples": encode.chunk_rows(config, networks.image_size, batch),
+            "chunk_samples": chunk_rows(config, networks.image_size, batch),
             "resize": config.encoder.resize,
         }
         task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
@@ -94,6 +97,8 @@ class Heldout:
             return "the latents of the training images are not stored"
         if encoded["identity"]["prior"] != networks.prior_id:
             return "the latents were made by another prior than this one"
+        if encoded["identity"]["encoder"]["path"] != networks.encoder_id:
+            return "the latents were made by another autoencoder than this one (encoder.path)"
         return ""
 
     def wait(self, events: Events) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ddoq_ray.records import binary_rows, latent_schema
 from ddoq_ray.runtime import Events
 from ddoq_ray.samples import decode_rgb, to_square, write_tar
 from ddoq_ray.stages import encode, prepare
+from ddoq_ray.stages.encode_reader import CHUNK_BYTES, chunk_rows, reader_tasks
 from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, join_chunks, write_file
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
@@ -278,7 +279,7 @@ def test_the_reader_is_never_fused_into_the_encoder(corpus: Corpus, prior: Prior
 
     config = settings(corpus)
     same = dataclasses.replace(config.cluster, encoder=config.cluster.reader)
-    todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar")}]
+    todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar"), "bytes": 1}]
     stream = encode.chunk_stream(
         dataclasses.replace(config, cluster=same), todo, Folder(str(tmp_path)), 10, prior.image_size, 64
     )
@@ -342,9 +343,28 @@ def test_the_batch_is_found_once_and_recorded(autoencoder_folder: Path, tmp_path
 
 def test_chunks_are_whole_batches(corpus: Corpus) -> None:
     config = load_config()
-    assert encode.chunk_rows(config, 256) == 170 and encode.chunk_rows(config, 256, 64) == 128
-    assert encode.chunk_rows(config, 512, 64) == 42
-    assert encode.chunk_rows(settings(corpus), 256, 64) == CHUNK
+    assert chunk_rows(config, 256) == 170 and chunk_rows(config, 256, 64) == 128
+    assert chunk_rows(config, 512, 64) == 42
+    assert chunk_rows(settings(corpus), 256, 64) == CHUNK
+
+
+def test_reader_tasks_are_long_but_enough_for_all_readers() -> None:
+    gigabyte = 1 << 30
+    assert reader_tasks([gigabyte // 8] * 1120, readers=8) == 280  # ImageNet-1K, on one machine
+    assert reader_tasks([gigabyte // 8] * 1120, readers=1000) == 1120
+    assert reader_tasks([1000] * 20, readers=2) == 8
+    assert reader_tasks([1000] * 3, readers=2) == 3 and reader_tasks([1000], readers=0.5) == 1
+
+
+def test_each_chunk_is_a_block_of_its_own(corpus: Corpus, tmp_path: Path) -> None:
+    """It goes on to an encoder at once; Ray Data would collect rows until a block is full."""
+    todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar"), "bytes": 1}]
+    config = settings(corpus)
+    size = 1200  # a chunk is more than half of CHUNK_BYTES, as all are but the last of a shard
+    assert CHUNK_BYTES // 2 < CHUNK * 3 * size**2 < CHUNK_BYTES
+    stream = encode.chunk_stream(config, todo, Folder(str(tmp_path)), 10, size, 64)
+    blocks = [meta.num_rows for bundle in stream.iter_internal_ref_bundles() for meta in bundle.metadata]
+    assert blocks == [1, 1, 1]
 
 
 def test_what_changes_latents_is_in_their_identity(prior: Prior) -> None:

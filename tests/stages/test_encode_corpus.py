@@ -16,7 +16,7 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.models.prior import load_prior
 from ddoq_ray.runtime import Events
-from ddoq_ray.stages import encode, prepare
+from ddoq_ray.stages import encode, encode_reader, prepare
 from ddoq_ray.stages.networks import Networks
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -99,7 +99,7 @@ def test_chunks_hold_the_squares_that_were_asked_for(tmp_path: Path, mode: str) 
     path = tmp_path / "x.tar"
     path.write_bytes(CORPUS["formats"].tar())
     batch = {"shard": np.array([0]), "url": np.array([str(path)])}
-    rows = encode.read_chunks(
+    rows = encode_reader.read_chunks(
         batch, quarantine=Folder(str(tmp_path)), num_classes=3, image_size=16, chunk_samples=7, resize=mode
     )
     pixels = b"".join(row["pixels"][0] for row in rows)

@@ -162,6 +162,23 @@ def test_what_is_missing_is_said(case: tuple[Case, dict], tmp_path: Path) -> Non
     assert not made.run.exists("heldout")
 
 
+def test_held_out_images_are_encoded_as_the_log_was(case: tuple[Case, dict], tmp_path: Path) -> None:
+    """Whatever this run's own settings are: `latents.path` may be of a run with others."""
+    made = dataclasses.replace(case[0], run=Folder(str(tmp_path / "run")), latents=Folder(str(tmp_path / "log")))
+    manifest = case[0].latents.read_json("manifest.json")
+    there = manifest["identity"]["encoder"] | {"posterior": "sample", "batch": 3}
+    made.latents.publish_json("manifest.json", manifest | {"identity": manifest["identity"] | {"encoder": there}})
+    assert made.config.encoder.posterior == "mode"
+    made.start().wait(Events(made.run))
+    assert (made.run / "heldout").read_json("manifest.json")["identity"]["encoder"] == there
+    drawn, means = found(made), found(case[0])
+    assert all(len(drawn[c]) == len(means[c]) and (drawn[c] != means[c]).any() for c in means)
+
+    other = manifest["identity"] | {"encoder": there | {"path": "another"}}
+    made.latents.publish_json("manifest.json", manifest | {"identity": other})
+    assert "another autoencoder" in made.start().missing
+
+
 def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) -> None:
     """One codebook, fitted to nothing, with an empty cell and stale streaming counts."""
     made = case[0]
