@@ -21,6 +21,8 @@ from typing import IO, Any, Literal
 
 import fsspec
 
+from ddoq_ray.transport import is_store_error
+
 Status = Literal["new", "open", "done"]
 
 TEMPORARY = ".tmp"
@@ -63,6 +65,8 @@ class Folder:
 
     def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = fsspec.core.url_to_fs(self.path(name))
+        if not self.local:
+            fs.invalidate_cache()  # listings of this process; others publish here too
         return fs, root
 
     def publish(self, name: str, data: bytes) -> None:
@@ -103,7 +107,9 @@ class Folder:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
-        except OSError as error:
+        except Exception as error:
+            if not is_store_error(error):
+                raise
             raise ValueError(write_error(self.path(name), error)) from error
 
     def sweep(self) -> None:
@@ -167,7 +173,9 @@ class Folder:
             self.remove(probe)
 
 
-def write_error(path: str, error: OSError) -> str:
+def write_error(path: str, error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return f"cannot write {path}: {type(error).__name__}: {error}; choose another run_dir"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {path} ({error.strerror}); choose another run_dir, or mend its permissions"
     if error.errno == errno.ENOTDIR or error.errno == errno.EEXIST:

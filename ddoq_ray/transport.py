@@ -2,7 +2,8 @@
 
 Anything that fsspec opens will do: local paths, ``s3://``, ``gs://``, ``memory://``. A store of one's own is named as
 its libraries want it: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY`` for S3 (or a profile, or
-the machine's role), ``GOOGLE_APPLICATION_CREDENTIALS`` for Google. On a cluster every node needs them.
+the machine's role); for Google ``GOOGLE_APPLICATION_CREDENTIALS`` (``FSSPEC_GS_TOKEN=anon`` for a public bucket), and
+``STORAGE_EMULATOR_HOST`` for a server that speaks its language. On a cluster every node needs them.
 
 An object is read in blocks, each by a request of its own: what fails is asked for again, and no byte comes twice.
 The object's own size says where it ends: fewer bytes than that are an error of the transport, never the end of a tar.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,11 @@ WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the 2nd to the 6th try; each
 # Errors of these libraries that are no OSError are the network's; anything else is a bug and is not tried again.
 _NETWORK_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "http", "requests", "urllib3")
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+if os.environ.get("STORAGE_EMULATOR_HOST"):
+    # gcsfs reads this as it is imported. Without it, it asks for a bucket's kind by gRPC before each request, which
+    # only Google answers: a minute each time.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
@@ -62,19 +69,29 @@ def _matches(pattern: str, asked: str) -> list[str]:
         fs, root = fsspec.core.url_to_fs(pattern)
     except (ImportError, ValueError) as error:  # a library to install, or a protocol that nobody knows
         raise ValueError(f"{asked}: {error}") from error
-    if any(ch in root for ch in "*?["):
-        names = sorted(fs.glob(root))
-    elif fs.isdir(root):
-        names = sorted(fs.glob(root.rstrip("/") + "/*.tar"))
-        if not names:
-            raise ValueError(f"{asked}: the folder {root} holds no *.tar shard; expected WebDataset shards")
-    elif fs.exists(root):
-        names = [root]
-    else:
+    fs.invalidate_cache()  # listings of this process, to which others may have added
+    try:
+        if any(ch in root for ch in "*?["):
+            names = sorted(fs.glob(root))
+        elif _is_folder(fs, root):
+            names = sorted(fs.glob(root.rstrip("/") + "/*.tar"))
+            if not names:
+                raise ValueError(f"{asked}: the folder {root} holds no *.tar shard; expected WebDataset shards")
+        else:
+            names = [root]
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{asked}: {root} does not exist; expected a folder, glob or brace pattern of WebDataset tar shards"
-        )
+        ) from error
     return [name if _is_local(fs) else str(fs.unstrip_protocol(name)) for name in names]
+
+
+def _is_folder(fs: Any, root: str) -> bool:
+    """Whether it is a folder; FileNotFoundError when it is not there.
+
+    `isdir` alone takes a request that failed for a no. `info` alone takes a folder of a web server for a file.
+    """
+    return fs.info(root)["type"] == "directory" or fs.isdir(root)
 
 
 @contextlib.contextmanager
@@ -87,7 +104,9 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
     try:
         with _opened(url) as f:
             yield f
-    except (ImportError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, ImportError) and not is_store_error(error):
+            raise
         raise ValueError(f"cannot read {url}: {_words(error)}") from error
 
 
@@ -125,15 +144,20 @@ def retried(url: str, call: Callable[[], T]) -> T:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: a timeout, a cut connection, a 5xx, a short read."""
-    if isinstance(error, _PERMANENT):
+    if isinstance(error, _PERMANENT) or (type(error) is OSError and str(error).startswith("Forbidden: ")):  # gcsfs: 403
         return False
     if isinstance(error, OSError | EOFError):  # TimeoutError and ConnectionError are OSErrors
         return True
     status = getattr(error, "status", getattr(error, "code", None))
     if isinstance(status, int):
         return status in (408, 429) or status >= 500
-    library = type(error).__module__.split(".")[0]
-    return library in _NETWORK_LIBRARIES and "Credentials" not in type(error).__name__
+    name = type(error).__name__
+    return is_store_error(error) and "Credentials" not in name and "NonRetryable" not in name
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether a disk, a network or a store has failed or refused: an OSError, or an error of a store's library."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_LIBRARIES
 
 
 class _RemoteFile(io.RawIOBase):
@@ -198,7 +222,9 @@ class _RemoteFile(io.RawIOBase):
 
         try:
             return retried(self._url, request)
-        except OSError as error:  # what no try mends; an OSError would pass for a damaged tar further up
+        except Exception as error:  # what no try mends; an OSError would pass for a damaged tar further up
+            if not is_store_error(error):
+                raise
             raise ValueError(f"cannot read {self._url}: {_words(error)}") from error
 
 

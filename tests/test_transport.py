@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ddoq_ray import transport
 from ddoq_ray.samples import index_shard, read_classes, read_samples, write_tar
-from ddoq_ray.transport import BLOCK_BYTES, WAITS, is_transient, list_shards, open_shard, retried
+from ddoq_ray.transport import BLOCK_BYTES, WAITS, is_store_error, is_transient, list_shards, open_shard, retried
 
 
 class Flaky(MemoryFileSystem):
@@ -122,6 +125,22 @@ def test_a_store_that_nothing_opens_is_named() -> None:
         list_shards("ftpx://a/b.tar")
 
 
+def test_a_folder_of_a_web_server_is_listed(tmp_path: Path) -> None:
+    """Its page of links; for the library it is a file as well."""
+    (tmp_path / "train").mkdir()
+    for name in ("b.tar", "a.tar", "notes.txt"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train/"
+        assert list_shards(url) == list_shards(f"{url}*.tar") == [f"{url}a.tar", f"{url}b.tar"]
+        assert list_shards(f"{url}a.tar") == [f"{url}a.tar"]
+        with pytest.raises(ValueError, match=r"x.tar does not exist"):
+            list_shards(f"{url}x.tar")
+        server.shutdown()
+
+
 class _Answer(Exception):
     def __init__(self, code: int) -> None:
         self.code = code
@@ -133,6 +152,7 @@ class _Answer(Exception):
         (TimeoutError(), True), (ConnectionResetError(), True), (OSError("EIO"), True), (EOFError(), True),
         (FileNotFoundError(), False), (PermissionError(), False), (TypeError(), False), (ValueError(), False),
         (_Answer(503), True), (_Answer(429), True), (_Answer(408), True), (_Answer(404), False), (_Answer(403), False),
+        (OSError("Forbidden: b/x/o"), False), (OSError("503 Forbidden"), True),
     ],
 )  # fmt: skip
 def test_transient(error: Exception, expected: bool) -> None:
@@ -149,6 +169,33 @@ def test_network_libraries_errors_are_transient_but_missing_credentials_are_not(
         map(is_transient, [IncompleteRead(b""), ClientPayloadError(), EndpointConnectionError(endpoint_url="http://x")])
     )
     assert not is_transient(NoCredentialsError())
+
+
+def test_googles_errors() -> None:
+    """As gcsfs raises them; its 403 is a bare OSError."""
+    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError, validate_response
+    from google.auth.exceptions import DefaultCredentialsError
+
+    for status in (400, 401, 403, 404, 408, 429, 500, 502, 503, 504):
+        for content in (b"", b"words", b'{"error": {"code": %d, "message": "words"}}' % status):
+            with pytest.raises(Exception) as caught:
+                validate_response(status, content, "b/x/o")
+            assert is_store_error(caught.value)
+            assert is_transient(caught.value) == (status in (408, 429) or status >= 500), (status, caught.value)
+    assert is_transient(ChecksumError()) and is_transient(HttpError({"code": 503}))
+    assert not is_transient(NonRetryableError()) and not is_transient(DefaultCredentialsError("none"))
+
+
+def test_a_refusal_of_a_stores_library_is_named(url: str) -> None:
+    """Such errors are no OSErrors."""
+    from botocore.exceptions import NoCredentialsError
+    from gcsfs.retry import HttpError
+
+    for error in (HttpError({"code": 401, "message": "Anonymous caller"}), NoCredentialsError()):
+        Flaky.faults, Flaky.requests = [error], []
+        with open_shard(url) as f, pytest.raises(ValueError, match=rf"cannot read {url}: (Http|NoCredentials)Error: "):
+            f.read()
+        assert len(Flaky.requests) == 1
 
 
 def test_waits_grow_and_are_stated() -> None:
