@@ -9,7 +9,8 @@ enough that decoding is far faster. In turns:
 * `stage`: `stages.encode.run` on a local Ray, from JPEGs in tars to the published latent log.
 
 A stage's `images_per_s` is counted from its first finished shard to its last, so that the actor's start (importing
-torch: seconds, once) is left out; `with_start` is the same with it. The ratio is the median over the turns.
+torch: seconds, once) is left out; `with_start` is the same with it. A shard is one chunk of two batches: what is encoded
+when the first one is finished is that one alone. The ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -92,7 +93,6 @@ def one(call: list[Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=1920)
-    options.add_argument("--shards", type=int, default=30)
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--width", type=int, default=16, help="channels of the encoder (64 as published)")
     options.add_argument("--turns", type=int, default=5)
@@ -107,12 +107,13 @@ def main() -> None:
             print(bare_loop(*rest))
         return
     os.environ.update(THREADS)
+    shards = given.images // (2 * given.batch)
     scratch = Path(tempfile.mkdtemp(dir=given.scratch))
     rows: list[dict[str, Any]] = []
     try:
         import ray
 
-        write_shards(scratch / "shards", given.images, given.shards)
+        write_shards(scratch / "shards", given.images, shards)
         one(["save", str(scratch / "encoder"), given.width])  # the driver itself never loads torch
         start_ray(2)
         watch = WorkerPeaks()
@@ -133,7 +134,7 @@ def main() -> None:
         ray.shutdown()
     finally:
         shutil.rmtree(scratch)
-    about = {"images": given.images, "shards": given.shards, "batch": given.batch, "width": given.width}
+    about = {"images": given.images, "shards": shards, "batch": given.batch, "width": given.width}
     about["load"] = [round(x, 1) for x in os.getloadavg()]
     for side, found in rates.items():
         row = about | {"what": side, "images_per_s": statistics.median(found), "turns": [round(r, 1) for r in found]}

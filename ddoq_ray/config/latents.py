@@ -41,7 +41,7 @@ class EncoderConfig:
     batch: int = option(
         64, "images in one forward pass, part of what makes the latents the same bytes; 0 = found once a run by trying"
     )
-    chunk_samples: int = option(0, "samples in a chunk; 0 = as many as fit 32 MB of pixels")
+    chunk_samples: int = option(0, "samples in a chunk; 0 = as many as fit 48 MB of pixels")
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, f"encoder.workers={self.workers}: expected 1 or more")

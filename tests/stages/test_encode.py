@@ -343,8 +343,8 @@ def test_the_batch_is_found_once_and_recorded(autoencoder_folder: Path, tmp_path
 
 def test_chunks_are_whole_batches(corpus: Corpus) -> None:
     config = load_config()
-    assert chunk_rows(config, 256) == 170 and chunk_rows(config, 256, 64) == 128
-    assert chunk_rows(config, 512, 64) == 42
+    assert chunk_rows(config, 256) == 256 and chunk_rows(config, 256, 96) == 192
+    assert chunk_rows(config, 512, 96) == 64
     assert chunk_rows(settings(corpus), 256, 64) == CHUNK
 
 
@@ -360,7 +360,7 @@ def test_each_chunk_is_a_block_of_its_own(corpus: Corpus, tmp_path: Path) -> Non
     """It goes on to an encoder at once; Ray Data would collect rows until a block is full."""
     todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar"), "bytes": 1}]
     config = settings(corpus)
-    size = 1200  # a chunk is more than half of CHUNK_BYTES, as all are but the last of a shard
+    size = 1600  # a chunk is more than half of CHUNK_BYTES, as all are but the last of a shard
     assert CHUNK_BYTES // 2 < CHUNK * 3 * size**2 < CHUNK_BYTES
     stream = encode.chunk_stream(config, todo, Folder(str(tmp_path)), 10, size, 64)
     blocks = [meta.num_rows for bundle in stream.iter_internal_ref_bundles() for meta in bundle.metadata]
