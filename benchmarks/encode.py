@@ -9,8 +9,8 @@ enough that decoding is far faster. In turns:
 * `stage`: `stages.encode.run` on a local Ray, from JPEGs in tars to the published latent log.
 
 A stage's `images_per_s` is counted from its first finished shard to its last, so that the actor's start (importing
-torch: seconds, once) is left out; `with_start` is the same with it. A shard is one chunk of two batches: nothing else is
-encoded when the first one is finished. The ratio is the median over the turns.
+torch: seconds, once) is left out; `with_start` is the same with it. A shard is one chunk of two batches: nothing
+else is encoded when the first one is finished. The ratio is the median over the turns.
 """
 
 from __future__ import annotations
