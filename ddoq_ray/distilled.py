@@ -14,8 +14,10 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from PIL import Image
 
 from ddoq_ray.artifacts import Folder
+from ddoq_ray.pictures import RefusedPicture
 from ddoq_ray.samples import decode_rgb, list_shards, to_square
 
 
@@ -29,6 +31,22 @@ class DistilledImage:
     weight: float
     prompt: str
     data: bytes
+    shard: str = ""
+
+    @property
+    def picture(self) -> Image.Image:
+        """The decoded picture, RGB.
+
+        Raises:
+            ValueError: It cannot be decoded. A set is made whole: leaving a picture out would move all that follow.
+        """
+        try:
+            return decode_rgb(self.data)
+        except RefusedPicture as error:
+            raise ValueError(
+                f"{self.shard}: the picture of {self.key} cannot be read ({error}); an image set is used whole: remove "
+                "that file and the manifest.json beside it, and run again the stage that made it (synthesize)"
+            ) from None
 
 
 def read_images(shards: list[str]) -> Iterator[DistilledImage]:
@@ -66,12 +84,16 @@ def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
         raise ValueError(
             f"{shard}: sample {key} has {sorted(members)}; a distilled sample has an image, a .cls and a .json"
         )
-    facts = json.loads(members["json"])
-    if "centroid_id" not in facts or "weight" not in facts:
+    try:
+        facts, class_id = json.loads(members["json"]), int(members["cls"])
+    except ValueError as error:
+        raise ValueError(f"{shard}: the .json or .cls of {key} cannot be read ({error})") from None
+    if not isinstance(facts, dict) or "centroid_id" not in facts or "weight" not in facts:
         raise ValueError(f"{shard}: {key}.json has {sorted(facts)}; a distilled sample has centroid_id and weight")
-    return DistilledImage(
-        key, int(members["cls"]), int(facts["centroid_id"]), float(facts["weight"]), facts.get("prompt", ""), picture
-    )
+    number, weight = int(facts["centroid_id"]), float(facts["weight"])
+    if not 0 <= weight <= 1:  # false for NaN too
+        raise ValueError(f"{shard}: {key}.json has weight {weight}; expected the mass of a Voronoi cell, 0 to 1")
+    return DistilledImage(key, class_id, number, weight, facts.get("prompt", ""), picture, shard)
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ class ImageArrays:
     """An image set in memory.
 
     Attributes:
-        images: uint8 [N, 3, S, S].
+        images: uint8 [N, 3, H, W].
         class_ids: int64 [N].
         weights: float64 [N], companion weights; they sum to 1 within each class.
     """
@@ -89,16 +111,36 @@ class ImageArrays:
     weights: np.ndarray
 
 
-def load_image_arrays(shards: list[str], size: int) -> ImageArrays:
-    """Decode a distilled set once, at the size that its reader works at."""
-    images, class_ids, weights = [], [], []
+def load_image_arrays(shards: list[str], side: int) -> ImageArrays:
+    """Decode a distilled set once: 3 x H x W bytes an image.
+
+    Views are cut from what is stored, so that nothing is shrunk before it is cropped: pictures that are all of one size
+    keep it. Only where they differ does each become a square of `side`, as real images that were picked may.
+
+    Raises:
+        ValueError: When there is no image, or one cannot be read.
+    """
+    pictures: list[np.ndarray | None] = []
+    class_ids, weights = [], []
+    shape: tuple[int, ...] | None = None  # of all, so far
     for item in read_images(shards):
-        images.append(to_square(decode_rgb(item.data), size).transpose(2, 0, 1))
+        picture = item.picture
+        if not pictures:
+            shape = (picture.height, picture.width)
+        elif shape is not None and shape != (picture.height, picture.width):
+            shape = None
+            pictures = [to_square(Image.fromarray(p), side) for p in pictures if p is not None]
+        pictures.append(np.asarray(picture) if shape is not None else to_square(picture, side))
         class_ids.append(item.class_id)
         weights.append(item.weight)
-    if not images:
+    if not pictures:
         raise ValueError(f"no image in {shards[:3]}; expected image shards made by synthesize")
-    return ImageArrays(np.stack(images), np.asarray(class_ids, np.int64), np.asarray(weights, np.float64))
+    images = np.empty((len(pictures), 3, *(shape or (side, side))), np.uint8)
+    for i, picture in enumerate(pictures):
+        assert picture is not None
+        images[i] = picture.transpose(2, 0, 1)
+        pictures[i] = None  # else the set is in memory twice
+    return ImageArrays(images, np.asarray(class_ids, np.int64), np.asarray(weights, np.float64))
 
 
 class DistilledDataset:
@@ -124,7 +166,7 @@ class DistilledDataset:
         import torch
 
         item = self.items[index]
-        picture = decode_rgb(item.data)
+        picture = item.picture
         image = self.transform(picture) if self.transform else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return image, item.class_id, item.weight * self.ipc[item.class_id]
 

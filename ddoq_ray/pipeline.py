@@ -31,9 +31,11 @@ from ddoq_ray.stages import (
     report,
     select,
     synthesize,
+    teacher_check,
     train,
 )
 from ddoq_ray.stages.quantize_memory import check_memory
+from ddoq_ray.stages.train_memory import check_full
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,12 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         prepare.check_small_classes(config, data.counts, data.classes)
     known = inquiry.result()
     data = prepare.resolve(data, known, required=wanted != {"prepare"})
+    if "train" in wanted:
+        check_full(config, data)
+    # Before anything is spent: a wrong class mapping, or validation images that cannot be read.
+    checked = None
+    if "label" in wanted:
+        checked = teacher_check.check_early(config, folder, image_folders, data, events, known)
     made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
     folder.publish("config.yaml", (header + to_yaml(config)).encode())
@@ -186,7 +194,7 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
                 for k, place in enumerate(m.images):
                     select.run(config, folder, place, data, latents, events, k, method=m.name)
     if "label" in wanted:
-        label.run(config, folder, image_folders, data, events, known)
+        label.run(config, folder, image_folders, data, events, known, teacher=checked)
     # Started here, waited for by the report: it takes no time of its own while students train.
     unseen = heldout.Heldout(config, folder, data, known, latents) if "report" in wanted else None
     if "train" in wanted:

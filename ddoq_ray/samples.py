@@ -363,19 +363,37 @@ def index_shard(shard: str, num_classes: int) -> ShardInfo:
 def load_arrays(
     shards: Iterable[str], size: int, num_classes: int, on_bad: OnBad | None = None, resize: Resize = "squash"
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Decode whole shards into memory.
+    """Decode whole shards into memory: 3 x size^2 bytes an image.
+
+    Args:
+        on_bad: Called for each refused sample; without it the first one is an error, so that none is lost unseen.
 
     Returns:
         images uint8 [N, 3, size, size], class_ids int64 [N], keys (N strings), in shard order.
+
+    Raises:
+        ValueError: When a shard cannot be read, or a sample is refused and `on_bad` was not given.
     """
-    images, class_ids, keys = [], [], []
+    images: list[np.ndarray | None] = []
+    class_ids, keys = [], []
     for shard in shards:
-        for sample in read_samples(shard, num_classes, on_bad or (lambda bad: None)):
-            images.append(to_square(sample.image, size, resize).transpose(2, 0, 1))
+        for sample in read_samples(shard, num_classes, on_bad or _refuse(shard)):
+            images.append(to_square(sample.image, size, resize))
             class_ids.append(sample.class_id)
             keys.append(sample.key)
-    stacked = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
+    stacked = np.empty((len(images), 3, size, size), np.uint8)
+    for i, image in enumerate(images):
+        assert image is not None
+        stacked[i] = image.transpose(2, 0, 1)
+        images[i] = None  # else they are in memory twice
     return stacked, np.asarray(class_ids, np.int64), keys
+
+
+def _refuse(shard: str) -> OnBad:
+    def on_bad(bad: BadSample) -> None:
+        raise ValueError(f"{shard}: sample {bad.key or f'at byte {bad.offset}'} cannot be used: {bad.reason}")
+
+    return on_bad
 
 
 def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:

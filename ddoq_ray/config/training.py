@@ -8,6 +8,11 @@ from typing import Literal
 from ddoq_ray.config.schema import option, require
 
 
+def resized_side(size: int, crop: float) -> int:
+    """The side from whose middle a square of `size` is cut that keeps `crop` of it: 256 for 224 and 0.875."""
+    return round(size / crop)
+
+
 @dataclass(frozen=True)
 class LabelsConfig:
     mode: Literal["auto", "logits", "features", "online"] = option(
@@ -57,6 +62,11 @@ class ProtocolConfig:
     min_scale: float = option(0.08, "smallest crop area of a view")
     flip: bool = option(True, "flip views left to right at random")
     cutmix: bool = option(True, "paste a box of another image's view into each view")
+    val_crop: float = option(
+        1.0,
+        "part of the resized shorter side that the middle crop of a scored image keeps: 0.875 at 224 px is "
+        "`resize 256, center crop 224`; 1.0 for small images, whose borders count",
+    )
     eval_every: int = option(0, "epochs between two points of the validation curve; 0 = ten points")
 
     def __post_init__(self) -> None:
@@ -75,6 +85,7 @@ class ProtocolConfig:
         require(self.eval_every >= 0, f"protocol.eval_every={self.eval_every}: expected 0 or more")
         require(self.temperature > 0, f"protocol.temperature={self.temperature}: expected more than 0")
         require(0 < self.min_scale <= 1, f"protocol.min_scale={self.min_scale}: expected above 0, at most 1")
+        require(0 < self.val_crop <= 1, f"protocol.val_crop={self.val_crop}: expected above 0, at most 1")
         require(
             bool(self.step_at) == (self.schedule == "step"),
             f"protocol.step_at={list(self.step_at)} and protocol.schedule={self.schedule}: "
@@ -88,3 +99,11 @@ class ProtocolConfig:
         epochs = self.full_epochs if full else self.epochs
         assert epochs is not None
         return epochs
+
+    def stored_side(self, image_size: int) -> int:
+        """Side at which training pictures of unlike sizes are kept, for a student that sees `image_size`.
+
+        What a scored image is resized to: views are then cut from pictures of the resolution that is scored, and a set
+        of N pictures takes 3 x side^2 x N bytes. A set whose pictures are all of one size keeps that.
+        """
+        return resized_side(image_size, self.val_crop)

@@ -67,12 +67,16 @@ class LogitsCodec:
         values = _checked(logits, self.num_classes, "logits", "num_classes")
         return values.astype("<f2").view(np.uint8)
 
-    def decode(self, packed: Packed | torch.Tensor, head: Head | None = None) -> torch.Tensor:
+    def decode(
+        self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
         """Unpack logits.
 
         Args:
-            packed: uint8 [B, 2 C], numpy or torch; a torch tensor is decoded on its own device.
+            packed: uint8 [B, 2 C], numpy or torch.
             head: not needed; taken so that both codecs are called alike.
+            device: where the logits are wanted; by default where `packed` is. The packed bytes go there, which are
+                half as many.
 
         Returns:
             float32 [B, C].
@@ -80,7 +84,7 @@ class LogitsCodec:
         Raises:
             ValueError: another shape or dtype.
         """
-        return _as_torch(packed, self.nbytes).view(torch.float16).float()
+        return _as_torch(packed, self.nbytes).to(device).view(torch.float16).float()
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,15 @@ class FeaturesCodec:
         affine = rows[:, :4].contiguous().view(torch.float16).float()
         return affine[:, 1:] + affine[:, :1] * rows[:, 4:].float()
 
-    def decode(self, packed: Packed | torch.Tensor, head: Head | None = None) -> torch.Tensor:
-        """Unpack features and apply the teacher's head.
+    def decode(
+        self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Unpack features and apply the teacher's head, where the head is.
 
         Args:
-            packed: uint8 [B, d + 4], numpy or torch.
-            head: the teacher's head, weight [C, d], on the device of `packed`.
+            packed: uint8 [B, d + 4], numpy or torch, on any device: the packed bytes go to the head.
+            head: the teacher's head, weight [C, d].
+            device: where the logits are wanted; by default where the head is.
 
         Returns:
             float32 [B, C] logits, without gradient.
@@ -164,7 +171,8 @@ class FeaturesCodec:
             )
         with torch.no_grad():
             bias = None if head.bias is None else head.bias.float()
-            return F.linear(self.features(packed), head.weight.float(), bias)
+            features = self.features(_as_torch(packed, self.nbytes).to(head.weight.device))
+            return F.linear(features, head.weight.float(), bias).to(device)
 
 
 Codec = LogitsCodec | FeaturesCodec

@@ -9,10 +9,17 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
-from ddoq_ray.pictures import Resize
 from ddoq_ray.records import StudentRow
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.stages.prepare import Data
+from ddoq_ray.stages.validation import (
+    Refused,
+    Validation,
+    check_refused,
+    load_scored,
+    say_refused,
+    teacher_columns,
+)
 
 
 def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int = 500) -> tuple[float, float]:
@@ -37,28 +44,27 @@ def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int =
 
 @ray.remote
 def _evaluate(
-    run: Folder,
-    folders: list[str],
-    size: int,
-    resize: Resize,
-    val_urls: list[str],
-    teacher_index: list[int],
-    threads: int,
-) -> list[dict[str, Any]]:
+    run: Folder, folders: list[str], size: int, validation: Validation, columns: tuple[int, ...], threads: int
+) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """(top-1, top-5) of each student, and what was scored and refused; the refused ones are named in quarantine."""
     import json
 
     import safetensors.torch
     import torch
 
     from ddoq_ray.models.classifiers import build_classifier
-    from ddoq_ray.samples import load_arrays
 
     pin_threads(threads)
     where = device()
-    pixels, ids, _ = load_arrays(val_urls, size, len(teacher_index), resize=resize)
+    refused = Refused()
+    pixels, ids = load_scored(validation, size, refused)
+    refused.publish(run)
+    facts = {"images": len(ids), "refused": refused.total, "reasons": refused.reasons}
+    if not len(ids):
+        return [], facts
     images, class_ids = torch.from_numpy(pixels).to(where), torch.from_numpy(ids).to(where)
-    columns = torch.tensor(teacher_index, device=where)
-    rows = []
+    outputs = torch.tensor(columns, device=where)
+    scores = []
     for name in folders:
         folder = run / name
         settings = json.loads(folder.read("config.json"))
@@ -66,40 +72,39 @@ def _evaluate(
             settings["arch"], settings["num_classes"], settings["image_size"], settings["mean"], settings["std"]
         ).to(where)
         model.load_state_dict(safetensors.torch.load(folder.read("model.safetensors")))
-        top1, top5 = accuracy(model, images, class_ids, columns)
-        rows.append({"top1_pct": top1, "top5_pct": top5, "val_images": len(ids)})
-    return rows
+        scores.append(accuracy(model, images, class_ids, outputs))
+    return scores, facts
 
 
 def run(
     config: RunConfig, run_folder: Folder, rows: list[StudentRow], data: Data, events: Events
 ) -> list[dict[str, Any]]:
-    """Evaluate the rows and publish ``report/rows.json``; cheap, so always done anew."""
+    """Evaluate the rows and publish ``report/rows.json``; cheap, so always done anew.
+
+    A student that diverged has no weights and no accuracy: its row says so.
+
+    Raises:
+        ValueError: More of the validation images than `max_bad_fraction` cannot be scored.
+    """
     start = time.time()
-    trained = [Artifact(run_folder / row.folder, "train").require() for row in rows]
-    tasks = min(len(rows), 2)
+    trained = {row.folder: Artifact(run_folder / row.folder, "train").require() for row in rows}
+    whole = [row.folder for row in rows if not trained[row.folder].get("diverged")]
+    tasks = max(1, min(len(whole), 2))
     resources = config.cluster.teacher
-    indices = [int(c.teacher_index) for c in data.classes if c.teacher_index is not None]
-    refs = [
-        _evaluate.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            run_folder,
-            [r.folder for r in rows[i::tasks]],
-            config.student.image_size,
-            config.encoder.resize,
-            data.val_urls,
-            indices,
-            config.cluster.threads,
-        )
-        for i in range(tasks)
-    ]
-    measured = {}
+    task = _evaluate.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+    shared = (config.student.image_size, Validation.of(config, data), teacher_columns(data), config.cluster.threads)
+    refs = [task.remote(run_folder, whole[i::tasks], *shared) for i in range(tasks)]
+    measured: dict[str, tuple[float, float]] = {}
+    facts: dict[str, Any] = {}
     with Progress("evaluate", len(rows), "students") as progress:
+        progress.advance(len(rows) - len(whole))
         for i, ref in enumerate(refs):
-            part = ray.get(ref)
-            measured |= dict(zip((r.folder for r in rows[i::tasks]), part, strict=True))
-            progress.advance(len(part))
-    told = ("method", "ipc", "student", "seed", "epochs", "train_images", "best_top1_pct", "best_epoch", "seconds")
-    ordered = [{k: t[k] for k in told} | measured[r.folder] for r, t in zip(rows, trained, strict=True)]
+            scores, facts = ray.get(ref)
+            check_refused(config, run_folder, facts["images"], facts["refused"], facts["reasons"])
+            measured |= dict(zip(whole[i::tasks], scores, strict=True))
+            progress.advance(len(scores))
+    say_refused("evaluate", run_folder, facts)
+    ordered = [_row(trained[r.folder], measured.get(r.folder), facts) for r in rows]
     report = run_folder / "report"
     report.publish_json("rows.json", ordered)
     report.publish_json(
@@ -107,9 +112,24 @@ def run(
         {
             "seconds": round(time.time() - start, 3),
             "unit": "images",
-            "items": sum(r["val_images"] for r in ordered),
+            "items": facts["images"] * len(whole),
             "bytes": sum(s.bytes for s in data.val),
         },
     )
-    events.add("stage finished", stage="evaluate", students=len(rows))
+    events.add("stage finished", stage="evaluate", students=len(rows), **facts)
     return ordered
+
+
+TOLD = ("method", "ipc", "student", "seed", "epochs", "train_images", "best_top1_pct", "best_epoch", "seconds")
+
+
+def _row(trained: dict[str, Any], score: tuple[float, float] | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """A line of ``rows.json``: what the student is, and its accuracy on the images that could be scored."""
+    top1, top5 = score if score is not None else (None, None)
+    return {k: trained[k] for k in TOLD} | {
+        "top1_pct": top1,
+        "top5_pct": top5,
+        "val_images": facts["images"],
+        "val_refused": facts["refused"],
+        "diverged": bool(trained.get("diverged")),
+    }

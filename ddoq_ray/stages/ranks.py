@@ -1,0 +1,58 @@
+"""The ranks of a training run agree before they part: a collective that only some of them enter is half an hour's wait.
+
+Clocks differ from rank to rank, and so does what a file system or an object store shows them. Whatever decides whether
+a collective follows (a checkpoint's report, a row that is skipped, an epoch to resume from, an early end) is decided
+by rank 0 alone and told to the others, which is itself a collective that all of them enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This worker's place among `world` workers; `device` is where collectives take tensors (NCCL: the GPU)."""
+
+    rank: int
+    world: int
+    device: Any = "cpu"
+
+    def decide(self, asked: Callable[[], T]) -> T:
+        """What rank 0 answers, on every rank; the others are not asked."""
+        if self.world == 1:
+            return asked()
+        import torch.distributed
+
+        told: list[Any] = [asked() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(told, src=0, device=self.device)
+        answer: T = told[0]
+        return answer
+
+    def mean(self, value: Any) -> float:
+        """The mean of a scalar tensor over the ranks: the same float on each."""
+        if self.world == 1:
+            return float(value)
+        import torch
+        import torch.distributed
+
+        total = value.detach().to(torch.float64).clone()
+        torch.distributed.all_reduce(total)
+        return float(total) / self.world
+
+
+def share(batch: npt.NDArray[np.int64], rank: int, world: int) -> npt.NDArray[np.int64]:
+    """A rank's part of a batch: every `world`-th image.
+
+    A batch with fewer than two images a rank is dealt to fewer ranks, so that none gets a single image while there are
+    others: batch norm has no variance over one, and stops.
+    """
+    used = max(1, min(world, len(batch) // 2))
+    return batch[rank::used] if rank < used else batch[:0]

@@ -1,0 +1,43 @@
+"""What a failed training run says, and whether trying it once more can help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import RayTaskError
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+
+# What a living rank says when another one dies in the middle of a collective: torch's own errors are of these kinds.
+_COLLATERAL = (RuntimeError, OSError)
+
+
+def failures(error: TrainingFailedError) -> list[BaseException]:
+    """The exceptions behind Ray Train's, in order of rank."""
+    if isinstance(error, WorkerGroupError):
+        found: list[Any] = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
+    elif isinstance(error, ControllerError):
+        found = [error.controller_failure]
+    else:
+        found = []
+    return [e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, BaseException) else e for e in found]
+
+
+def own_words(error: TrainingFailedError) -> str | None:
+    """The text of a ValueError of our own among the failures: it is the user's to mend, in its own words."""
+    return next((str(e) for e in failures(error) if type(e) is ValueError), None)
+
+
+def worth_retrying(error: TrainingFailedError, workers: int) -> bool:
+    """Whether a worker died, which says nothing about the work: it may go well elsewhere, from the last checkpoint.
+
+    An exception of the work itself comes again however often it is tried. In a group, a death also shows as the other
+    ranks' broken collectives, often before the death itself is seen.
+    """
+    import torch
+
+    found = failures(error)
+    if any(isinstance(e, (ValueError, torch.OutOfMemoryError)) for e in found):
+        return False
+    if any(type(e).__module__.split(".")[0] == "ray" for e in found):  # an actor, a node, a health check
+        return True
+    return bool(found) and workers > 1 and all(isinstance(e, _COLLATERAL) for e in found)
