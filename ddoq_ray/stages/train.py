@@ -68,7 +68,7 @@ def run(
             train_urls=tuple(data.train_urls),
             val_urls=tuple(data.val_urls),
             teacher_index=tuple(int(c.teacher_index) for c in data.classes if c.teacher_index is not None),
-            class_counts=tuple(data.counts[c.class_id] for c in data.classes),
+            class_counts=tuple(data.counts.values()),
             outputs=networks.teacher_outputs,
             codec=next(iter(codecs), "logits"),
         )
