@@ -77,6 +77,8 @@ class Packed:
     val: list[ShardInfo]
     unlisted: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    same: dict[str, Any] = field(default_factory=dict)  # pictures that both splits hold
+    told: list[str] = field(default_factory=list)  # lines for the user
 
 
 def summary(packed: Packed) -> dict[str, Any]:
@@ -97,6 +99,8 @@ def summary(packed: Packed) -> dict[str, Any]:
             "shards": len(shards),
             "bytes": sum(s.bytes for s in shards),
         }
+    if packed.same:
+        facts["in_both_splits"] = packed.same
     return facts | {"refused": dict(packed.refused), "not_listed": dict(packed.unlisted)}
 
 
@@ -111,6 +115,13 @@ def summary_lines(facts: dict[str, Any], quarantine: str) -> list[str]:
                 f"({a_class['min']:,} to {a_class['max']:,} a class, median {a_class['median']:,.10g}), "
                 f"{part['bytes'] / 1e6:,.1f} MB in {part['shards']:,} shards"
             )
+    same = facts.get("in_both_splits")
+    if same:
+        lines.append(
+            f"prepare    warning: {same['images']:,} of {same['of_training']:,} training images are among the "
+            f"{same['of_validation']:,} validation images, byte for byte ({', '.join(same['examples'])}): "
+            "scores will be too high"
+        )
     refused = Counter(facts["refused"]) + Counter(facts["not_listed"])
     if refused:
         told = ", ".join(f"{reason}: {n:,}" for reason, n in refused.most_common())
