@@ -174,8 +174,8 @@ def _check_validation(config: RunConfig, there: bool) -> None:
     needing = [s for s in ("label", "train", "evaluate") if s in config.stages]
     if needing and not there:
         raise ValueError(
-            f"the source has no validation images, and {', '.join(needing)} need some: hold some out "
-            "(dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
+            f"the data has no validation images, and {', '.join(needing)} need some: hold some out of a collection "
+            "that is packed (dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
             "(stages=[prepare,encode,quantize,synthesize])"
         )
 
