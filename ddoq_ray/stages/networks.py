@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.runtime import environment, pin_threads
+from ddoq_ray.runtime import environment, pin_threads, waiting
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Inquiry:
                 is unknown.
         """
         try:
-            return ray.get(self._ref)
+            with waiting("prepare", "the networks to be looked at"):
+                return ray.get(self._ref)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ValueError) else error) from None
 
