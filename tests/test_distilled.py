@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddoq_ray
 from ddoq_ray.distilled import load_image_arrays, read_images
-from ddoq_ray.samples import encode_png, write_tar
+from ddoq_ray.samples import encode_png, to_square, write_tar
 
 WEIGHTS = {0: [0.5, 0.3, 0.2], 1: [1.0], 4: [0.25, 0.75]}  # ragged: 3, 1 and 2 centroids
 
@@ -81,11 +82,15 @@ def test_pictures_of_unlike_sizes_become_squares_of_the_given_side(tmp_path: Pat
     wide[0] = (wide[0][0], encode_png(np.full((5, 9, 3), 200, np.uint8)))
     shard = tmp_path / "images-000000.tar"
     shard.write_bytes(write_tar([*members(0, 0), *members(0, 1), *wide]))
-    arrays = load_image_arrays([str(shard)], 6)
+    arrays = load_image_arrays([str(shard)], 4, 6)
     assert arrays.images.shape == (3, 3, 6, 6)
     assert arrays.images[:, 1, 3, 3].tolist() == [0, 40, 200]
     shard.write_bytes(write_tar(wide))
-    assert load_image_arrays([str(shard)], 6).images.shape == (1, 3, 5, 9)  # alone it is a set of one size
+    assert load_image_arrays([str(shard)], 4, 6).images.shape == (1, 3, 5, 9)  # alone it is a set of one size
+    enlarged = load_image_arrays([str(shard)], 12, 13).images
+    np.testing.assert_array_equal(
+        enlarged[0].transpose(1, 2, 0), to_square(Image.fromarray(np.full((5, 9, 3), 200, np.uint8)), 12)
+    )
 
 
 def test_a_picture_of_the_own_set_that_cannot_be_read_is_named(run: Path) -> None:

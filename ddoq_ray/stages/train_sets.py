@@ -57,7 +57,8 @@ class Sets:
         from ddoq_ray.distilled import load_image_arrays
 
         images = self.run / name
-        arrays = load_image_arrays([images.path(n) for n in images.names("images-*.tar")], self._side)
+        shards = [images.path(n) for n in images.names("images-*.tar")]
+        arrays = load_image_arrays(shards, self.config.student.image_size, self._side)
         return Set(torch.from_numpy(arrays.images).to(self.device), arrays.class_ids, arrays.weights)
 
     def _real(self, urls: Sequence[str]) -> Set:

@@ -86,8 +86,9 @@ class Refused:
 def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
     """The middle of a picture as size x size: the shorter side resized to size / crop, then the square in the middle.
 
-    Bilinear and antialiased, as torchvision's `Resize` and `CenterCrop` do it on pictures, which made the published
-    figures (crop 0.875 at 224 px is "resize 256, center crop 224"). A square picture of that size is not touched.
+    Shrunk bilinearly and antialiased, as torchvision's `Resize` and `CenterCrop` do it on pictures, which made the
+    published figures (crop 0.875 at 224 px is "resize 256, center crop 224"). What is smaller is enlarged bicubically,
+    as small training pictures are. A square picture of that size is not touched.
 
     Returns:
         uint8 [size, size, 3].
@@ -97,7 +98,8 @@ def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
         image = _middle(image, min(image.width, 8 * shorter), min(image.height, 8 * shorter))
     width, height = side * image.width // shorter, side * image.height // shorter
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        how = Image.Resampling.BICUBIC if side > shorter else Image.Resampling.BILINEAR
+        image = image.resize((width, height), how)
     return np.asarray(_middle(image, size, size), dtype=np.uint8)
 
 

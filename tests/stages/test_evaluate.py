@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.pictures import encode_png
+from ddoq_ray.pictures import encode_png, to_square
 from ddoq_ray.records import ClassInfo, ShardInfo
 from ddoq_ray.samples import index_shard, load_arrays, write_tar
 from ddoq_ray.stages.prepare import Data
@@ -102,19 +102,21 @@ def test_a_class_without_a_place_in_the_teacher_is_not_left_out() -> None:
     assert teacher_columns(dataclasses.replace(data, classes=classes[:1])) == (5,)
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (224, 224), (30, 41), (3000, 20)])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (800, 301), (30, 41), (3000, 20)])
 def test_scored_images_are_torchvisions_resize_and_crop(size: tuple[int, int]) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     made = middle_square(picture, 224, 0.875)
-    if max(size) <= 8 * min(size):
+    if min(size) >= 256:
         reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
         np.testing.assert_array_equal(made, np.asarray(reference(picture)))
     assert made.shape == (224, 224, 3)
 
 
-def test_small_pictures_of_their_own_size_are_not_touched() -> None:
+def test_small_pictures_are_enlarged_as_training_pictures_are_and_those_of_that_size_are_not_touched() -> None:
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    np.testing.assert_array_equal(middle_square(small, 16, 1.0), to_square(small, 16))
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     np.testing.assert_array_equal(middle_square(Image.fromarray(pixels), 16, 1.0), pixels)
 
