@@ -130,6 +130,6 @@ def load_head(labels: Folder, device: Any) -> Any:
         raise ValueError(f"{labels.path('head.safetensors')} is missing, which feature labels need; {mend}") from None
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{labels.path('head.safetensors')} is damaged ({error}); {mend}") from None
-    head = torch.nn.Linear(features, classes, bias="bias" in tensors)
+    head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
     head.load_state_dict(tensors)
-    return head.requires_grad_(False).to(device)
+    return head.requires_grad_(False)
