@@ -119,12 +119,13 @@ def load_head(labels: Folder, device: Any) -> Any:
     Raises:
         ValueError: It is missing or damaged.
     """
-    import safetensors.torch
+    import safetensors.numpy
     import torch
 
     mend = f"remove {labels.path('manifest.json')} and run the label stage again, which writes it"
     try:
-        tensors = safetensors.torch.load(labels.read("head.safetensors"))
+        found = safetensors.numpy.load(labels.read("head.safetensors"))
+        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
         classes, features = tensors["weight"].shape
     except FileNotFoundError:
         raise ValueError(f"{labels.path('head.safetensors')} is missing, which feature labels need; {mend}") from None
