@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,19 @@ class ClassInfo:
 
 
 @dataclass(frozen=True)
+class LabelsOutside:
+    """Labels of a shard that no class has: how many, the least and the largest."""
+
+    samples: int
+    least: int
+    largest: int
+
+    @staticmethod
+    def of(counts: Mapping[int, int]) -> LabelsOutside | None:
+        return LabelsOutside(sum(counts.values()), min(counts), max(counts)) if counts else None
+
+
+@dataclass(frozen=True)
 class ShardInfo:
     """What one tar shard holds, read from its member table.
 
@@ -99,6 +112,9 @@ class ShardInfo:
         bytes: Size of the tar.
         images: class_id -> number of such samples.
         digest: Short digest of the member table and the labels; changes when the shard does.
+        damage: Why it cannot be read to its end; empty for a whole one.
+        lost: Samples that the damage took, as far as can be told (`shard_index.with_losses`).
+        outside: Samples whose label is outside the class list.
     """
 
     path: str
@@ -106,19 +122,34 @@ class ShardInfo:
     bytes: int
     images: ClassCounts
     digest: str
+    damage: str = ""
+    lost: int = 0
+    outside: LabelsOutside | None = None
+
+    @property
+    def expected(self) -> int:
+        """Samples that a reader of the shard must account for, as usable or refused."""
+        return self.samples + self.lost + (self.outside.samples if self.outside else 0)
 
     def to_json(self) -> dict[str, object]:
-        return {
+        row: dict[str, object] = {
             "path": self.path,
             "samples": self.samples,
             "bytes": self.bytes,
             "images": self.images.to_json(),
             "digest": self.digest,
         }
+        if self.damage:
+            row |= {"damage": self.damage, "lost": self.lost}
+        if self.outside is not None:
+            row["outside"] = asdict(self.outside)
+        return row
 
     @staticmethod
     def from_json(row: dict) -> ShardInfo:
-        return ShardInfo(row["path"], row["samples"], row["bytes"], ClassCounts(row["images"]), row["digest"])
+        outside = LabelsOutside(**row["outside"]) if "outside" in row else None
+        whole = ShardInfo(row["path"], row["samples"], row["bytes"], ClassCounts(row["images"]), row["digest"])
+        return replace(whole, damage=row.get("damage", ""), lost=row.get("lost", 0), outside=outside)
 
 
 def read_shards(data: bytes) -> Iterator[ShardInfo]:

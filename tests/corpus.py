@@ -91,13 +91,17 @@ def _labels() -> Shard:
     shard.sample("labels-first", 0)
     shard.refuse("labels-none", NO_LABEL, ("png", png()))
     shard.sample("labels-second", 2)
-    words = [b"cat", b"1.0", b"1_0", b"", b"\xef\xbc\x91", b"0x1", b"1 2", b"9" * 100]
+    words = [b"cat", b"1.5", b"1_0", b"1.0e0", b"\xef\xbc\x91", b"0x1", b"1 2", b"9" * 100]
     for i, text in enumerate(words):
         shard.refuse(f"labels-word{i}", "label is not a number: ", ("png", png()), ("cls", text))
-    for i, text in enumerate([b"3", b"-1", b"999999999999"]):
+    shard.refuse("labels-empty", "no label: the .cls is empty", ("png", png()), ("cls", b" "))
+    shard.refuse("labels-minus", "no label: the .cls says -1", ("png", png()), ("cls", b"-1"))
+    for i, text in enumerate([b"3", b"-2", b"999999999999"]):
         shard.refuse(f"labels-outside{i}", "label is outside the class list (0 to 2): ", ("png", png()), ("cls", text))
     shard.take(("labels-spaces.png", png(9)), ("labels-spaces.cls", b" +1\r\n"))
     shard.good["labels-spaces"] = (1, np.full((4, 6, 3), 9, np.uint8), 0)
+    shard.take(("labels-float.png", png(8)), ("labels-float.cls", b"\xef\xbb\xbf2.0\n"))  # with a byte order mark
+    shard.good["labels-float"] = (2, np.full((4, 6, 3), 8, np.uint8), 0)
     shard.refuse("labels-alone", "no image among its members: cls", ("cls", b"1"))
     shard.refuse("labels-text", "no image among its members: cls, txt", ("txt", b"words"), ("cls", b"1"))
     shard.refuse("labels-other", NO_LABEL, ("json", b"{}"))
@@ -146,7 +150,11 @@ def _dots() -> Shard:
         shard.take((f"dots-b.{i}.cls", str(i).encode()), (f"dots-b.{i}.png", png(i)))
         shard.good[f"dots-b.{i}"] = (i, np.full((4, 6, 3), i, np.uint8), 0)
     shard.sample("dots-one.more", 2)
-    shard.sample("dots-seg", 1, **{"seg.png": png(99), "seg.cls": b"0"})  # further members of dots-seg
+    shard.sample("dots-seg", 1, **{"seg.png": png(99), "seg.json": b"{}"})  # further members of dots-seg
+    shard.sample("dots-two", 1)
+    shard.sample("dots-two.2", 0)  # a picture and a label of its own
+    for i in range(40):  # all of one name before the dot, beside one without: not held till the end
+        shard.sample("dots-many" if i == 0 else f"dots-many.{i}", i % 3)
     shard.take(("dots-x.seg.png", png(99)), ("dots-x.cls", b"2"), ("dots-x.png", png(5)))
     shard.good["dots-x"] = (2, np.full((4, 6, 3), 5, np.uint8), 0)
     shard.sample("folder/dots-a.b_1", 0)

@@ -6,11 +6,13 @@ Three digits with the shipped prior and teacher; one Ray for the whole file.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.samples import encode_png, write_tar
 from ddoq_ray.sources import digits
 from ddoq_ray.stages.encode import quarantine_reasons
+from ddoq_ray.stages.prepare import Data
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 NAMES = ["zero", "one", "two"]
@@ -104,6 +107,8 @@ def test_data_that_is_not_there(corpus: Path, run_dir: Path) -> None:
             go(run_dir, corpus, f"dataset.path={path}", "stages=[prepare]")
     with refused(run_dir, "dataset.val_path=/nowhere", "does not exist"):
         go(run_dir, corpus, "dataset.val_path=/nowhere", "stages=[prepare]")
+    with refused(run_dir, "hold the same shards (s-0.tar, s-1.tar)", "share none"):
+        go(run_dir, corpus, f"dataset.val_path={corpus}/train/../train/s-{{0..1}}.tar", "stages=[prepare]")
     (corpus / "junk").mkdir()
     (corpus / "junk/a.tar").write_bytes(b"junk" * 500)
     (corpus / "junk/classes.json").write_text(json.dumps(NAMES))
@@ -115,8 +120,11 @@ def test_data_that_is_not_there(corpus: Path, run_dir: Path) -> None:
 def test_labels_outside_the_class_list(corpus: Path, run_dir: Path) -> None:
     short = corpus / "two.json"
     short.write_text(json.dumps(NAMES[:2]))
-    with refused(run_dir, "s-0.tar", "label 2", "0 to 1", "dataset.classes"):
+    with refused(run_dir, "labels are outside the class list (0 to 1)", "from 0 to 2", "s-0.tar", "dataset.classes"):
         go(run_dir, corpus, f"dataset.classes={short}", "stages=[prepare]")
+    write_set(corpus / "from-one", "train", {1: 5, 2: 5})
+    with refused(run_dir, "labels go from 1 to 2", "begin at 1", "subtract one"):
+        go(run_dir, corpus, f"dataset.classes={short}", "stages=[prepare]", data="from-one")
     with refused(run_dir, "no class list at", "dataset.classes"):
         go(run_dir, corpus, f"dataset.classes={corpus}/none.json", "stages=[prepare]")
 
@@ -161,6 +169,28 @@ def test_unknown_and_ineffective_keys_make_nothing(corpus: Path, tmp_path: Path)
         with refused(tmp_path, key.split("=")[0], word):
             go(tmp_path / "run", corpus, key)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_folder_of_both_splits_is_told_apart_by_names(corpus: Path, tmp_path: Path, capfd: Any) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for split, name in (("clean", "train"), ("val", "validation")):
+        for i in range(2):
+            shutil.copy(corpus / split / f"s-{i}.tar", folder / f"{name}-{i:04d}.tar")
+    shutil.copy(corpus / "clean/classes.json", folder)
+    command = [f"run_dir={tmp_path}/run", "ipc=2", f"dataset.path={folder}"]
+    pipeline.run(load_config([*command, "stages=[prepare]"]))
+    assert "2 shards are taken for validation by their names (validation-0000.tar" in capfd.readouterr().err
+    data = Data.load(Folder(str(tmp_path / "run")))
+    assert [Path(s.path).name for s in data.train] == ["train-0000.tar", "train-0001.tar"]
+    assert sum(s.samples for s in data.val) == 12
+    for i in range(2):
+        (folder / f"validation-{i:04d}.tar").unlink()
+    with refused(tmp_path, "no validation images", "dataset.val_path"):
+        pipeline.run(load_config([*command[1:], f"run_dir={tmp_path}/other", "stages=[prepare,label]"]))
+    shutil.copy(corpus / "clean/s-0.tar", folder / "validation-0000.tar")
+    pipeline.run(load_config([*command[1:], f"run_dir={tmp_path}/third", "stages=[prepare]"]))
+    assert "10 of 20 training images are among the 10 validation images" in capfd.readouterr().err
 
 
 # One run directory, made step by step.
@@ -235,8 +265,8 @@ def test_another_configuration_is_refused_by_both_values(corpus: Path, run_dir: 
             go(run_dir, corpus, "small_class=cap", "max_bad_fraction=0.2", key, UP_TO_IMAGES)
 
 
-def test_a_teacher_below_the_threshold_labels_nothing(corpus: Path, run_dir: Path) -> None:
-    with refused(run_dir, "top-1", "12 real validation images", "teacher.min_top1=90", "class mapping"):
+def test_a_teacher_of_other_classes_labels_nothing(corpus: Path, run_dir: Path) -> None:
+    with refused(run_dir, "3 of 3 classes by another name", "'zero' are called 'two' in 100 %", "teacher_index"):
         go(run_dir, corpus, "small_class=cap", "teacher.min_top1=90", "stages=[label]")
     assert not list(run_dir.glob("labels/epoch-*"))
 
@@ -265,6 +295,6 @@ def test_through_the_command(corpus: Path, tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     assert out.returncode == 2, out.stderr
     last = out.stderr.strip().splitlines()[-1]
-    assert last.startswith("ddoq-ray: error: ") and "is outside the class list (0 to 0)" in last
+    assert last.startswith("ddoq-ray: error: ") and "are outside the class list (0 to 0)" in last
     assert "Traceback" not in out.stderr and "Unhandled" not in out.stderr
     assert out.stdout == ""

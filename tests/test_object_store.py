@@ -23,7 +23,8 @@ from wire import Wire
 
 from ddoq_ray import transport
 from ddoq_ray.artifacts import Artifact, Folder
-from ddoq_ray.samples import encode_png, index_shard, list_shards, read_samples, write_tar
+from ddoq_ray.samples import encode_png, list_shards, read_samples, write_tar
+from ddoq_ray.shard_index import index_shard
 
 BUCKET = "pictures"
 BLOCK = 32 << 10  # of bytes: a shard of the test is several requests

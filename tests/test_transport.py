@@ -17,7 +17,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ddoq_ray import transport
-from ddoq_ray.samples import index_shard, read_classes, read_samples, write_tar
+from ddoq_ray.samples import read_classes, read_samples, write_tar
+from ddoq_ray.shard_index import index_shard
 from ddoq_ray.transport import BLOCK_BYTES, WAITS, is_store_error, is_transient, list_shards, open_shard, retried
 
 

@@ -93,11 +93,6 @@ class DatasetConfig:
         return None if self.path is not None and self.source == "digits" else self.source
 
     @property
-    def may_have_validation(self) -> bool:
-        """Whether real validation images can be expected before anything is read."""
-        return self.kind in (*PACKED, "digits") or self.val_path is not None or self.heldout > 0
-
-    @property
     def title(self) -> str:
         if self.name:
             return self.name

@@ -70,13 +70,6 @@ class RunConfig:
         )
         unknown = [m for m in self.baselines if m not in METHODS]
         require(not unknown, f"baselines={unknown}: expected some of {', '.join(METHODS)}")
-        measured = [s for s in ("label", "train", "evaluate") if s in self.stages]
-        require(
-            not measured or self.dataset.may_have_validation,
-            f"dataset.val_path is not set, and {', '.join(measured)} need real validation images: give them, hold some "
-            "out of a collection that is packed (dataset.heldout=0.1), name its kind if it has its own "
-            "(dataset=imagefolder), or leave those stages out (stages=[prepare,encode,quantize,synthesize])",
-        )
         require(
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
             "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",

@@ -23,6 +23,7 @@ from torch import Tensor
 from ddoq_ray.core.distortion import F32, I64, check_samples, screening_tolerance
 from ddoq_ray.core.gram_batched_steps import distortion_sum, exchange, kmeans_plus_plus, lloyd, seed_uniforms, start
 from ddoq_ray.core.gram_kmeans import distinct_rows
+from ddoq_ray.core.sizing import group_bytes
 
 MAX_BYTES = 8 << 30  # fixed, not read from the device: the groups, and so the bytes, depend on the input alone
 PRODUCTS = ("float32", "bfloat16")
@@ -52,7 +53,7 @@ def gram_kmeans_batched(
     alone, on the classes grouped with it. Equal input, `max_bytes`, device kind, library versions and CPU threads give
     equal bytes.
 
-    Memory: classes are taken by falling size, in groups that fit `max_bytes`; see `group_bytes` for the formula.
+    Memory: classes are taken by falling size, in groups that fit `max_bytes`; see `sizing.group_bytes` for the formula.
 
     Args:
         latents: one float16, float32 or float64 array [n_c, D] a class, n_c >= 1, one D.
@@ -104,22 +105,6 @@ def gram_kmeans_batched(
                     results[large[p]] = _cell_means(group.latents[c], labels[c])
                 del group  # before the next group takes its memory
     return [results[i] for i in range(len(arrays))]
-
-
-def group_bytes(shapes: Sequence[tuple[int, int]], dim: int, k: int) -> int:
-    """Bound of the device bytes of one group: D sum_c s_c n_c + C (8 N^2 + 64 k N) + 16 N (N + D).
-
-    The latents as they came; the Gram matrices, twice, since those of unfinished classes are gathered once half have
-    finished; distances and memberships; and one class while its matrix or its means are formed.
-
-    Args:
-        shapes: (n_c, s_c) of each class: samples, and bytes of one element.
-        dim: D.
-        k: centroids.
-    """
-    largest = max(n for n, _ in shapes)
-    stacked = len(shapes) * (8 * largest**2 + 64 * k * largest)
-    return dim * sum(n * s for n, s in shapes) + stacked + 16 * largest * (largest + dim)
 
 
 def group_classes(

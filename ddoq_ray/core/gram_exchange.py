@@ -13,6 +13,7 @@ from ddoq_ray.core.distortion import F32, F64, I64
 GAIN = 1e-6
 _SHARE = 4  # in one round a cell of n points has at most n // 4 moves, and at least one
 _CONSIDERED = 10  # one round considers the best moves, for one sample in this many
+_BLOCK_ELEMENTS = 1 << 22  # of the Gram matrix that are copied at one time to be summed
 
 
 def members(labels: I64, cells: int) -> list[I64]:
@@ -26,10 +27,13 @@ def cell_sums(gram: F32, mass: F64, labels: I64, cells: int) -> tuple[F64, F64, 
     sums = np.empty((cells, len(gram)), np.float64)
     for cell, points in enumerate(members(labels, cells)):
         weights = mass[points]
-        if (weights == 1.0).all():
-            gram[points].sum(axis=0, dtype=np.float64, out=sums[cell])
-        else:
-            np.matmul(weights, gram[points].astype(np.float64), out=sums[cell])
+        step = max(1, _BLOCK_ELEMENTS // max(1, len(points)))  # a cell may be the class: not its rows all at once
+        for first in range(0, len(gram), step):
+            part = slice(first, first + step)
+            if (weights == 1.0).all():
+                gram[points, part].sum(axis=0, dtype=np.float64, out=sums[cell, part])
+            else:
+                np.matmul(weights, gram[points, part].astype(np.float64), out=sums[cell, part])
     sizes: F64 = np.bincount(labels, weights=mass, minlength=cells).astype(np.float64)
     within = np.bincount(labels, weights=mass * sums[labels, np.arange(len(gram))], minlength=cells)
     return sums, sizes, within / sizes**2

@@ -5,6 +5,7 @@ Shapes: N samples of a class, K centroids, D flattened latent dimension. All siz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from ddoq_ray.core.distortion import F64
 
 GIB = 1 << 30
+_BLOCKS = 48 << 20  # what `core` copies at one time of a matrix that may be as large as the class
 CLASS_OVERHEAD = 6 << 10  # of one open class beside its rows: objects, array headers, squared norms
 
 Exact = Literal["gram", "faiss", "clvq"]
@@ -34,21 +36,50 @@ def clvq_seeding_bytes(k: int, dim: int, buffer: int) -> float:
     return 4.0 * dim * (k + buffer) + 16.0 * buffer**2
 
 
-def gram_bytes(n: npt.ArrayLike, dim: int) -> F64:
-    """Memory of one class in Gram space: 8 n D + 12 n^2 (latents and their centred copy, Gram matrix and work)."""
+def gram_bytes(n: npt.ArrayLike, dim: int, k: int) -> F64:
+    """Memory of one class in numpy's Gram space: 14 n D + 5 n^2 + 32 k n + 48 MiB.
+
+    The latents, their distinct rows, these centred and (`product=bfloat16`) rounded; the Gram matrix and the rows of
+    it that one round of exchanges moves; sums, costs and their copies for each centroid; and blocks of a fixed size.
+    """
     size = np.asarray(n, np.float64)
-    return 8.0 * size * dim + 12.0 * size**2
+    return 14.0 * size * dim + 5.0 * size**2 + 32.0 * k * size + _BLOCKS
 
 
-def exact_algorithm(n: int, dim: int, *, max_gram_bytes: float, max_class_bytes: float) -> Exact:
-    """The algorithm that a class gets when the Gram space was asked for: a function of its size alone.
+def group_bytes(shapes: Sequence[tuple[int, int]], dim: int, k: int) -> int:
+    """Device memory of one group of `gram_kmeans_batched`: D sum_c s_c n_c + C (8 N^2 + 64 k N) + 16 N (N + D).
 
-    `gram` while the Gram matrix (4 n^2) and the class (`gram_bytes`) keep their bounds; else `faiss` while two
-    float32 copies of the class (8 n D) do; else `clvq`, which needs no class in memory.
+    The latents as they came; the Gram matrices, twice, since those of unfinished classes are gathered once half have
+    finished; distances and memberships; and one class while its matrix or its means are formed.
 
-    >>> [exact_algorithm(n, 4096, max_gram_bytes=2 * GIB, max_class_bytes=8 * GIB) for n in (1300, 50_000, 10**6)]
+    Args:
+        shapes: (n_c, s_c) of each class: samples, and bytes of one element. N is the largest n_c.
+        dim: D.
+        k: centroids.
+    """
+    largest = max(n for n, _ in shapes)
+    stacked = len(shapes) * (8 * largest**2 + 64 * k * largest)
+    return dim * sum(n * s for n, s in shapes) + stacked + 16 * largest * (largest + dim)
+
+
+def exact_algorithm(
+    n: int, dim: int, k: int, *, together: bool, max_gram_bytes: float, max_class_bytes: float
+) -> Exact:
+    """The algorithm that a class gets when the Gram space was asked for: a function of its size and of the hardware.
+
+    `gram` while the Gram matrix (4 n^2) and the class keep their bounds; else `faiss` while two float32 copies of the
+    class (8 n D) do; else `clvq`, which needs no class in memory.
+
+    Args:
+        n: Latents of the class.
+        together: Whether classes go to a GPU together (`group_bytes` of their float16 latents, 24 n^2 and more), or
+            one by one through numpy (`gram_bytes`).
+
+    >>> bounds = {"together": False, "max_gram_bytes": 2 * GIB, "max_class_bytes": 8 * GIB}
+    >>> [exact_algorithm(n, 4096, 10, **bounds) for n in (1300, 50_000, 10**6)]
     ['gram', 'faiss', 'clvq']
     """
-    if 4.0 * n * n <= max_gram_bytes and gram_bytes(n, dim) <= max_class_bytes:
+    needed = group_bytes([(n, 2)], dim, k) if together else float(gram_bytes(n, dim, k))
+    if 4.0 * n * n <= max_gram_bytes and needed <= max_class_bytes:
         return "gram"
     return "faiss" if 8.0 * n * dim <= max_class_bytes else "clvq"

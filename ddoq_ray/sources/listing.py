@@ -24,10 +24,11 @@ _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP":
 
 @dataclass(frozen=True)
 class Refused:
-    """A file or sample that is not used, and why."""
+    """A file or sample that is not used, and why; `samples` is more than one where damage took more."""
 
     name: str
     reason: str
+    samples: int = 1
 
 
 @dataclass

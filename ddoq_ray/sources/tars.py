@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import posixpath
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ddoq_ray.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.samples import BadSample, labelled, read_classes
+from ddoq_ray.records import ClassCounts, ShardInfo
+from ddoq_ray.samples import read_classes
+from ddoq_ray.shard_index import train_and_val, with_losses
 from ddoq_ray.sources.containers import Containers, row_names
 from ddoq_ray.sources.listing import Listing, Refused, Survey
-from ddoq_ray.tar_headers import open_tar
-from ddoq_ray.transport import list_shards, open_shard
+from ddoq_ray.tar_samples import DAMAGE, BadSample, labelled, open_samples
+from ddoq_ray.transport import open_shard
 
 
 class Tars(Containers):
     """Given shards; a row is a sample with one label and one picture."""
 
     def __init__(self, path: str, val_path: str | None, classes: str | None) -> None:
-        self.train = list_shards(path)
-        self.val = [] if val_path is None else list_shards(val_path, key="dataset.val_path")
         self.path = path
+        self.train, self.val = train_and_val(path, val_path)
         self.classes = classes or posixpath.join(posixpath.dirname(self.train[0]), "classes.json")
 
     def containers(self) -> list[str]:
@@ -42,21 +41,25 @@ class Tars(Containers):
         class_ids: list[int] = []
         sizes: list[int] = []
         refused: list[Refused] = []
+        infos = []
         for container, shard in enumerate(shards, offset):
             where = posixpath.basename(shard)
             bad: list[BadSample] = []
-            labels = []
-            for key, label, data, _ in _pictures(shard, bad.append):
-                if not 0 <= label < num_classes:
-                    raise ValueError(
-                        f"{shard}: sample {key}: label {label} is outside the class list (0 to {num_classes - 1}); "
-                        "check that dataset.classes belongs to dataset.path (one entry for each label)"
-                    )
-                labels.append(label)
-                sizes.append(len(data))
-            names += row_names(container, range(len(labels)))
-            class_ids += labels
-            refused += [Refused(f"{where}:{b.key}", b.reason) for b in bad]
+            rows, size = [], 0
+            for row, (key, label, data, _) in enumerate(_pictures(shard, bad.append)):
+                size += len(data)
+                if 0 <= label < num_classes:
+                    rows.append(row)
+                    class_ids.append(label)
+                    sizes.append(len(data))
+                else:
+                    reason = f"label is outside the class list (0 to {num_classes - 1}): {label}"
+                    bad.append(BadSample(key, 0, reason))
+            names += row_names(container, rows)
+            damage = [b.reason for b in bad if b.reason.startswith(DAMAGE)]
+            infos.append(ShardInfo(where, len(rows), size, ClassCounts({}), "", damage="; ".join(damage)))
+            refused += [Refused(f"{where}:{b.key}", b.reason) for b in bad if not b.reason.startswith(DAMAGE)]
+        refused += [Refused(s.path, s.damage, s.lost) for s in with_losses(infos) if s.damage]
         return Listing(names, np.asarray(class_ids, np.int32), np.asarray(sizes, np.int64), refused)
 
     def images(self, container: int) -> Iterator[tuple[bytes, str]]:
@@ -67,12 +70,8 @@ class Tars(Containers):
 def _pictures(shard: str, on_bad: Callable[[BadSample], None]) -> Iterator[tuple[str, int, bytes, str]]:
     """(key, label, image bytes, extension) of each usable sample of a shard, in its order."""
     with open_shard(shard) as f:
-        try:
-            tar = open_tar(f)
-        except tarfile.ReadError:
-            on_bad(BadSample("", 0, "not a tar"))
-            return
-        for group, label in labelled(tar, on_bad, ("cls", *IMAGE_EXTENSIONS)):
+        tar = open_samples(f, on_bad)
+        for group, label in labelled(tar, on_bad) if tar is not None else ():
             data = group.members[group.images[0]]
             assert data is not None
             yield group.key, label, data, group.images[0]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import ray
 
 from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
@@ -36,11 +35,18 @@ class Settings:
     prior_id: str
     identity: str
     num_actors: int
+    together: bool = False  # classes of the Gram space go to the actor's GPU, many at once
     noise: NoiseLevel | None = None
+    need: int = 0  # bytes that the actor was planned to need
+    driver: str = ""  # tells this run of the command from the next
 
     @property
     def dim(self) -> int:
         return int(np.prod(self.latent_shape))
+
+    def algorithm_of(self, algorithm: QuantizerConfig, n: int) -> str:
+        """The algorithm that a class of n latents gets."""
+        return algorithm_of(algorithm, n, self.dim, self.ipc, together=self.together)
 
 
 def new_clvq(settings: Settings, class_id: int, options: ClvqConfig) -> Clvq:
@@ -55,12 +61,12 @@ def new_clvq(settings: Settings, class_id: int, options: ClvqConfig) -> Clvq:
     )
 
 
-def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int) -> str:
+def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, together: bool) -> str:
     """The algorithm that a class of n latents gets (`core.sizing.exact_algorithm`)."""
     if not isinstance(algorithm, GramConfig):
         return algorithm.name
     limits = {"max_gram_bytes": algorithm.max_gram_gb * GIB, "max_class_bytes": algorithm.max_class_gb * GIB}
-    return exact_algorithm(n, dim, **limits)
+    return exact_algorithm(n, dim, k, together=together, **limits)
 
 
 def assign_grids(grids: Mapping[int, Grid], chunks_of: ChunksOf) -> Iterator[Codebook]:
@@ -109,7 +115,7 @@ class WholeClasses:
         return 2 * self.sizes[c] * self.settings.dim
 
     def _kind(self, c: int) -> str:
-        return algorithm_of(self.algorithm, self.sizes[c], self.settings.dim)
+        return self.settings.algorithm_of(self.algorithm, self.sizes[c])
 
     def _batches(self, classes: Sequence[int]) -> Iterator[list[int]]:
         """Cut into what one call gets: never across a part, so that neither actors nor arrival change a batch."""
@@ -143,7 +149,7 @@ class WholeClasses:
 
     def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Grid]:
         """All classes of the Gram space at once, where the actor has a GPU."""
-        if not classes or not isinstance(self.algorithm, GramConfig) or not ray.get_gpu_ids():
+        if not classes or not isinstance(self.algorithm, GramConfig) or not self.settings.together:
             return {}
         from ddoq_ray.core.gram_batched import gram_kmeans_batched
 

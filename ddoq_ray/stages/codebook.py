@@ -10,10 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.artifacts import Folder
+from ddoq_ray.artifacts import Folder, digest_of
 from ddoq_ray.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
+MEND = (
+    "bring it back, or remove this part's two files and the manifest.json beside them and run the quantize stage "
+    "again: that writes it anew from the latents and keeps the other parts"
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,50 @@ def write_part(
 
 
 def read_record(codebook: Folder, part: int) -> PartRecord:
-    return PartRecord(**codebook.read_json(record_name(part)))
+    """The record of a finished part.
+
+    Raises:
+        ValueError: When it is gone or damaged.
+    """
+    try:
+        return PartRecord(**codebook.read_json(record_name(part)))
+    except FileNotFoundError:
+        raise ValueError(f"{codebook.path(record_name(part))} is missing; {MEND}") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"{codebook.path(record_name(part))} is damaged: it is not a part's record; {MEND}") from None
 
 
 def read_part(codebook: Folder, part: str) -> pa.Table:
-    """A part of a codebook, by its file's name, as an Arrow table (schema `records.codebook_schema`)."""
-    return pq.read_table(pa.BufferReader(codebook.read(part)))
+    """A part of a codebook, by its file's name, as an Arrow table (schema `records.codebook_schema`).
+
+    Raises:
+        ValueError: When the file or its record is gone, or the file is not the one that was written.
+    """
+    record = read_record(codebook, int(part.removeprefix("part-").removesuffix(".parquet")))
+    try:
+        data = codebook.read(part)
+    except FileNotFoundError:
+        raise ValueError(f"codebook part {codebook.path(part)} is missing although it was written; {MEND}") from None
+    if digest_of(data) != record.digest:
+        raise ValueError(
+            f"codebook part {codebook.path(part)} is damaged: it has {len(data):,} bytes of the {record.bytes:,} that "
+            f"were written, or others; {MEND}"
+        )
+    return pq.read_table(pa.BufferReader(data))
+
+
+def read_layout(codebook: Folder, part: str) -> pa.Table:
+    """class_id and centroid_id of a part's rows, without its centroids: what a driver may hold of every part.
+
+    Raises:
+        ValueError: When the file is gone or cannot be read. Whoever reads its centroids checks its digest.
+    """
+    try:
+        with codebook.reading(part) as f:
+            return pq.read_table(f, columns=["class_id", "centroid_id"])
+    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+        words = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise ValueError(f"codebook part {codebook.path(part)} is {words}; {MEND}") from None
 
 
 def latent_shape_of(table: pa.Table) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.stages.encode_reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode_worker import (
     FILE_BYTES,
+    NON_FINITE,
     PARTS,
     Encoder,
     EncoderSettings,
@@ -122,12 +123,14 @@ def run(
             on_shard(shard)
         return artifact.require()
     if status == "new":
-        (run_folder / "quarantine").remove()  # what another encoding refused, now replaced
+        for name in (run_folder / "quarantine").names("shard-*.jsonl"):
+            (run_folder / "quarantine").remove(name)  # what another encoding refused, now replaced
     finished = done_shards(latents)
     for shard in sorted(finished):
         on_shard(shard)
     batch = inner_batch(config, networks, latents)
     total = sum(s.samples for s in data.train)
+    expected = sum(s.expected for s in data.train)
     with Progress("encode", total, "images") as progress:
         for shard in finished:
             progress.advance(ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json")).classes.total)
@@ -137,7 +140,7 @@ def run(
             (latents / PARTS / shard_name(record.shard)).remove()
             refused += record.refused
             progress.advance(record.classes.total)
-            if refused > config.max_bad_fraction * max(1, total):
+            if refused > config.max_bad_fraction * max(1, expected):
                 break  # no need to spend the rest of the hours; the final check below says why
             on_shard(record.shard)
     encoded, refused, digests = 0, 0, []
@@ -208,7 +211,7 @@ def _stream(
 ) -> Iterator[ShardDone]:
     """The done record of each shard that is not finished, once its files are published."""
     todo = [
-        {"shard": i, "url": data.url(shard), "bytes": shard.bytes}
+        {"shard": i, "url": data.url(shard), "bytes": shard.bytes, "samples": shard.expected}
         for i, shard in enumerate(data.train)
         if i not in finished
     ]
@@ -216,15 +219,17 @@ def _stream(
         return
     latents = run_folder / "latents"
     chunks: dict[int, dict[int, ChunkRecord]] = {}
-    ends: dict[int, tuple[int, int]] = {}
+    bad: Counter[int] = Counter()  # shard -> refused samples, its reader's and its encoders'
+    ends: dict[int, int] = {}
     joins: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> shard, refused samples
     for row in chunk_records(config, todo, run_folder, len(data.classes), networks, batch):
         shard = int(row["shard"])
         chunks.setdefault(shard, {})[int(row["chunk"])] = ChunkRecord.from_json(json.loads(row["record"]))
+        bad[shard] += int(row["refused"])
         if row["last"]:
-            ends[shard] = (int(row["chunk"]) + 1, int(row["refused"]))
-        if shard in ends and len(chunks[shard]) == ends[shard][0]:
-            parts, (count, refused) = chunks.pop(shard), ends.pop(shard)
+            ends[shard] = int(row["chunk"]) + 1
+        if shard in ends and len(chunks[shard]) == ends[shard]:
+            parts, count, refused = chunks.pop(shard), ends.pop(shard), bad.pop(shard)
             if count == 1:
                 yield shard_done(shard, [parts[0]], refused)
             else:
@@ -259,7 +264,7 @@ def chunk_records(
     batch: int,
 ) -> Iterator[dict[str, Any]]:
     """What the encoders say of each chunk of the shards `todo`, in any order."""
-    arguments = (EncoderSettings.of(config, networks, batch), run_folder / "latents")
+    arguments = (EncoderSettings.of(config, networks, batch), run_folder / "latents", run_folder / "quarantine")
     stream = chunk_stream(config, todo, run_folder, num_classes, networks.image_size, batch)
     return iter(encoded(stream, config.cluster, config.encoder.pool, Encoder, arguments).iter_rows())
 
@@ -308,21 +313,29 @@ def encoded(
     )
 
 
-def quarantine_reasons(run_folder: Folder) -> Counter[str]:
-    """Refused samples by reason, without the details that make each one unique."""
+def quarantine_reasons(run_folder: Folder, files: str = "shard-*.jsonl") -> Counter[str]:
+    """Refused samples by reason, without the details that make each one unique; by default the training samples."""
     reasons: Counter[str] = Counter()
-    for name in (run_folder / "quarantine").names("*.jsonl"):
+    for name in (run_folder / "quarantine").names(files):
         for line in (run_folder / "quarantine").read(name).splitlines():
-            reasons[json.loads(line)["reason"].split(":")[0]] += 1
+            row = json.loads(line)
+            reasons[row["reason"].split(":")[0]] += row.get("samples", 1)
     return reasons
 
 
 def check_bad_fraction(config: RunConfig, run_folder: Folder, encoded: int, refused: int) -> None:
     seen = encoded + refused
     if refused > config.max_bad_fraction * max(1, seen):
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in quarantine_reasons(run_folder).most_common(5))
+        counted = quarantine_reasons(run_folder)
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in counted.most_common(5))
+        hint = ""
+        if counted[NON_FINITE.split(":")[0]]:
+            hint = (
+                f" Latents that are not finite come from the prior's weights or scaling_factor, or from an "
+                f"encoder.dtype that they do not bear (it is {config.encoder.dtype}; try float32 or bfloat16)."
+            )
         raise ValueError(
             f"{refused} of {seen} samples refused, more than max_bad_fraction={config.max_bad_fraction} ({reasons}); "
-            f"each is listed in {run_folder.path('quarantine')}. What is encoded stays: mend the shards, or raise "
-            "max_bad_fraction and run again"
+            f"each is listed in {run_folder.path('quarantine')}.{hint} What is encoded stays: mend the shards, or "
+            "raise max_bad_fraction and run again"
         )

@@ -6,6 +6,7 @@ rows that come in batches). The same shard gives the same chunks, however often 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ import pyarrow as pa
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.pictures import Resize
-from ddoq_ray.samples import BadSample, Sample, read_samples, to_square
+from ddoq_ray.samples import Sample, read_samples, to_square
 from ddoq_ray.stages.encode_worker import shard_name
+from ddoq_ray.tar_samples import DAMAGE, BadSample
 
 # Of pixels: small enough that several wait in memory, large enough to hide a call's cost (with half of it readers lose
 # a sixth of their rate, with twice as much they gain nothing).
@@ -50,23 +52,52 @@ def read_chunks(
 
     The last chunk of a shard (possibly without samples) carries the number of refused samples.
     """
-    for shard, url in zip(batch["shard"].tolist(), batch["url"].tolist(), strict=True):
+    expected = batch["samples"].tolist() if "samples" in batch else [0] * len(batch["shard"])
+    for shard, url, samples_there in zip(batch["shard"].tolist(), batch["url"].tolist(), expected, strict=True):
         bad: list[BadSample] = []
+        usable = 0
         samples = read_samples(url, num_classes, bad.append)
         for number, (chunk, last) in enumerate(_in_chunks(samples, chunk_samples, image_size, resize)):
+            usable += len(chunk.keys)
+            if last:
+                bad = with_lost(bad, samples_there - usable)
             if last and bad:
-                bad.sort(key=lambda b: b.offset)
-                lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
-                quarantine.publish(f"{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
+                quarantine.publish(f"{shard_name(shard)}.jsonl", quarantine_lines(bad))
             yield {
                 "shard": [shard],
                 "chunk": [number],
                 "last": [last],
-                "refused": [len(bad) if last else 0],
+                "refused": [sum(b.samples for b in bad) if last else 0],
                 "keys": [json.dumps(chunk.keys)],
                 "class_ids": [np.asarray(chunk.class_ids, np.int32).tobytes()],
                 "pixels": [chunk.pixels[: len(chunk.keys)].reshape(-1)],
             }
+
+
+def with_lost(bad: list[BadSample], missing: int) -> list[BadSample]:
+    """The refusals of a shard in its order, so that as many are counted as the index says are `missing`.
+
+    Damage is one refusal, whatever it took: it counts for all that did not come.
+    """
+    more = missing - len(bad)
+    bad = sorted(bad, key=lambda b: b.offset)
+    if more <= 0:
+        return bad
+    for i, b in enumerate(bad):
+        if b.reason.startswith(DAMAGE):
+            counted = dataclasses.replace(b, samples=b.samples + more, reason=f"{b.reason}; {more + 1:,} samples lost")
+            return [*bad[:i], counted, *bad[i + 1 :]]
+    reason = f"the shard has changed: {more:,} samples that its index names are not there any more"
+    return [*bad, BadSample("", bad[-1].offset if bad else 0, reason, more)]
+
+
+def quarantine_lines(bad: Iterable[BadSample]) -> bytes:
+    """Refused samples as the lines of a quarantine file; `samples` where one line stands for several."""
+    rows = []
+    for b in bad:
+        row: dict[str, Any] = {"key": b.key, "offset": b.offset, "reason": b.reason}
+        rows.append(json.dumps(row if b.samples == 1 else row | {"samples": b.samples}))
+    return ("\n".join(rows) + "\n").encode("utf-8", "surrogateescape")
 
 
 def read_tables(batch: dict[str, np.ndarray], **reading: Any) -> Iterator[pa.Table]:

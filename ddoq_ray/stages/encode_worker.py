@@ -32,6 +32,7 @@ from ddoq_ray.stages.networks import Networks
 
 FILE_BYTES = 32 << 20  # of latents in a file of the log: few files, and little memory for whoever reads one
 PARTS = "parts"
+NON_FINITE = "non-finite latent: the autoencoder gave infinity or not a number"
 GAIN = 1.03  # a larger micro-batch must be this much faster to be worth its memory
 
 
@@ -88,12 +89,13 @@ class Encoder:
     Two chunks may be in hand at once: while one is computed the other is read, copied or published.
     """
 
-    def __init__(self, settings: EncoderSettings, latents: Folder) -> None:
+    def __init__(self, settings: EncoderSettings, latents: Folder, quarantine: Folder | None = None) -> None:
         from ddoq_ray.models.autoencoder import load_autoencoder
 
         pin_threads(settings.threads)
         self.settings = settings
         self.folder = latents
+        self.quarantine = quarantine or latents / "quarantine"
         on = device()
         if on == "cuda" and settings.gpu_share < 1:
             import torch
@@ -107,30 +109,36 @@ class Encoder:
         shard, chunk, last = int(batch["shard"][0]), int(batch["chunk"][0]), bool(batch["last"][0])
         whole = last and chunk == 0
         place = shard_name(shard) if whole else f"{PARTS}/{shard_name(shard)}"
-        record = self.publish(batch, f"{place}/chunk-{chunk:05d}.parquet")
+        record, refused = self.publish(batch, f"{place}/chunk-{chunk:05d}.parquet")
+        name = f"{shard_name(shard)}.latents-{chunk:05d}.jsonl"
+        if refused:
+            lines = [json.dumps({"key": key, "offset": None, "reason": NON_FINITE}) for key in refused]
+            self.quarantine.publish(name, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
         return {
             "shard": [shard],
             "chunk": [chunk],
             "last": [last],
-            "refused": [int(batch["refused"][0])],
+            "refused": [int(batch["refused"][0]) + len(refused)],
             "record": [json.dumps(record.to_json())],
         }
 
-    def publish(self, row: dict[str, Any], name: str) -> ChunkRecord:
-        """Encode a row of `read_chunks` into the file `name` of the log."""
+    def publish(self, row: dict[str, Any], name: str) -> tuple[ChunkRecord, list[str]]:
+        """Encode a row of `read_chunks` into the file `name` of the log; its record, and the keys that are not in it.
+
+        Those are the samples whose latent is not finite, as an autoencoder in half precision gives for single pictures.
+        """
         keys = json.loads(row["keys"][0])
         class_ids = np.frombuffer(row["class_ids"][0], np.int32)
         size = self.settings.image_size
         pixels = np.frombuffer(row["pixels"][0], np.uint8).reshape(len(keys), size, size, 3)
         latents = self.encode(pixels, keys)
         bad = np.flatnonzero(((latents.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=1))  # infinity's and NaN's bits
-        if len(bad):
-            raise ValueError(
-                f"the prior gave a non-finite latent for sample {keys[bad[0]]} of {shard_name(int(row['shard'][0]))}; "
-                f"check its weights and scaling_factor, and whether they bear encoder.dtype={self.settings.dtype}"
-            )
+        refused = [keys[i] for i in bad]
+        if refused:
+            kept = np.setdiff1d(np.arange(len(keys)), bad)
+            keys, class_ids, latents = [keys[i] for i in kept], class_ids[kept], latents[kept]
         schema = latent_schema(self.settings.latent_shape, self.settings.prior_id)
-        return write_file(self.folder, name, keys, class_ids, latents, schema)
+        return write_file(self.folder, name, keys, class_ids, latents, schema), refused
 
     def encode(self, pixels: npt.NDArray[np.uint8], keys: Sequence[str]) -> npt.NDArray[np.float16]:
         """float16 [n, D] of images uint8 [n, H, W, 3]."""

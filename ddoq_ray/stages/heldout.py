@@ -146,7 +146,7 @@ def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: 
         if encoder is None:
             encoder = Encoder(settings, log)
         chunks: list[ChunkRecord] = []
-        refused = 0
+        refused = not_finite = 0
         rows = read_chunks(
             {"shard": np.array([shard]), "url": np.array([url])},
             quarantine=log / "quarantine",
@@ -155,10 +155,12 @@ def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: 
         for row in rows:
             refused = row["refused"][0]
             if _keep(row, left):
-                chunks.append(encoder.publish(row, f"{shard_name(shard)}/chunk-{len(chunks):05d}.parquet"))
+                record, lost = encoder.publish(row, f"{shard_name(shard)}/chunk-{len(chunks):05d}.parquet")
+                chunks.append(record)
+                not_finite += len(lost)
             if not any(left.values()):
                 break
-        log.publish(f"{shard_name(shard)}/done.json", encode.shard_done(shard, chunks, refused).dumps())
+        log.publish(f"{shard_name(shard)}/done.json", encode.shard_done(shard, chunks, refused + not_finite).dumps())
     return time.monotonic() - start
 
 

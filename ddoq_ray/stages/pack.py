@@ -11,7 +11,7 @@ import dataclasses
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import IO, Any
@@ -26,12 +26,14 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
 from ddoq_ray.runtime import Progress, in_tasks
-from ddoq_ray.samples import index_shard
-from ddoq_ray.sources.listing import Listing, Refused, Source, Survey, extension_of, refusal
+from ddoq_ray.shard_index import index_shard, picture_digest
+from ddoq_ray.sources.listing import NO_EXTENSION, Listing, Refused, Source, Survey, extension_of, refusal
+from ddoq_ray.stages.given_shards import same_images
 from ddoq_ray.stages.prepared import Packed
 
 Rows = npt.NDArray[np.int64]
 SCRATCH = "scratch"  # below data/: containers laid open, removed at the end
+NO_IMAGES = (NO_EXTENSION, "hidden file", "class folder without an image", "member without an extension")
 MEMBER_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE  # of a sample, beside its image: two headers and the label
 
 
@@ -154,36 +156,45 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
             for _ in in_tasks([open_job(i) for i in range(len(containers))], at_once):
                 progress.advance()
 
-    def job(plan: Plan, index: int) -> Callable[[], Any]:
-        def submit() -> Any:
-            rows = plan.shards[index]
-            task = ShardTask(
-                plan.split, plan.origin, index, [plan.listing.names[i] for i in rows],
-                plan.listing.class_ids[rows], rows, len(survey.classes),
-            )  # fmt: skip
-            return _pack_shard.options(**resources).remote(shared, task, data)
-
-        return submit
-
-    jobs = [job(plan, index) for plan in plans for index in range(len(plan.shards))]
-    infos: list[Any] = [None] * len(jobs)
     refused: Counter[str] = Counter()
-    with Progress("prepare", len(jobs), "shards") as progress:
-        for number, (info, why) in in_tasks(jobs, at_once):
-            infos[number] = info
-            refused.update(why)
-            progress.advance()
     listed: dict[str, list[ShardInfo]] = {"train": [], "val": []}
-    done = iter(infos)
-    for plan in plans:
-        listed[plan.split] = [next(done) for _ in plan.shards]
+    same: list[str] = []
+    known: dict[int, set[bytes]] = {}
+    with Progress("prepare", sum(len(plan.shards) for plan in plans), "shards") as progress:
+        for plan in sorted(plans, key=lambda plan: plan.split, reverse=True):  # val first: what must not come again
+            seen = ray.put(known)
+            jobs = [_job(shared, seen, plan, i, len(survey.classes), data, resources) for i in range(len(plan.shards))]
+            infos: list[Any] = [None] * len(jobs)
+            for number, (info, why, pictures, again) in in_tasks(jobs, at_once):
+                infos[number] = info
+                refused.update(why)
+                same += again
+                if plan.split == "val":
+                    for size, digest in pictures:
+                        known.setdefault(size, set()).add(digest)
+                progress.advance()
+            listed[plan.split] = infos
     _remove_others(data, plans)
     unlisted = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]
     _publish_refused(data / "quarantine", "listing", unlisted)
-    packed = Packed(survey.classes, listed["train"], listed["val"], Counter(_kind(r.reason) for r in unlisted), refused)
+    packed = Packed(survey.classes, listed["train"], listed["val"], _counted(unlisted), refused)
+    images = {split: sum(s.samples for s in shards) for split, shards in listed.items()}
+    packed.same = same_images(same, images["val"], images["train"])
     _check_refused(config, packed, data)
     data.remove(SCRATCH)
     return packed
+
+
+def _job(
+    source: Any, known: Any, plan: Plan, index: int, num_classes: int, data: Folder, resources: dict[str, float]
+) -> Callable[[], Any]:
+    def submit() -> Any:
+        rows = plan.shards[index]
+        names = [plan.listing.names[i] for i in rows]
+        task = ShardTask(plan.split, plan.origin, index, names, plan.listing.class_ids[rows], rows, num_classes)
+        return _pack_shard.options(**resources).remote(source, task, data, known)
+
+    return submit
 
 
 @dataclass(frozen=True)
@@ -207,16 +218,31 @@ class ShardTask:
         return digest_of([self.split, self.names, self.class_ids.tolist(), self.rows.tolist(), self.num_classes])
 
 
-def write_shard(source: Source, task: ShardTask, data: Folder) -> tuple[ShardInfo, dict[str, int]]:
-    """Write one shard and its record, unless both are there; what it holds, and its refused images by reason."""
+Written = tuple[ShardInfo, dict[str, int], list[tuple[int, bytes]], list[str]]
+
+
+def write_shard(
+    source: Source, task: ShardTask, data: Folder, known: Mapping[int, set[bytes]] | None = None
+) -> Written:
+    """Write one shard and its record, unless both are there.
+
+    Args:
+        known: Pictures of the validation images: size -> digests.
+
+    Returns:
+        What it holds, its refused images by reason, (size, digest) of its pictures where it is a validation shard, and
+        the names of those that are `known`.
+    """
     tar_name, record_name = f"{task.split}/{task.name}.tar", f"records/{task.name}.json"
     digest = task.digest
     if data.exists(record_name) and data.exists(tar_name):
         record = data.read_json(record_name)
         fs, path = fsspec.core.url_to_fs(data.path(tar_name))
         if record["plan"] == digest and fs.size(path) == record["shard"]["bytes"]:
-            return ShardInfo.from_json(record["shard"]), dict(Counter(_kind(r["reason"]) for r in record["refused"]))
+            return _written(record)
     refused: list[Refused] = []
+    digests: list[tuple[int, bytes]] = []
+    same: list[str] = []
     origins: list[list[str]] = []
     pictures = source.read(task.origin, task.names, data / SCRATCH)
     with data.writing(tar_name) as f, tarfile.open(fileobj=f, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -229,17 +255,30 @@ def write_shard(source: Source, task: ShardTask, data: Folder) -> tuple[ShardInf
             _add(tar, f"{key}.{extension_of(picture)}", picture.data)
             _add(tar, f"{key}.cls", str(class_id).encode())
             origins.append([key, name])
+            size, seen = len(picture.data), picture_digest(picture.data)
+            if task.split == "val":
+                digests.append((size, seen))
+            elif known and seen in known.get(size, ()):
+                same.append(name)
     info = dataclasses.replace(index_shard(data.path(tar_name), task.num_classes), path=f"data/{tar_name}")
     assert info.samples == len(origins), (task.name, info.samples, len(origins))
     _publish_refused(data / "quarantine", task.name, refused)
     record = {
         "plan": digest,
         "shard": info.to_json(),
-        "refused": [dataclasses.asdict(r) for r in refused],
+        "refused": [{"name": r.name, "reason": r.reason} for r in refused],
         "origins": origins,
+        "pictures": [[size, digest.hex()] for size, digest in digests],
+        "same": same,
     }
     data.publish(record_name, json.dumps(record).encode())
-    return info, dict(Counter(_kind(r.reason) for r in refused))
+    return _written(record)
+
+
+def _written(record: dict[str, Any]) -> Written:
+    why = dict(Counter(_kind(r["reason"]) for r in record["refused"]))
+    pictures = [(size, bytes.fromhex(digest)) for size, digest in record.get("pictures", [])]
+    return ShardInfo.from_json(record["shard"]), why, pictures, record.get("same", [])
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -255,8 +294,16 @@ def _kind(reason: str) -> str:
     return reason.partition(":")[0]
 
 
+def _counted(refused: Sequence[Refused]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for r in refused:
+        counts[_kind(r.reason)] += r.samples
+    return counts
+
+
 def _publish_refused(quarantine: Folder, name: str, refused: Sequence[Refused]) -> None:
-    lines = [json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in refused]
+    rows = [{"name": r.name, "reason": r.reason} | ({"samples": r.samples} if r.samples > 1 else {}) for r in refused]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     if lines:
         quarantine.publish(f"{name}.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
     else:
@@ -274,8 +321,10 @@ def _remove_others(data: Folder, plans: Sequence[Plan]) -> None:
 
 
 def _check_refused(config: RunConfig, packed: Packed, data: Folder) -> None:
-    bad, good = sum(packed.refused.values()), sum(s.samples for s in (*packed.train, *packed.val))
-    told = ", ".join(f"{reason}: {n:,}" for reason, n in packed.refused.most_common(5))
+    # A file that does not say it is an image is none that was lost.
+    images = packed.refused + Counter({k: n for k, n in packed.unlisted.items() if k not in NO_IMAGES})
+    bad, good = sum(images.values()), sum(s.samples for s in (*packed.train, *packed.val))
+    told = ", ".join(f"{reason}: {n:,}" for reason, n in images.most_common(5))
     where = f"each is named in {data.path('quarantine')}"
     if not sum(s.samples for s in packed.train):
         raise ValueError(f"dataset.path={config.dataset.path}: no usable training image ({told}); {where}")
@@ -297,5 +346,5 @@ def _lay_open(source: Source, container: int, scratch: Folder) -> None:
 
 
 @ray.remote(num_cpus=1)
-def _pack_shard(source: Source, task: ShardTask, data: Folder) -> tuple[ShardInfo, dict[str, int]]:
-    return write_shard(source, task, data)
+def _pack_shard(source: Source, task: ShardTask, data: Folder, known: Mapping[int, set[bytes]]) -> Written:
+    return write_shard(source, task, data, known)

@@ -9,29 +9,26 @@ with a classes.json of its own, so that other runs can read them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
-import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, Status
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
-from ddoq_ray.runtime import Events, Progress, in_tasks, say
-from ddoq_ray.samples import encode_png, index_shard, list_shards, read_classes, write_tar
+from ddoq_ray.runtime import Events, say
+from ddoq_ray.samples import encode_png, list_shards, read_classes, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits, kind_of, open_source
+from ddoq_ray.stages.given_shards import check_unchanged, index_all, publish_damage, survey_shards
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.pack import make_plans, pack, survey_source
 from ddoq_ray.stages.prepared import Data, Packed, summary, summary_lines
 
-INDEXED_AT_ONCE = 256  # shards; enough for a large cluster, and Ray is not given 14,000 tasks at a time
 DIGIT_SHARDS = {"train": 4, "selection": 1, "val": 1}
 
 
@@ -97,19 +94,6 @@ def resolve_mapping(
     return filled
 
 
-def _index(urls: Sequence[str], num_classes: int) -> list[ShardInfo]:
-    if not urls:
-        return []
-    task = ray.remote(num_cpus=0.5)(index_shard)
-    jobs = [functools.partial(task.remote, url, num_classes) for url in urls]
-    found: dict[int, ShardInfo] = {}
-    with Progress("prepare", len(jobs), "shards") as progress:
-        for number, info in in_tasks(jobs, INDEXED_AT_ONCE):
-            found[number] = info
-            progress.advance()
-    return [found[i] for i in range(len(jobs))]
-
-
 def identity(config: RunConfig) -> dict:
     """What the prepared data follows from.
 
@@ -138,8 +122,10 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     facts = identity(config)
     if _status(config, artifact, facts) == "done":
         _take_class_list(config, data)
-        _check_unchanged(Data.load(folder))
-        return Data.load(folder)
+        data_there = Data.load(folder)
+        check_unchanged(data_there)
+        _check_validation(config, bool(data_there.val))
+        return data_there
     # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
     # stage behind, which would refuse the right one.
     source = open_source(config.dataset)
@@ -149,7 +135,8 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
         plans = make_plans(config, survey)
         _check_validation(config, len(plans) > 1)
     elif config.dataset.path is not None:
-        packed = _survey(config)
+        packed = survey_shards(config, _class_list(config))
+        _check_validation(config, bool(packed.val))
     artifact.begin(facts, overwrite=config.overwrite)
     if source is not None:
         assert survey is not None and plans is not None
@@ -177,7 +164,8 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
         summary=counted,
     )
     events.add("stage finished", stage="prepare", images=samples)
-    for line in summary_lines(counted, data.path("quarantine")):
+    publish_damage(data, packed)
+    for line in (*packed.told, *summary_lines(counted, data.path("quarantine"))):
         say(line)
     return Data.load(folder)
 
@@ -186,8 +174,8 @@ def _check_validation(config: RunConfig, there: bool) -> None:
     needing = [s for s in ("label", "train", "evaluate") if s in config.stages]
     if needing and not there:
         raise ValueError(
-            f"the source has no validation images, and {', '.join(needing)} need some: hold some out "
-            "(dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
+            f"the data has no validation images, and {', '.join(needing)} need some: hold some out of a collection "
+            "that is packed (dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
             "(stages=[prepare,encode,quantize,synthesize])"
         )
 
@@ -251,20 +239,6 @@ def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:
     return status
 
 
-def _check_unchanged(data: Data) -> None:
-    """Refuse shards that have gone or grown since they were indexed: counts and positions would be wrong."""
-    for shard in (*data.train, *data.val):
-        url = data.url(shard)
-        fs, root = fsspec.core.url_to_fs(url)
-        size = fs.size(root) if fs.exists(root) else None
-        if size != shard.bytes:
-            now = "is gone" if size is None else f"has {size:,} bytes"
-            raise ValueError(
-                f"{url} {now}, but had {shard.bytes:,} when {data.run.path('data')} was prepared; bring it back, use "
-                "another run_dir, or remove data/manifest.json of this one to index the shards again"
-            )
-
-
 def _shown(names: Sequence[str]) -> str:
     return f"{len(names)} classes: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
@@ -295,29 +269,6 @@ def _class_list(config: RunConfig) -> list[ClassInfo]:
     return read_classes(posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
 
 
-def _survey(config: RunConfig) -> Packed:
-    """Class list, training shards and validation shards of the person's own data, each with what it holds."""
-    shards = list_shards(str(config.dataset.path), key="dataset.path")
-    val_path = config.dataset.val_path
-    val_shards = [] if val_path is None else list_shards(val_path, key="dataset.val_path")
-    d = config.dataset
-    unused = {"heldout": d.heldout > 0, "label_column": d.label_column is not None}
-    if any(unused.values()):
-        raise ValueError(
-            f"dataset.{next(k for k, u in unused.items() if u)} has no effect on WebDataset shards that are read where "
-            "they are; leave it out, or set dataset.resort=true to write them anew"
-        )
-    classes = _class_list(config)
-    train, val = _index(shards, len(classes)), _index(val_shards, len(classes))
-    for key, path, found in (("path", config.dataset.path, train), ("val_path", val_path, val)):
-        if path is not None and not sum(s.samples for s in found):
-            raise ValueError(
-                f"dataset.{key}={path}: no sample with an image and a label in {len(found)} shards; expected members "
-                "<key>.png (or jpg, ...) and <key>.cls with the label as a number"
-            )
-    return Packed(classes, train, val)
-
-
 def _write_digits(folder: Folder) -> Packed:
     """Publish the built-in source's shards."""
     data = folder / "data"
@@ -326,6 +277,6 @@ def _write_digits(folder: Folder) -> Packed:
             data.publish(f"{split}/{split}-{i:06d}.tar", tar)
     classes = [ClassInfo(i, name, f"a scanned handwritten digit {name}") for i, name in enumerate(DIGIT_NAMES)]
     train, val = (
-        _index([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes)) for split in ("train", "val")
+        index_all([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes)) for split in ("train", "val")
     )
     return Packed(classes, train, val)

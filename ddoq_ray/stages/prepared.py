@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,16 @@ class Data:
     def val_urls(self) -> list[str]:
         return [self.url(s) for s in self.val]
 
-    @property
+    @cached_property
     def counts(self) -> dict[int, int]:
-        """class_id -> labelled training images."""
-        total: Counter[int] = Counter()
+        """class_id -> labelled training images. Counted once: a class-mixed ImageNet-21K has 14 million pairs."""
+        total = np.zeros(1 + max((c.class_id for c in self.classes), default=0), np.int64)
         for shard in self.train:
-            total.update(shard.images)
-        return {c.class_id: total[c.class_id] for c in self.classes}
+            known = shard.images.class_ids < len(total)
+            total[shard.images.class_ids[known]] += shard.images.counts[known]
+        return {c.class_id: int(total[c.class_id]) for c in self.classes}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Changes when a training shard, its place in the order, or the class list does."""
         shards = [(posixpath.basename(s.path), s.digest) for s in self.train]
@@ -75,6 +77,8 @@ class Packed:
     val: list[ShardInfo]
     unlisted: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    same: dict[str, Any] = field(default_factory=dict)  # pictures that both splits hold
+    told: list[str] = field(default_factory=list)  # lines for the user
 
 
 def summary(packed: Packed) -> dict[str, Any]:
@@ -95,6 +99,8 @@ def summary(packed: Packed) -> dict[str, Any]:
             "shards": len(shards),
             "bytes": sum(s.bytes for s in shards),
         }
+    if packed.same:
+        facts["in_both_splits"] = packed.same
     return facts | {"refused": dict(packed.refused), "not_listed": dict(packed.unlisted)}
 
 
@@ -109,6 +115,13 @@ def summary_lines(facts: dict[str, Any], quarantine: str) -> list[str]:
                 f"({a_class['min']:,} to {a_class['max']:,} a class, median {a_class['median']:,.10g}), "
                 f"{part['bytes'] / 1e6:,.1f} MB in {part['shards']:,} shards"
             )
+    same = facts.get("in_both_splits")
+    if same:
+        lines.append(
+            f"prepare    warning: {same['images']:,} of {same['of_training']:,} training images are among the "
+            f"{same['of_validation']:,} validation images, byte for byte ({', '.join(same['examples'])}): "
+            "scores will be too high"
+        )
     refused = Counter(facts["refused"]) + Counter(facts["not_listed"])
     if refused:
         told = ", ".join(f"{reason}: {n:,}" for reason, n in refused.most_common())

@@ -14,9 +14,10 @@ What an actor may hold is planned, checked and asked of Ray first (`quantize_mem
 from __future__ import annotations
 
 import time
+import uuid
 import warnings
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,14 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import QuantizerConfig
 from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.records import CodebookWarning
-from ddoq_ray.runtime import Events, Progress
+from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.stages import encode
 from ddoq_ray.stages.class_quantizers import Settings
 from ddoq_ray.stages.codebook import part_classes, read_record
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize_memory import plan_memory
+from ddoq_ray.stages.quantize_memory import ActorDemand, plan_memory, together
 from ddoq_ray.stages.quantize_worker import Quantizer
 
 WARNINGS_SHOWN = 5
@@ -89,20 +90,25 @@ class Quantizers:
             prior_id=networks.prior_id,
             identity=digest_of(self.facts),
             num_actors=num,
+            together=together(config),
             noise=noise,
+            driver=uuid.uuid4().hex,
         )
-        self._arguments = [(self.codebook, latents, run / "data", mine, algorithm, settings) for mine in self.parts]
+        self._arguments = [
+            (self.codebook, latents, run / "data", mine, algorithm, replace(settings, need=need))
+            for mine, need in zip(self.parts, self.needs, strict=True)
+        ]
+
+    @property
+    def demands(self) -> list[ActorDemand]:
+        """What each actor asks of Ray and holds until the codebook is finished; none when it is already."""
+        resources = self.config.cluster.quantizer
+        return [ActorDemand(resources.num_cpus, resources.num_gpus, need) for need in self.needs]
 
     def launch(self) -> None:
         """Start the actors, if there is anything left for them to do."""
-        resources = self.config.cluster.quantizer
-        for need, arguments in zip(self.needs, self._arguments, strict=True):
-            actor = Quantizer.options(
-                num_cpus=resources.num_cpus,
-                num_gpus=resources.num_gpus,
-                memory=need,
-                scheduling_strategy="SPREAD",
-            )
+        for demand, arguments in zip(self.demands, self._arguments, strict=True):
+            actor = Quantizer.options(**asdict(demand), scheduling_strategy="SPREAD")
             self.actors.append(actor.remote(*arguments))
         self._calls = [None] * len(self.actors)
 
@@ -121,23 +127,32 @@ class Quantizers:
         """Wait until every part is written; publish the manifest.
 
         Raises:
-            ValueError: For a class below `ipc` after quarantine (unless `small_class` allows it), or a damaged log.
+            ValueError: For a class below `ipc` after quarantine (unless `small_class` allows it), a damaged log, or an
+                actor that died three times without getting on.
         """
         if self.actors:
             assert self.done.all(), "finish() before every shard is done"
             bitmap = np.packbits(self.done).tobytes()
-            ray.get([call for call in self._calls if call is not None])  # an error of a last call surfaces as itself
-            refs = [actor.advance.remote(bitmap) for actor in self.actors]
             with Progress("quantize", self.num_parts, "parts") as progress:
-                waiting = list(refs)
-                while waiting:
-                    ray.wait(waiting, num_returns=1, timeout=1.0)
-                    ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-                    ray.get(ready)
-                    progress.advance(len(self.codebook.names("part-*.json")) - progress.done)
-            self._write_manifest(events, max(ray.get(refs)))
+                # A last call may still have much to do, and its error must surface as itself.
+                self._wait([call for call in self._calls if call is not None], progress)
+                seconds = max(self._wait([actor.advance.remote(bitmap) for actor in self.actors], progress))
+            for path in sorted({path for actor in self.actors for path in ray.get(actor.left_out.remote())}):
+                say(f"quantize   {path} was damaged and left out; its classes were read from the latents anew")
+                events.add("snapshot left out", path=path)
+            self._write_manifest(events, seconds)
             self.close()
         return self.artifact.require()
+
+    def _wait(self, calls: list[Any], progress: Progress) -> list[float]:
+        """What the calls give, with the parts that appear meanwhile shown."""
+        waiting = list(calls)
+        while waiting:
+            ray.wait(waiting, num_returns=1, timeout=1.0)
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            ray.get(ready)
+            progress.advance(len(self.codebook.names("part-*.json")) - progress.done)
+        return ray.get(calls)
 
     def close(self) -> None:
         for actor in self.actors:

@@ -7,13 +7,15 @@ An actor needs
     streaming:  sum over the open classes of 4 D max(min(n, buffer), min(n, K)) + 24 K + 6 KiB, where they are most
                 (a class is open from its first shard until its part is written: in a class-mixed log all classes are
                 open at the end), and one class's seeding
-    exact:      160 MiB of libraries; 512 MiB of latents, or the largest class; and what the algorithm needs for the
-                class that needs most (8 n D + 12 n^2 in Gram space; a class too large for that is streamed)
+    exact:      160 MiB of libraries (1.5 GiB with a GPU); 512 MiB of latents, or the largest class; and what the
+                algorithm needs for the class that needs most (`sizing.gram_bytes` in Gram space; on a GPU that is the
+                device's memory, and the host holds a second copy of 256 MiB of latents, or of the largest class)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,27 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
-from ddoq_ray.stages.class_quantizers import READ_BYTES, algorithm_of
+from ddoq_ray.stages.class_quantizers import BATCH_BYTES, READ_BYTES, algorithm_of
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize_worker import shards_of, worth_finishing
+from ddoq_ray.stages.quantize_worker import Pending, shards_of, worth_finishing
 
 BASE_BYTES = 240 << 20  # of a worker process that has done nothing yet
 LIBRARY_BYTES = 160 << 20  # scikit-learn, faiss
+GPU_LIBRARY_BYTES = 1536 << 20  # torch and what CUDA keeps on the host
+
+
+@dataclass(frozen=True)
+class ActorDemand:
+    """What one quantizer actor asks of Ray, from its start to the end of its codebook."""
+
+    num_cpus: float
+    num_gpus: float
+    memory: int
+
+
+def together(config: RunConfig) -> bool:
+    """Whether classes of the Gram space go to a GPU together."""
+    return config.cluster.quantizer.num_gpus > 0
 
 
 def plan_memory(
@@ -58,20 +75,24 @@ def plan_memory(
             work += clvq_seeding_bytes(config.ipc, dim, buffer)
         else:
             sizes = census.images[mine].tolist()
-            latents = [2.0 * n * dim for n in sizes if algorithm_of(algorithm, n, dim) != "clvq"]
+            gpu = together(config)
+            whole = (n for n in sizes if algorithm_of(algorithm, n, dim, config.ipc, together=gpu) != "clvq")
+            latents = [2.0 * n * dim for n in whole]
             work = min(sum(latents), max(READ_BYTES, max(latents, default=0.0)))
-            work += max((_class_bytes(algorithm, n, config.ipc, dim) for n in set(sizes)), default=0.0)
-            base += LIBRARY_BYTES
+            if gpu:
+                work += min(sum(latents), max(BATCH_BYTES, max(latents, default=0.0)))
+            work += max((_class_bytes(algorithm, n, config.ipc, dim, gpu) for n in set(sizes)), default=0.0)
+            base += GPU_LIBRARY_BYTES if gpu else LIBRARY_BYTES
         pairs = sum(len(census.shards[c]) for c in mine.tolist())
         needs.append(int(base + 12 * pairs + chunk + work))
     return needs
 
 
-def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int) -> float:
+def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int, gpu: bool) -> float:
     """Working memory, beside its fp16 latents, of a class of n images that an exact algorithm was asked for."""
-    kind = algorithm_of(algorithm, n, dim)
-    if kind == "gram":
-        return float(gram_bytes(n, dim))
+    kind = algorithm_of(algorithm, n, dim, k, together=gpu)
+    if kind == "gram" and not gpu:
+        return float(gram_bytes(n, dim, k))
     if kind == "clvq":  # too large to be whole in memory: it is streamed
         buffer = Clvq.default_buffer(k)
         return float(clvq_bytes(n, k, dim, buffer)) + clvq_seeding_bytes(k, dim, buffer)
@@ -104,19 +125,20 @@ class _Census:
             opens.setdefault(max(0, int(self.shards[c][0]) - self.ahead), []).append(c)
             closes.setdefault(int(self.shards[c][-1]), []).append(c)
         most = now = 0.0
-        pending: list[int] = []
+        pending, waiting = Pending(self.samples), 0.0
         for shard in range(len(self.samples)):
             now += float(size[opens.get(shard, [])].sum())
             most = max(most, now)
             for c in closes.get(shard, []):
                 left[part_of[c]] -= 1
                 if left[part_of[c]] == 0:
-                    pending += [other for other in parts[part_of[c]] if other in part_of]
-            if pending:
-                held = np.unique(np.concatenate([self.shards[c] for c in pending]))
-                if worth_finishing(int(self.images[pending].sum()), int(self.samples[held].sum()), self.num_actors):
-                    now -= float(size[pending].sum())
-                    pending = []
+                    mine = [other for other in parts[part_of[c]] if other in part_of]
+                    pending.add(part_of[c], int(self.images[mine].sum()), (self.shards[other] for other in mine))
+                    waiting += float(size[mine].sum())
+            if pending.parts and worth_finishing(pending.own, pending.held, self.num_actors):
+                now -= waiting
+                waiting = 0.0
+                pending.clear()
         return most
 
 

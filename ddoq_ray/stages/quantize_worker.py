@@ -1,8 +1,8 @@
 """A quantizer actor: the classes of its codebook parts, each with a cursor of its own over the latent log.
 
 Order matters only within a class. `advance` is idempotent, and the state of the open classes is snapshotted with
-their cursors in one atomic file; so an actor may die at any moment, restart without limit, and the codebook is the
-same bytes.
+their cursors in one atomic file; so an actor may die at any moment, restart without limit as long as it gets on
+(`quantizer_deaths`), and the codebook is the same bytes.
 
 Memory: `quantize_memory.plan_memory` states it, and the driver asks Ray for it.
 """
@@ -23,9 +23,10 @@ from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.records import Codebook, read_shards
 from ddoq_ray.runtime import pin_blas_threads
-from ddoq_ray.stages.class_quantizers import Settings, WholeClasses, algorithm_of, assign_grids, new_clvq
+from ddoq_ray.stages.class_quantizers import Settings, WholeClasses, assign_grids, new_clvq
 from ddoq_ray.stages.codebook import record_name, write_part
 from ddoq_ray.stages.latent_log import LatentLog
+from ddoq_ray.stages.quantizer_deaths import Deaths, last_words, too_many
 from ddoq_ray.stages.snapshots import read_snapshots, write_snapshot
 
 SNAPSHOT_SHARE = 0.05  # of an actor's time, at most, goes into snapshots
@@ -42,6 +43,35 @@ def worth_finishing(own: int, held: int, num_actors: int) -> bool:
         held: Samples of the shards that hold any of them.
     """
     return 2 * num_actors * own >= held
+
+
+class Pending:
+    """Parts that are consumed and not yet written, and what a pass over the log for all of them would read.
+
+    Attributes:
+        parts: In the order of their arrival.
+        own: Samples of their classes.
+        held: Samples of the shards that hold any of these.
+    """
+
+    def __init__(self, samples: npt.NDArray[np.int64]) -> None:
+        """`samples`: of every shard."""
+        self._samples = samples
+        self.clear()
+
+    def clear(self) -> None:
+        self.parts: list[int] = []
+        self.own = self.held = 0
+        self._seen = np.zeros(len(self._samples), bool)
+
+    def add(self, part: int, own: int, shards: Iterable[npt.NDArray[np.int32]]) -> None:
+        """A part with `own` samples, and for each of its classes the shards that hold it."""
+        self.parts.append(part)
+        self.own += own
+        for mine in shards:  # each class once: in a class-mixed log a union anew for each shard would take hours
+            new = mine[~self._seen[mine]]
+            self._seen[new] = True
+            self.held += int(self._samples[new].sum())
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
@@ -69,17 +99,22 @@ class Quantizer:
         self.seen = dict.fromkeys(self.part_of, 0)  # latents of the consumed shards
         self.state: dict[int, Clvq] = {}
         self.open = {p: sum(len(self.shards[c]) > 0 for c in classes) for p, classes in self.parts.items()}
-        self.pending = [p for p, n in self.open.items() if n == 0]  # consumed, not yet written
+        self.pending = Pending(self.samples)
+        for p, n in self.open.items():
+            if n == 0:
+                self._part_consumed(p)
         self.waiting: dict[int, list[int]] = {}  # shard -> the classes whose next shard it is
         self.snapshot_name = f"snapshots/{min(parts):05d}.arrow"
         self.snapshot_seconds = self.snapshot_at = 0.0
         self.since_snapshot = 0
         self.seconds = 0.0
         self.failed: Exception | None = None
-        if self.parts:
-            self._restore()
-        for c, at in self.cursor.items():
-            self._wait_for_next(c, at)
+        self.damaged: list[str] = []  # snapshots that were left out
+        self.deaths = Deaths(codebook, f"snapshots/{min(parts):05d}.deaths.json", settings.driver)
+        try:
+            self._take_up()
+        except Exception as error:  # told by the next call: one that a constructor raises comes with pages of Ray's own
+            self.failed = error
 
     def advance(self, done: bytes) -> float:
         """Consume what can be consumed of the done shards, in each class's order. Calling it again is harmless.
@@ -95,11 +130,33 @@ class Quantizer:
         start = time.monotonic()
         try:
             self._advance(np.unpackbits(np.frombuffer(done, np.uint8)))
+            self.deaths.work(False)
         except Exception as error:
             self.failed = error
             raise
         self.seconds += time.monotonic() - start
         return self.seconds
+
+    def left_out(self) -> list[str]:
+        """Snapshots that this actor found damaged when it started; their classes it read from the log anew."""
+        return self.damaged
+
+    def _take_up(self) -> None:
+        """Go on where the last snapshots left the open classes.
+
+        Raises:
+            ValueError: When this actor has died too often without getting on.
+        """
+        if not self.parts:
+            return
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        if again and too_many(self.deaths.restarted()):  # before the state is loaded: that may be what kills
+            streaming = isinstance(self.algorithm, ClvqConfig)
+            raise ValueError(last_words(sorted(self.part_of), self.settings.need, streaming=streaming))
+        self._restore()
+        self.deaths.work(False)
+        for c, at in self.cursor.items():
+            self._wait_for_next(c, at)
 
     def _wait_for_next(self, c: int, at: int) -> int | None:
         """Register a class with its next shard; the shard, None when it has no more."""
@@ -111,6 +168,8 @@ class Quantizer:
 
     def _advance(self, ready: npt.NDArray[np.uint8]) -> None:
         queue = [s for s in self.waiting if ready[s]]
+        if queue or self.pending.parts:
+            self.deaths.work(True)
         heapq.heapify(queue)  # lowest first: a log that is complete opens as few classes as its order allows
         while queue:
             shard = heapq.heappop(queue)
@@ -128,7 +187,7 @@ class Quantizer:
                 self._finish_pending()
             if self.since_snapshot >= self.algorithm.snapshot_every:
                 self._snapshot_if_due()
-        if self.pending and not self.waiting:
+        if self.pending.parts and not self.waiting:
             self._finish_pending()
         if self.since_snapshot:
             self._snapshot_if_due()
@@ -137,7 +196,11 @@ class Quantizer:
         part = self.part_of[c]
         self.open[part] -= 1
         if self.open[part] == 0:
-            self.pending.append(part)
+            self._part_consumed(part)
+
+    def _part_consumed(self, part: int) -> None:
+        classes = self.parts[part]
+        self.pending.add(part, sum(self.seen[c] for c in classes), (self.shards[c] for c in classes))
 
     def _consume(self, shard: int, takers: npt.NDArray[np.int64]) -> None:
         done = self.log.done(shard)
@@ -155,30 +218,28 @@ class Quantizer:
     # ------------------------------------------------------------------ finishing
 
     def _worth_finishing(self) -> bool:
-        if not self.pending:
-            return False
-        classes = [c for p in self.pending for c in self.parts[p]]
-        held = np.unique(np.concatenate([self.shards[c] for c in classes]))
-        own = sum(self.seen[c] for c in classes)
-        return worth_finishing(own, int(self.samples[held].sum()), self.settings.num_actors)
+        pending = self.pending
+        return bool(pending.parts) and worth_finishing(pending.own, pending.held, self.settings.num_actors)
 
     def _finish_pending(self) -> None:
         """Give each pending class its centroids and its exact assignment pass; write and free each part."""
-        self.pending.sort()
-        wanted = [c for p in self.pending for c in self.parts[p] if self._wanted(c)]
+        pending = sorted(self.pending.parts)
+        wanted = [c for p in pending for c in self.parts[p] if self._wanted(c)]
         if isinstance(self.algorithm, ClvqConfig):
             books = assign_grids({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
         else:
             whole = WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of)
             books = whole.codebooks(wanted)
-        for part in self.pending:
-            classes = self.parts.pop(part)
+        for part in pending:
+            classes = self.parts[part]
             self._publish(part, classes, [next(books) for c in classes if self._wanted(c)])
+            self.deaths.got_on()
+            del self.parts[part]
             for c in classes:
                 self.state.pop(c, None)
                 del self.cursor[c], self.seen[c], self.shards[c], self.part_of[c]
             del self.open[part]
-        self.pending = []
+        self.pending.clear()
 
     def _wanted(self, c: int) -> bool:
         """Whether a consumed class gets centroids.
@@ -206,7 +267,7 @@ class Quantizer:
         notes, used = [], Counter[str]()
         for b in books:
             assert b.counts.sum() == self.seen[b.class_id], (b.class_id, b.counts.sum(), self.seen[b.class_id])
-            used[algorithm_of(self.algorithm, self.seen[b.class_id], self.settings.dim)] += 1
+            used[self.settings.algorithm_of(self.algorithm, self.seen[b.class_id])] += 1
             wanted = min(self.settings.ipc, self.seen[b.class_id])
             distinct = int((b.counts > 0).sum())
             if distinct < wanted:
@@ -234,6 +295,7 @@ class Quantizer:
         if now - self.snapshot_at < self.snapshot_seconds * (1 / SNAPSHOT_SHARE - 1):
             return
         self._snapshot()
+        self.deaths.got_on()
         self.since_snapshot = 0
         self.snapshot_at = time.monotonic()
         self.snapshot_seconds = self.snapshot_at - now
@@ -250,7 +312,7 @@ class Quantizer:
 
     def _restore(self) -> None:
         """Take up the open classes where the last snapshots left them; another number of actors may have left them."""
-        for c, saved in read_snapshots(self.codebook, self.settings.identity):
+        for c, saved in read_snapshots(self.codebook, self.settings.identity, self.damaged):
             if c not in self.cursor or int(saved["cursor"]) <= self.cursor[c]:
                 continue
             self.cursor[c], self.seen[c] = int(saved["cursor"]), int(saved["seen"])

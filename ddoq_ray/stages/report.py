@@ -190,12 +190,6 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
     return found
 
 
-def _val_refused(run_folder: Folder) -> int:
-    """Validation images that are named in quarantine."""
-    quarantine = run_folder / "quarantine"
-    return sum(len(quarantine.read(name).splitlines()) for name in quarantine.names("val-*.jsonl"))
-
-
 def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Figures of the page's head; the validation images are those that were scored, where students were."""
     indexed = sum(s.samples for s in data.val)
@@ -260,7 +254,8 @@ def run(
     labels = run_folder / "labels"
     images = Artifact(run_folder / "images", "synthesize").manifest()
     checked = Artifact(labels, "label").manifest()
-    refused = quarantine_reasons(run_folder)
+    unscored = quarantine_reasons(run_folder, "val-*.jsonl")
+    refused = quarantine_reasons(run_folder) + unscored
     results: dict[str, Any] = {
         "name": os.path.basename(run_folder.uri),
         "dataset": config.dataset.title,
@@ -281,7 +276,7 @@ def run(
         "quarantine": {
             "samples": sum(refused.values()),
             "reasons": dict(refused),
-            "validation": measured[0].get("val_refused", 0) if measured else _val_refused(run_folder),
+            "validation": sum(unscored.values()),
         },
     }
     costs = stage_costs(run_folder, label_folders, trained)

@@ -11,6 +11,7 @@ Images pass from the tasks that read shards to those that write image shards; th
 from __future__ import annotations
 
 import json
+import posixpath
 import time
 from typing import Any
 
@@ -107,8 +108,10 @@ def _identity(
     assert method in METHODS, method
     resize = config.encoder.resize
     facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest, "resize": resize}
+    if method != "random" or config.small_class != "error":
+        facts["small_class"] = config.small_class  # which classes are drawn from, and how many images
     if method != "random":
-        facts |= {"small_class": config.small_class, "latents": Artifact(latents, "encode").require()["digest"]}
+        facts |= {"latents": Artifact(latents, "encode").require()["digest"]}
     if method == "medoids":
         facts["codebook"] = Artifact(run_folder / "codebook", "quantize").require()["digest"]
     return facts
@@ -179,7 +182,7 @@ def _write(
             groups = [rows[place] for place in sorted(rows)]
             url = data.url(data.train[shard])
             refs = extract.options(num_returns=len(groups)).remote(
-                url, len(data.classes), groups, config.encoder.resize
+                url, len(data.classes), groups, config.encoder.resize, not_encoded(log.folder, shard)
             )
             for place, ref in zip(sorted(rows), refs if len(groups) > 1 else [refs], strict=True):
                 found.setdefault(place, []).append(ref)
@@ -191,12 +194,26 @@ def _write(
     return ray.get(records)
 
 
-def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]], resize: Resize) -> Any:
+def not_encoded(latents: Folder, shard: int) -> frozenset[str]:
+    """Keys of the pictures of a shard that can be read but have no latent: the log's positions pass them over."""
+    quarantine = Folder(posixpath.dirname(latents.uri)) / "quarantine"
+    files = quarantine.names(f"shard-{shard:06d}.latents-*.jsonl")
+    return frozenset(json.loads(line)["key"] for name in files for line in quarantine.read(name).splitlines())
+
+
+def _extract(
+    url: str,
+    num_classes: int,
+    groups: list[list[tuple[int, int, int]]],
+    resize: Resize,
+    passed_over: frozenset[str] = frozenset(),
+) -> Any:
     """PNGs of the wanted images of one shard, by their class_id and their position among the shard's usable ones.
 
     Args:
         groups: For each image shard that takes some: (class_id, position, rank).
         resize: Pictures are cut or padded as those that were encoded, at their own resolution.
+        passed_over: Keys that are not counted.
 
     Returns:
         For each group (class_id, rank) -> PNG; of a single group its dict alone, as Ray's num_returns wants it.
@@ -204,7 +221,9 @@ def _extract(url: str, num_classes: int, groups: list[list[tuple[int, int, int]]
     wanted = {(c, position): (g, rank) for g, group in enumerate(groups) for c, position, rank in group}
     seen = dict.fromkeys(range(num_classes), 0)
     found: list[dict[Key, bytes]] = [{} for _ in groups]
-    for sample in read_samples(url, num_classes, lambda bad: None):
+    for sample in read_samples(url, num_classes, lambda bad: None):  # the encode stage has named each bad one
+        if sample.key in passed_over:
+            continue
         key = (sample.class_id, seen[sample.class_id])
         seen[sample.class_id] += 1
         if key in wanted:

@@ -213,7 +213,6 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["run_dir=runs/[a]*"], ["run_dir=runs/[a]*", "choose another"]),
         # not together
         (["dataset=webdataset"], ["dataset.path", "dataset=digits"]),
-        (["dataset.path=x"], ["dataset.val_path", "stages=[prepare,encode,quantize,synthesize]"]),
         (["dataset.val_path=x"], ["dataset.val_path", "dataset.path"]),
         (["protocol.epochs=3"], ["protocol.epochs=3", "protocol.steps=400", "null"]),
         (["protocol.epochs=3", "protocol.steps=null"], ["protocol.full_epochs", "baselines"]),

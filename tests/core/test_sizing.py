@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from ddoq_ray.core.clvq import Clvq
-from ddoq_ray.core.sizing import CLASS_OVERHEAD, GIB, clvq_bytes, exact_algorithm, gram_bytes
+from ddoq_ray.core.gram_batched import MAX_BYTES
+from ddoq_ray.core.gram_kmeans import gram_kmeans
+from ddoq_ray.core.sizing import CLASS_OVERHEAD, GIB, clvq_bytes, exact_algorithm, gram_bytes, group_bytes
 
 
 def test_a_class_holds_its_buffer_then_its_centroids() -> None:
@@ -37,7 +41,29 @@ def test_the_formula_covers_what_a_quantizer_holds(n: int) -> None:
         (10**6, 2.0, 8.0, "clvq"),
     ],
 )
-def test_the_rule(n: int, gram_gib: float, class_gib: float, expected: str) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_the_rule(n: int, gram_gib: float, class_gib: float, expected: str, together: bool) -> None:
     bounds = {"max_gram_bytes": gram_gib * GIB, "max_class_bytes": class_gib * GIB}
-    assert exact_algorithm(n, 4096, **bounds) == expected
-    assert gram_bytes(1300, 4096) == 8 * 1300 * 4096 + 12 * 1300**2
+    assert exact_algorithm(n, 4096, 10, together=together, **bounds) == expected
+
+
+@pytest.mark.parametrize("n", [18_000, 20_000, 23_000])
+def test_a_class_that_a_gpu_cannot_hold_goes_to_faiss_and_is_not_refused(n: int) -> None:
+    """The chooser counts what the batched form takes, so that whatever it sends there fits the form's own bound."""
+    bounds = {"max_gram_bytes": 2 * GIB, "max_class_bytes": 8 * GIB}
+    chosen = exact_algorithm(n, 4096, 10, together=True, **bounds)
+    fits = group_bytes([(n, 2)], 4096, 10) <= MAX_BYTES
+    assert (chosen == "gram") == fits and chosen in ("gram", "faiss")
+
+
+def test_the_formula_covers_what_a_class_takes_in_gram_space() -> None:
+    """numpy tells tracemalloc of every array; the figure is an upper bound, and not a wild one."""
+    n, dim, k = 1200, 512, 40
+    latents = np.random.default_rng(1).standard_normal((n, dim)).astype(np.float16)
+    gram_kmeans(latents[:50], 5, seed=0, class_id=0)  # what is imported on the way is no part of a class
+    tracemalloc.start()
+    gram_kmeans(latents, k, seed=0, class_id=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    stated = float(gram_bytes(n, dim, k))
+    assert peak <= stated <= 3 * peak + (64 << 20)

@@ -104,17 +104,24 @@ def run_encode(config: RunConfig, run: Path, prior: Prior) -> tuple[dict, list[i
 
 @pytest.fixture(scope="module")
 def encoded(corpus: Corpus, prior: Prior, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Refused at first, with the default max_bad_fraction; then the same run with a larger one."""
+    """Refused at first, by prepare for the damaged shards and by encode for the rest; then with a larger fraction."""
     run = tmp_path_factory.mktemp("one") / "run"
     config = settings(corpus)
-    with pytest.raises(ValueError, match=r"more than max_bad_fraction=0\.01") as error:
+    with pytest.raises(
+        ValueError, match=r"2 of 6 shards are damaged.*about 14 of 58 samples(.|\n)*digits-002"
+    ) as error:
+        run_encode(config, run, prior)
+    assert "page of a web server" in str(error.value) and not run.exists()
+    config = dataclasses.replace(config, max_bad_fraction=0.25)
+    with pytest.raises(ValueError, match=r"more than max_bad_fraction=0\.25") as error:
         run_encode(config, run, prior)
     for words in ("samples refused", str(run / "quarantine"), "mend the shards", "run again"):
         assert words in str(error.value)
     assert not (run / "latents" / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in run.glob("latents/shard-*/done.json")}
     assert kept  # what is encoded stays
-    manifest, reported = run_encode(dataclasses.replace(config, max_bad_fraction=0.2), run, prior)
+    manifest, reported = run_encode(dataclasses.replace(config, max_bad_fraction=0.3), run, prior)
+    assert manifest["refused"] == 60 - len(corpus.good)  # each of the 60 images is one or the other
     assert sorted(reported) == list(range(6))
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert manifest["items"] == len(corpus.good)
@@ -165,9 +172,10 @@ def test_every_refused_sample_is_listed(encoded: Path, corpus: Corpus) -> None:
     assert {r["key"] for r in lists[2]} <= {"", "d0026"}
     assert lists[4][0]["reason"].startswith("not a tar") and lists[4][0]["offset"] == 0
     log = LatentLog(Folder(str(encoded / "latents")))
-    assert {s: log.done(s).refused for s in lists} == {s: len(rows) for s, rows in lists.items()}
+    counted = {s: sum(r.get("samples", 1) for r in rows) for s, rows in lists.items()}
+    assert {s: log.done(s).refused for s in lists} == counted == {0: 1, 1: 2, 2: 4, 4: 10}
     manifest = json.loads((encoded / "latents" / "manifest.json").read_text())
-    assert manifest["refused"] == sum(map(len, lists.values()))
+    assert manifest["refused"] == sum(counted.values())
 
 
 def test_latents_are_what_the_prior_gives(encoded: Path, corpus: Corpus, prior: Prior) -> None:
@@ -180,7 +188,7 @@ def test_latents_are_what_the_prior_gives(encoded: Path, corpus: Corpus, prior: 
 
 
 def test_two_encoders_write_the_same_bytes(encoded: Path, corpus: Corpus, prior: Prior, tmp_path: Path) -> None:
-    config = dataclasses.replace(settings(corpus, workers=2), max_bad_fraction=0.2)
+    config = dataclasses.replace(settings(corpus, workers=2), max_bad_fraction=0.3)
     run_encode(config, tmp_path, prior)
     assert content(tmp_path) == content(encoded)
     assert sorted(p.name for p in tmp_path.glob("quarantine/*")) == sorted(p.name for p in encoded.glob("quarantine/*"))

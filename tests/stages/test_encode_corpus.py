@@ -18,6 +18,7 @@ from ddoq_ray.models.prior import load_prior
 from ddoq_ray.runtime import Events
 from ddoq_ray.stages import encode, encode_reader, prepare
 from ddoq_ray.stages.networks import Networks
+from ddoq_ray.tar_samples import DAMAGE
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -66,8 +67,8 @@ def test_every_bad_sample_is_in_quarantine(encoded: tuple[Path, dict]) -> None:
         assert {(row["offset"], row["key"]) for row in rows} == {(offset, key) for offset, key, _ in shard.bad}
         reasons = {(offset, key): reason for offset, key, reason in shard.bad}
         assert all(row["reason"].startswith(reasons[row["offset"], row["key"]]) for row in rows)
-        listed += len(rows)
-    assert manifest["refused"] == listed == sum(len(shard.bad) for shard in CORPUS.values())
+        listed += sum(row.get("samples", 1) for row in rows)
+    assert manifest["refused"] == listed >= sum(len(shard.bad) for shard in CORPUS.values())
 
 
 def test_the_manifest_sums_up_by_reason(encoded: tuple[Path, dict]) -> None:
@@ -76,7 +77,8 @@ def test_the_manifest_sums_up_by_reason(encoded: tuple[Path, dict]) -> None:
     found = manifest["refused_by_reason"]
     assert sum(found.values()) == manifest["refused"]
     for reason, n in expected.items():  # the corpus has the beginnings of some reasons only
-        assert sum(m for words, m in found.items() if words.startswith(reason)) == n
+        counted = sum(m for words, m in found.items() if words.startswith(reason))
+        assert counted >= n if reason.startswith(DAMAGE) else counted == n  # damage counts for all that it took
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 

@@ -15,7 +15,8 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.pictures import encode_png, to_square
 from ddoq_ray.records import ClassInfo, ShardInfo
-from ddoq_ray.samples import index_shard, load_arrays, write_tar
+from ddoq_ray.samples import load_arrays, write_tar
+from ddoq_ray.shard_index import index_shard
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.teacher import teacher_crop
 from ddoq_ray.stages.validation import (

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,11 +18,12 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.distortion import assign, distortion, scheme_weights, voronoi_counts, w2_squared
 from ddoq_ray.models.prior import load_prior
 from ddoq_ray.pipeline import check_run_folder
-from ddoq_ray.records import ClassCounts, ShardDone, codebook_schema, fixed_binary
+from ddoq_ray.records import ClassCounts, Codebook, ShardDone
 from ddoq_ray.runtime import Events
 from ddoq_ray.samples import decode_rgb, to_square, write_tar
 from ddoq_ray.stages import encode, prepare
 from ddoq_ray.stages.class_latents import class_latents
+from ddoq_ray.stages.codebook import write_part
 from ddoq_ray.stages.heldout import Heldout, shares
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
@@ -38,7 +37,7 @@ Samples = list[list[tuple[str, bytes]]]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A prepared run whose training and validation images are the same shards, the second one with a bad picture."""
+    """A prepared run of three validation shards, the second one with a bad picture, and one training shard."""
 
     config: RunConfig
     run: Folder
@@ -75,7 +74,10 @@ def case(
     broken = [list(sample) for sample in digit_members[PER_SHARD : 2 * PER_SHARD]]
     broken[2][0] = (broken[2][0][0], b"\x89PNG no picture")
     (shards / "digits-001.tar").write_bytes(write_tar([m for sample in broken for m in sample]))
-    overrides = ["dataset=webdataset", f"dataset.path={shards}", f"dataset.val_path={shards}", "encoder.workers=2"]
+    train = base / "train.tar"
+    train.write_bytes(write_tar([m for sample in digit_members[200:230] for m in sample]))
+    overrides = ["dataset=webdataset", f"dataset.path={train}", f"dataset.val_path={shards}", "encoder.workers=2"]
+    overrides.append(f"dataset.classes={shards}/classes.json")
     config = load_config([*overrides, f"encoder.chunk_samples={CHUNK}", f"report.heldout_images={LIMIT}"])
     run = Folder(str(base / "run"))
     prior = load_prior(config.prior.path)
@@ -192,18 +194,12 @@ def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) ->
         centroids = np.concatenate([seen[c][:3] + 0.1, np.full((1, seen[c].shape[1]), 50)]).astype(np.float32)
         books[c] = (centroids, voronoi_counts(seen[c], centroids), rng.integers(1, 9, 4))
     assert all(counts[3] == 0 for _, counts, _ in books.values())
-    columns = [
-        pa.array(np.repeat([2, 3], 4).astype(np.int32)),
-        pa.array(np.tile(np.arange(4), 2).astype(np.int32)),
-        fixed_binary(np.concatenate([b[0] for b in books.values()]).astype("<f4")),
-        pa.array(np.concatenate([b[1] for b in books.values()])),
-        pa.array(np.concatenate([b[1] / b[1].sum() for b in books.values()])),
-        pa.array(np.repeat([assign(seen[c], books[c][0])[1].mean() for c in books], 4)),
-        pa.array(np.concatenate([b[2] for b in books.values()])),
+    facts = {"latent_shape": shape, "prior_id": "prior", "dropped": [], "algorithms": {}, "warnings": []}
+    made_of = [
+        Codebook(c, centroids, counts, float(assign(seen[c], centroids)[1].mean()), stream)
+        for c, (centroids, counts, stream) in books.items()
     ]
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(columns, schema=codebook_schema(shape, "prior")), out)
-    (place / "codebook").publish("part-00000.parquet", out.getvalue())
+    write_part(place / "codebook", 0, made_of, **facts)
 
     log = (made.run / "heldout", SHARDS)
     first = (made.run / "heldout", 1)  # of the held-out log only the first shard

@@ -21,7 +21,8 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.pictures import encode_png
 from ddoq_ray.records import ClassInfo, read_shards
 from ddoq_ray.runtime import Events
-from ddoq_ray.samples import index_shard, load_arrays, write_tar
+from ddoq_ray.samples import load_arrays, write_tar
+from ddoq_ray.shard_index import index_shard
 from ddoq_ray.sources import DIGIT_NAMES, digits
 from ddoq_ray.sources.listing import Listing
 from ddoq_ray.stages import prepare

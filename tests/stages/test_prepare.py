@@ -10,7 +10,8 @@ import pytest
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.records import ClassInfo
-from ddoq_ray.samples import index_shard, load_arrays
+from ddoq_ray.samples import load_arrays
+from ddoq_ray.shard_index import index_shard
 from ddoq_ray.sources import DIGIT_NAMES, DIGIT_SPLITS, digits
 from ddoq_ray.stages.prepare import check_small_classes, digit_shards, resolve_mapping
 

@@ -19,10 +19,11 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.baselines import herding, medoids
 from ddoq_ray.distilled import DistilledImage, read_images
 from ddoq_ray.pipeline import plan_methods, student_rows
-from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone, codebook_schema, fixed_binary, latent_schema
+from ddoq_ray.records import ChunkRecord, ClassCounts, Codebook, ShardDone, fixed_binary, latent_schema
 from ddoq_ray.runtime import Events
 from ddoq_ray.samples import decode_rgb
 from ddoq_ray.stages import prepare, select
+from ddoq_ray.stages.codebook import write_part
 from ddoq_ray.stages.prepare import Data
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -70,20 +71,10 @@ def write_log(latents: Folder, samples: Samples) -> None:
 def write_codebook(run: Folder, centroids: np.ndarray) -> None:
     """A codebook of two parts with the same centroids for every class."""
     k = len(centroids)
+    flat, ones = centroids.reshape(k, -1).astype(np.float32), np.ones(k, np.int64)
+    facts = {"latent_shape": SHAPE, "prior_id": "prior", "dropped": [], "algorithms": {}, "warnings": []}
     for part, classes in enumerate((range(5), range(5, 10))):
-        n = 5 * k
-        columns = [
-            pa.array(np.repeat(list(classes), k).astype(np.int32)),
-            pa.array(np.tile(np.arange(k), 5).astype(np.int32)),
-            fixed_binary(np.tile(centroids, (5, 1)).astype("<f4")),
-            pa.array(np.ones(n, np.int64)),
-            pa.array(np.full(n, 1 / k)),
-            pa.array(np.ones(n)),
-            pa.array(np.ones(n, np.int64)),
-        ]
-        out = io.BytesIO()
-        pq.write_table(pa.Table.from_arrays(columns, schema=codebook_schema(SHAPE, "prior")), out)
-        (run / "codebook").publish(f"part-{part:05d}.parquet", out.getvalue())
+        write_part(run / "codebook", part, [Codebook(c, flat, ones, 1.0, ones) for c in classes], **facts)
     Artifact(run / "codebook", "quantize").finish({}, digest="codebook")
 
 
