@@ -130,7 +130,8 @@ class Folder:
                             os.unlink(os.path.join(place, file))
 
     def publish_json(self, name: str, value: Any) -> None:
-        self.publish(name, (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode())
+        text = json.dumps(value, indent=1, sort_keys=True, default=str, allow_nan=False)  # NaN is no JSON
+        self.publish(name, (text + "\n").encode())
 
     def read(self, name: str) -> bytes:
         fs, target = self._fs(name)

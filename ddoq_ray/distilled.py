@@ -111,36 +111,49 @@ class ImageArrays:
     weights: np.ndarray
 
 
-def load_image_arrays(shards: list[str], side: int) -> ImageArrays:
+def load_image_arrays(shards: list[str], size: int, side: int | None = None) -> ImageArrays:
     """Decode a distilled set once: 3 x H x W bytes an image.
 
     Views are cut from what is stored, so that nothing is shrunk before it is cropped: pictures that are all of one size
-    keep it. Only where they differ does each become a square of `side`, as real images that were picked may.
+    keep it, unless they are smaller than the views: then they are enlarged once, here. Where sizes differ, as those of
+    picked real images may, each picture becomes a square of `side`.
+
+    Args:
+        size: Side of the views that are cut.
+        side: See above; by default `size`.
 
     Raises:
         ValueError: When there is no image, or one cannot be read.
     """
-    pictures: list[np.ndarray | None] = []
+    pictures: list[np.ndarray | None] = []  # uint8 [H, W, 3]
     class_ids, weights = [], []
-    shape: tuple[int, ...] | None = None  # of all, so far
+    shape: tuple[int, int] | None = None  # of all, so far
+    square = size if side is None else side
     for item in read_images(shards):
         picture = item.picture
         if not pictures:
-            shape = (picture.height, picture.width)
-        elif shape is not None and shape != (picture.height, picture.width):
+            shape = picture.size
+        elif shape is not None and shape != picture.size:
             shape = None
-            pictures = [to_square(Image.fromarray(p), side) for p in pictures if p is not None]
-        pictures.append(np.asarray(picture) if shape is not None else to_square(picture, side))
+            pictures = _squares(pictures, square)  # those before: all of one size
+        pictures.append(np.asarray(picture) if shape is not None else to_square(picture, square))
         class_ids.append(item.class_id)
         weights.append(item.weight)
     if not pictures:
         raise ValueError(f"no image in {shards[:3]}; expected image shards made by synthesize")
-    images = np.empty((len(pictures), 3, *(shape or (side, side))), np.uint8)
-    for i, picture in enumerate(pictures):
-        assert picture is not None
-        images[i] = picture.transpose(2, 0, 1)
+    if shape is not None and min(shape) < size:
+        pictures, shape = _squares(pictures, size), (size, size)
+    width, height = shape or (square, square)
+    images = np.empty((len(pictures), 3, height, width), np.uint8)
+    for i, kept in enumerate(pictures):
+        assert kept is not None
+        images[i] = kept.transpose(2, 0, 1)
         pictures[i] = None  # else the set is in memory twice
     return ImageArrays(images, np.asarray(class_ids, np.int64), np.asarray(weights, np.float64))
+
+
+def _squares(pictures: list[np.ndarray | None], side: int) -> list[np.ndarray | None]:
+    return [to_square(Image.fromarray(p), side) for p in pictures if p is not None]
 
 
 class DistilledDataset:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddoq_ray
 from ddoq_ray.distilled import load_image_arrays, read_images
-from ddoq_ray.samples import encode_png, write_tar
+from ddoq_ray.samples import encode_png, to_square, write_tar
 
 WEIGHTS = {0: [0.5, 0.3, 0.2], 1: [1.0], 4: [0.25, 0.75]}  # ragged: 3, 1 and 2 centroids
 
@@ -68,12 +69,51 @@ def test_transform_gets_the_picture_and_a_loader_batches(run: Path) -> None:
 def test_arrays(run: Path) -> None:
     shards = sorted(str(p) for p in run.glob("images/*.tar"))
     arrays = load_image_arrays(shards, 4)
-    assert arrays.images.shape == (6, 3, 8, 8) and arrays.images.dtype == np.uint8  # as stored: all are of one size
+    assert arrays.images.shape == (6, 3, 8, 8) and arrays.images.dtype == np.uint8  # as stored: views are cut from it
     assert arrays.images[:, 1, 0, 0].tolist() == [0, 40, 80, 0, 0, 40]
     assert arrays.class_ids.tolist() == [0, 0, 0, 1, 4, 4]
     assert arrays.weights.tolist() == [w for ws in WEIGHTS.values() for w in ws]
     with pytest.raises(ValueError, match=r"no image in .*synthesize"):
         load_image_arrays([], 4)
+
+
+def test_pictures_of_unlike_sizes_become_squares_of_the_given_side(tmp_path: Path) -> None:
+    wide = [(n.replace("0000.", "0001."), b) for n, b in members(1, 0)]
+    wide[0] = (wide[0][0], encode_png(np.full((5, 9, 3), 200, np.uint8)))
+    shard = tmp_path / "images-000000.tar"
+    shard.write_bytes(write_tar([*members(0, 0), *members(0, 1), *wide]))
+    arrays = load_image_arrays([str(shard)], 4, 6)
+    assert arrays.images.shape == (3, 3, 6, 6)
+    assert arrays.images[:, 1, 3, 3].tolist() == [0, 40, 200]
+    shard.write_bytes(write_tar(wide))
+    assert load_image_arrays([str(shard)], 4, 6).images.shape == (1, 3, 5, 9)  # alone it is a set of one size
+    enlarged = load_image_arrays([str(shard)], 12, 13).images
+    np.testing.assert_array_equal(
+        enlarged[0].transpose(1, 2, 0), to_square(Image.fromarray(np.full((5, 9, 3), 200, np.uint8)), 12)
+    )
+
+
+def test_a_picture_of_the_own_set_that_cannot_be_read_is_named(run: Path) -> None:
+    shard = run / "images/images-000000.tar"
+    broken = [(n, b[: len(b) // 2] if n.endswith(".png") else b) for n, b in members(0, 1)]
+    shard.write_bytes(write_tar([*members(0, 0), *broken]))
+    with pytest.raises(ValueError, match=r"images-000000\.tar: the picture of 00000-0001 cannot be read.*synthesize"):
+        load_image_arrays([str(shard)], 8)
+    with pytest.raises(ValueError, match="00000-0001"):
+        ddoq_ray.load(str(run))[1]
+
+
+def test_facts_that_are_no_facts_are_named(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    for place, body, words in (
+        (2, b"{", "json or .cls of 00000-0000"), (1, b"cat", "json or .cls of 00000-0000"), (2, b"[]", "centroid_id"),
+        (2, b'{"centroid_id": 0, "weight": NaN}', "weight nan.*0 to 1"),
+    ):  # fmt: skip
+        changed = members(0, 0)
+        changed[place] = (changed[place][0], body)
+        shard.write_bytes(write_tar(changed))
+        with pytest.raises(ValueError, match=f"x.tar: .*{words}"):
+            list(read_images([str(shard)]))
 
 
 def test_what_is_no_distilled_set_says_so(tmp_path: Path) -> None:

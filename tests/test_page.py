@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ddoq_ray import config
+from ddoq_ray.artifacts import Folder
 from ddoq_ray.page import METHODS, accuracy_table, render_page
 from ddoq_ray.page.charts import DASHES, Series, line_chart, ticks
 from ddoq_ray.page.tables import accuracy_lines, method_order, method_slots
+from ddoq_ray.stages.report import finite, paired
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 EMPTY_SVG = {"line", "polyline", "polygon", "circle", "path", "rect"}
@@ -265,6 +269,43 @@ def test_not_a_number_is_a_dash(results, images):
     page = Page(render_page(results, images))
     assert not re.search(r"\b(None|nan)\b", page.text)
     assert "nan" not in accuracy_table(results)
+
+
+def test_a_method_of_which_a_student_diverged_has_no_figure(results, images):
+    results["rows"][3] |= {"top1_pct": None, "top5_pct": None, "best_top1_pct": 33.0, "diverged": True}
+    results["paired"] = paired(results["rows"], 2)
+    assert [line["method"] for line in results["paired"]] == ["full"]
+    line = accuracy_lines(results)[0]
+    assert (line.method, line.top1, line.best, line.paired, line.diverged_text()) == (
+        "ddoq", None, None, None, "1 of 2 diverged"
+    )  # fmt: skip
+    assert "1 of 2 diverged" in accuracy_table(results)
+    text = Page(render_page(results, images)).text
+    assert "1 of 2 diverged" in text and "no longer a finite number" in text and "60.00" not in text
+    results["rows"][0] |= {"top1_pct": None, "diverged": True}  # now `random` has none either
+    assert paired(results["rows"], 2) == []
+
+
+def test_how_many_images_a_figure_is_of(results, images):
+    results["counts"] |= {"val_images": 12, "val_refused": 12}
+    results["quarantine"] = {"samples": 12, "reasons": {"undecodable image": 12}, "validation": 12}
+    text = Page(render_page(results, images)).text
+    assert "scored on 12 held-out images; 12 more could not be read." in text
+    assert "12 samples were refused and left out, of which 12 of the validation images" in text
+    assert "on 12 validation images (12 more could not be read)" in accuracy_table(results).splitlines()[0]
+
+
+def test_what_is_published_is_json() -> None:
+    nan, inf = float("nan"), float("inf")
+    value = {"a": [1.5, nan, (np.float32(inf), 2)], "b": {"c": -inf, "d": None, "e": True, "f": "nan"}}
+    assert finite(value) == {"a": [1.5, None, [None, 2]], "b": {"c": None, "d": None, "e": True, "f": "nan"}}
+    json.dumps(finite(value), allow_nan=False)
+
+
+def test_a_folder_never_publishes_nan(tmp_path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        Folder(str(tmp_path)).publish_json("x.json", {"loss": float("nan")})
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_long_sets_are_cut_and_the_page_says_so(results, monkeypatch):

@@ -79,7 +79,7 @@ class ProtocolConfig:
             ", ".join(f"protocol.{k}={'null' if v is None else v}" for k, v in given.items())
             + ": give epochs (and full_epochs for the row `full`) and steps=null, or steps and null for both others",
         )
-        require(self.lr > 0, f"protocol.lr={self.lr}: expected more than 0")
+        require(0 < self.lr <= 1e30, f"protocol.lr={self.lr}: expected more than 0, within what float32 can hold")
         require(self.weight_decay >= 0, f"protocol.weight_decay={self.weight_decay}: expected 0 or more")
         require(self.step_factor > 0, f"protocol.step_factor={self.step_factor}: expected more than 0")
         require(self.eval_every >= 0, f"protocol.eval_every={self.eval_every}: expected 0 or more")

@@ -99,6 +99,7 @@ def _headline(results: Mapping[str, Any], lines: list[AccuracyLine], own: str) -
         "made": count(made),
         "classes": count(counts.get("classes")),
         "val": count(counts.get("val_images")),
+        "val_refused": count(counts.get("val_refused") or None),
         "fewer": f"{real / made:,.0f}" if real and made and real > made else "",
         "share": f"{100 * made / real:.4f}" if real and made and real >= made else "",
         "share_text": f"{100 * made / real:.2g}" if real and made and real >= made else "",
@@ -134,6 +135,7 @@ def _accuracy(lines: list[AccuracyLine], slots: Mapping[str, str]) -> dict[str, 
         "groups": [{"student": s, "ipc": i, "lines": g} for (s, i), g in groups.items()],
         "axis": f"{low:.1f} to {high:.1f} %" if dotted else "",
         "one_seed": any(li.seeds == 1 for li in lines),
+        "diverged": any(li.diverged for li in lines),
     }
 
 
@@ -287,7 +289,9 @@ def _quarantine(quarantine: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     reasons = sorted((quarantine.get("reasons") or {}).items(), key=lambda item: (-item[1], item[0]))
     samples = number(quarantine.get("samples")) or 0
-    return {"samples": int(samples), "text": count(samples), "reasons": [(r, count(n)) for r, n in reasons]}
+    validation = count(quarantine.get("validation") or None)
+    told = [(r, count(n)) for r, n in reasons]
+    return {"samples": int(samples), "text": count(samples), "reasons": told, "validation": validation}
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, str] | None:

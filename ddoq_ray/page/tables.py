@@ -97,7 +97,12 @@ def spread(values: Iterable[Any]) -> Spread | None:
 
 @dataclass(frozen=True)
 class AccuracyLine:
-    """One (method, ipc, student) of the accuracy table, over its seeds."""
+    """One (method, ipc, student) of the accuracy table, over its seeds.
+
+    Attributes:
+        diverged: Students whose training diverged. One is enough to leave the line without figures: the mean of the
+            seeds that went well would flatter a method that fails now and then.
+    """
 
     method: str
     ipc: int | None
@@ -110,6 +115,10 @@ class AccuracyLine:
     best: Spread | None
     best_epoch: str
     paired: Mapping[str, Any] | None
+    diverged: int = 0
+
+    def diverged_text(self) -> str:
+        return f"{self.diverged} of {self.seeds} diverged" if self.diverged else ""
 
     def paired_text(self, pm: str = "±") -> str:
         mean = number((self.paired or {}).get("mean_diff_pct"))
@@ -158,6 +167,8 @@ def accuracy_lines(results: Mapping[str, Any]) -> list[AccuracyLine]:
     ):
         rows = groups[student, ipc, method]
         images = numbers(row.get("train_images") for row in rows)
+        diverged = sum(bool(row.get("diverged")) for row in rows)
+        scored = [] if diverged else rows
         lines.append(
             AccuracyLine(
                 method=method,
@@ -166,11 +177,12 @@ def accuracy_lines(results: Mapping[str, Any]) -> list[AccuracyLine]:
                 images=int(images[0]) if images else None,
                 seeds=len({row.get("seed") for row in rows}),
                 epochs=_range(row.get("epochs") for row in rows),
-                top1=spread(row.get("top1_pct") for row in rows),
-                top5=spread(row.get("top5_pct") for row in rows),
-                best=spread(row.get("best_top1_pct") for row in rows),
-                best_epoch=_range(row.get("best_epoch") for row in rows),
-                paired=_find_paired(results, method, ipc, student),
+                top1=spread(row.get("top1_pct") for row in scored),
+                top5=spread(row.get("top5_pct") for row in scored),
+                best=spread(row.get("best_top1_pct") for row in scored),
+                best_epoch=_range(row.get("best_epoch") for row in scored),
+                paired=None if diverged else _find_paired(results, method, ipc, student),
+                diverged=diverged,
             )
         )
     return lines
@@ -186,6 +198,11 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
         Lines without a newline at the end: a title, a header, one line a (method, ipc, student), a note.
     """
     title = f"{results.get('dataset') or results.get('name') or 'run'}: top-1 in percent at the last epoch"
+    counts = results.get("counts") or {}
+    if counts.get("val_images"):
+        title += f", on {count(counts['val_images'])} validation images"
+        if counts.get("val_refused"):
+            title += f" ({count(counts['val_refused'])} more could not be read)"
     lines = accuracy_lines(results)
     if not lines:
         return f"{title}\nno rows: no student was evaluated yet (run the stages train and evaluate)"
@@ -202,7 +219,7 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
                 line.student or "-",
                 "-" if line.images is None else str(line.images),
                 str(line.seeds),
-                line.top1.text("+-") if line.top1 else "-",
+                line.top1.text("+-") if line.top1 else line.diverged_text() or "-",
                 line.top5.text("+-") if line.top5 else "-",
                 line.paired_text("+-") or "-",
                 best or "-",

@@ -124,7 +124,8 @@ def run(
             on_shard(shard)
         return artifact.require()
     if status == "new":
-        (run_folder / "quarantine").remove()  # what another encoding refused, now replaced
+        for name in (run_folder / "quarantine").names("shard-*.jsonl"):
+            (run_folder / "quarantine").remove(name)  # what another encoding refused, now replaced
     finished = done_shards(latents)
     for shard in sorted(finished):
         on_shard(shard)
@@ -313,10 +314,10 @@ def encoded(
     )
 
 
-def quarantine_reasons(run_folder: Folder) -> Counter[str]:
-    """Refused samples by reason, without the details that make each one unique."""
+def quarantine_reasons(run_folder: Folder, files: str = "shard-*.jsonl") -> Counter[str]:
+    """Refused samples by reason, without the details that make each one unique; by default the training samples."""
     reasons: Counter[str] = Counter()
-    for name in (run_folder / "quarantine").names("shard-*.jsonl"):
+    for name in (run_folder / "quarantine").names(files):
         for line in (run_folder / "quarantine").read(name).splitlines():
             row = json.loads(line)
             reasons[row["reason"].split(":")[0]] += row.get("samples", 1)

@@ -93,12 +93,18 @@ def class_distances(
 
 
 def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
-    """Each method against `random`, seed by seed: mean and std of the top-1 difference, in points."""
+    """Each method against `random`, seed by seed: mean and std of the top-1 difference, in points.
+
+    A method of which a student diverged is not compared, nor is anything with `random` if one of its did: the mean of
+    the seeds that went well is not the method's.
+    """
     from ddoq_ray.core.metrics import paired_difference
 
     by_method: dict[str, dict[int, float]] = {}
+    diverged = {row["method"] for row in rows if row["top1_pct"] is None or row.get("diverged")}
     for row in rows:
-        by_method.setdefault(row["method"], {})[row["seed"]] = row["top1_pct"]
+        if row["method"] not in diverged:
+            by_method.setdefault(row["method"], {})[row["seed"]] = row["top1_pct"]
     base = by_method.get(BASELINE, {})
     lines = []
     for method, values in by_method.items():
@@ -160,10 +166,6 @@ def _curves(run: Folder, trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
 
 def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) -> list[dict[str, Any]]:
     """The first `limit` distilled images of each method, for the page."""
-    import io
-
-    from PIL import Image
-
     from ddoq_ray.distilled import read_images
 
     found = []
@@ -172,7 +174,7 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
         for count, item in enumerate(read_images([images.path(n) for n in images.names("images-*.tar")])):
             if count == limit:
                 break
-            width, height = Image.open(io.BytesIO(item.data)).size
+            width, height = item.picture.size
             found.append(
                 {
                     "method": method,
@@ -186,6 +188,29 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
                 }
             )
     return found
+
+
+def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Figures of the page's head; the validation images are those that were scored, where students were."""
+    indexed = sum(s.samples for s in data.val)
+    return {
+        "train_images": sum(s.samples for s in data.train),
+        "classes": len(data.classes),
+        "distilled_images": images["items"] if images else 0,
+        "val_images": rows[0]["val_images"] if rows else indexed,
+        "val_refused": rows[0].get("val_refused", 0) if rows else 0,
+    }
+
+
+def finite(value: Any) -> Any:
+    """A nested value for JSON: what is not a finite number is null, since JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
 
 
 def run(
@@ -229,7 +254,8 @@ def run(
     labels = run_folder / "labels"
     images = Artifact(run_folder / "images", "synthesize").manifest()
     checked = Artifact(labels, "label").manifest()
-    refused = quarantine_reasons(run_folder)
+    unscored = quarantine_reasons(run_folder, "val-*.jsonl")
+    refused = quarantine_reasons(run_folder) + unscored
     results: dict[str, Any] = {
         "name": os.path.basename(run_folder.uri),
         "dataset": config.dataset.title,
@@ -240,24 +266,24 @@ def run(
         "commit": commit(),
         "versions": networks.environment | {"python": sys.version.split()[0]},
         "config": plain(config),
-        "counts": {
-            "train_images": sum(data.counts.values()),
-            "classes": len(data.classes),
-            "distilled_images": images["items"] if images else 0,
-            "val_images": sum(s.samples for s in data.val),
-        },
+        "counts": _counts(data, images, measured),
         "teacher": checked["teacher"] | {"split": "val"} if checked else None,
         "rows": measured,
         "paired": paired(measured, config.ipc),
         "classes": classes,
         "heldout": unseen,
         "curves": _curves(run_folder, trained),
-        "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
+        "quarantine": {
+            "samples": sum(refused.values()),
+            "reasons": dict(refused),
+            "validation": sum(unscored.values()),
+        },
     }
     costs = stage_costs(run_folder, label_folders, trained)
     seconds = round(time.time() - start, 3)
     costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
     results["stages"] = costs
+    results = finite(results)
     report.publish_json("results.json", results)
     report.publish("index.html", render_page(results, _images(run_folder, drawn, data)).encode())
     if measured:

@@ -236,6 +236,12 @@ def _extract(
             found[group][sample.class_id, rank] = encode_png(np.asarray(reframe(sample.image, resize)))
             if not wanted:
                 break
+    if wanted:  # positions are those of the images that encode could read
+        c, position = min(wanted)
+        raise ValueError(
+            f"{url}: image {position} of class {c} cannot be found, of those that were encoded; the shard was changed "
+            "or damaged since. Bring it back, or use another run_dir"
+        )
     return found if len(groups) > 1 else found[0]
 
 

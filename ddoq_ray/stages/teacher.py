@@ -142,8 +142,8 @@ class Teacher:
         if self._set is None or self._set[0] != folder:
             images = self.run_folder / folder / "images"
             shards = [images.path(n) for n in images.names("images-*.tar")]
-            side = self.config.protocol.stored_side(self.config.student.image_size)
-            arrays = load_image_arrays(shards, side)
+            size = self.config.student.image_size
+            arrays = load_image_arrays(shards, size, self.config.protocol.stored_side(size))
             self._set = (folder, torch.from_numpy(arrays.images).to(self.device))
         return self._set[1]
 

@@ -34,9 +34,7 @@ def check_teacher(
     """Evaluate the teacher on the real validation images, class by class.
 
     Raises:
-        ValueError: When too many of the images cannot be read; when its outputs are not finite; when its top-1 is below
-            `teacher.min_top1`; when classes are called by other classes' names in a way that only a wrong mapping
-            explains. Labels from it would ruin every student.
+        ValueError: As `judge`.
     """
     columns = teacher_columns(data)
     actor = spawner(config, run_folder, "logits")()
@@ -46,18 +44,38 @@ def check_teacher(
             names = ray.get(actor.class_names.remote())
     finally:
         ray.kill(actor)
+    found = judge(config, run_folder, data, named, names)
+    top1, images = found["top1_pct"], found["images"]
+    say(f"label      teacher {networks.teacher_arch}: top-1 {top1:.2f} % on {images:,} real validation images")
+    events.add("teacher checked", **found)
+    return found | {"arch": networks.teacher_arch, "id": networks.teacher_id}
+
+
+def judge(
+    config: RunConfig, run_folder: Folder, data: Data, named: Named, names: Sequence[str] | None
+) -> dict[str, Any]:
+    """Whether labels of the teacher that said this may be used; its figures.
+
+    Args:
+        named: What it calls the validation images.
+        names: Of its outputs, where it has them.
+
+    Raises:
+        ValueError: When too many of the images cannot be read; when its outputs are not finite; when its top-1 is below
+            `teacher.min_top1`; when classes are called by other classes' names in a way that only a wrong mapping
+            explains. Labels from it would ruin every student.
+    """
+    columns = teacher_columns(data)
     images = len(named.class_ids)
     facts = {"images": images, "refused": named.refused, "reasons": named.reasons}
-    say_refused("label", run_folder, facts)
     check_refused(config, run_folder, images, named.refused, named.reasons)
+    say_refused("label", run_folder, facts)
     if named.not_finite:
         raise ValueError(
             f"the teacher's outputs are not finite (NaN or infinite) on {named.not_finite} of {images} real validation "
             "images: its weights are damaged, or were made in half precision and overflow; give another teacher.path"
         )
     top1 = 100.0 * float((named.chosen == named.class_ids).mean())
-    say(f"label      teacher {networks.teacher_arch}: top-1 {top1:.2f} % on {images:,} real validation images")
-    events.add("teacher checked", top1_pct=top1, **facts)
     _say_untested(data, named)
     _check_classes(data, named, columns, names)
     least = config.teacher.threshold(len(columns))
@@ -67,7 +85,7 @@ def check_teacher(
             f"teacher.min_top1={least:g}. A low figure usually means a wrong class mapping "
             "(teacher_index in classes.json), other preprocessing, or a teacher of another dataset"
         )
-    return {"top1_pct": top1, **facts, "arch": networks.teacher_arch, "id": networks.teacher_id}
+    return {"top1_pct": top1, **facts}
 
 
 def _say_untested(data: Data, named: Named) -> None:

@@ -41,10 +41,10 @@ def check_full(config: RunConfig, data: Data, memory: Sequence[float] | None = N
         side = config.protocol.stored_side(config.student.image_size)
         copies = f", {on_one} copies on a node" if on_one > 1 else ""
         raise ValueError(
-            f"the row `full` trains on all {images:,} real images at once, and holds them in memory: "
-            f"{need / GB:,.1f} GB ({images:,} x 3 x {side} x {side} bytes{copies}). A node offers "
-            f"{min(nodes) / GB:,.1f} GB, of which {room / GB:,.1f} GB may go to them. Leave `full` out "
-            "(baselines=[ddoq-sqrt,d4m,random]), or train it on nodes with more memory"
+            f"the row `full` trains on all {images:,} real images, and holds them in memory: {need / GB:,.1f} GB "
+            f"({images:,} x 3 x {side} x {side} bytes{copies}). A node offers {min(nodes) / GB:,.1f} GB, of which "
+            f"{room / GB:,.1f} GB may go to them. Leave `full` out (baselines=[ddoq-sqrt,d4m,random]), or train it on "
+            "nodes with more memory"
         )
 
 

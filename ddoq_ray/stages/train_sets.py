@@ -57,7 +57,8 @@ class Sets:
         from ddoq_ray.distilled import load_image_arrays
 
         images = self.run / name
-        arrays = load_image_arrays([images.path(n) for n in images.names("images-*.tar")], self._side)
+        shards = [images.path(n) for n in images.names("images-*.tar")]
+        arrays = load_image_arrays(shards, self.config.student.image_size, self._side)
         return Set(torch.from_numpy(arrays.images).to(self.device), arrays.class_ids, arrays.weights)
 
     def _real(self, urls: Sequence[str]) -> Set:
@@ -118,17 +119,18 @@ def load_head(labels: Folder, device: Any) -> Any:
     Raises:
         ValueError: It is missing or damaged.
     """
-    import safetensors.torch
+    import safetensors.numpy
     import torch
 
     mend = f"remove {labels.path('manifest.json')} and run the label stage again, which writes it"
     try:
-        tensors = safetensors.torch.load(labels.read("head.safetensors"))
+        found = safetensors.numpy.load(labels.read("head.safetensors"))
+        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
         classes, features = tensors["weight"].shape
     except FileNotFoundError:
         raise ValueError(f"{labels.path('head.safetensors')} is missing, which feature labels need; {mend}") from None
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{labels.path('head.safetensors')} is damaged ({error}); {mend}") from None
-    head = torch.nn.Linear(features, classes, bias="bias" in tensors)
+    head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
     head.load_state_dict(tensors)
-    return head.requires_grad_(False).to(device)
+    return head.requires_grad_(False)

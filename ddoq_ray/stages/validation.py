@@ -33,7 +33,7 @@ class Validation:
 
     Attributes:
         urls: The shards.
-        samples: How many labelled images the index found in each.
+        samples: How many samples of each must be accounted for, as scored or refused.
         num_classes: C.
         crop: Part of the resized shorter side that the middle crop keeps (`protocol.val_crop`).
     """
@@ -45,7 +45,7 @@ class Validation:
 
     @staticmethod
     def of(config: RunConfig, data: Data) -> Validation:
-        samples = tuple(s.samples for s in data.val)
+        samples = tuple(s.expected for s in data.val)
         return Validation(tuple(data.val_urls), samples, len(data.classes), config.protocol.val_crop)
 
 
@@ -57,19 +57,22 @@ class Refused:
     total: int = 0
 
     def note(self, shard: int, bad: Sequence[BadSample], missing: int) -> None:
-        """Take the refusals of a shard, of which `missing` of the images in the index did not come."""
-        more = missing - len(bad)
+        """Take the refusals of a shard, of which `missing` of the samples in the index did not come."""
+        more = missing - sum(b.samples for b in bad)
         if more > 0:
             reason = f"images that the index names cannot be read any more: {more}"
-            bad = [*bad, BadSample("", bad[-1].offset if bad else 0, reason)]
+            bad = [*bad, BadSample("", bad[-1].offset if bad else 0, reason, more)]
         if bad:
             self.shards[shard] = sorted(bad, key=lambda b: b.offset)
-            self.total += max(len(bad), missing)
+            self.total += sum(b.samples for b in bad)
 
     @property
     def reasons(self) -> str:
         """Kinds of reasons and how often each, in words."""
-        kinds = Counter(b.reason.split(":")[0] for bad in self.shards.values() for b in bad)
+        kinds: Counter[str] = Counter()
+        for bad in self.shards.values():
+            for b in bad:
+                kinds[b.reason.split(":")[0]] += b.samples
         return ", ".join(f"{reason}: {n}" for reason, n in kinds.most_common(5))
 
     def publish(self, run: Folder) -> None:
@@ -79,15 +82,21 @@ class Refused:
             if name not in {f"val-{shard_name(shard)}.jsonl" for shard in self.shards}:
                 quarantine.remove(name)
         for shard, bad in self.shards.items():
-            lines = [json.dumps({"key": b.key, "offset": b.offset, "reason": b.reason}) for b in bad]
+            lines = [json.dumps(_line(b)) for b in bad]
             quarantine.publish(f"val-{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def _line(bad: BadSample) -> dict[str, Any]:
+    line: dict[str, Any] = {"key": bad.key, "offset": bad.offset, "reason": bad.reason}
+    return line | ({"samples": bad.samples} if bad.samples > 1 else {})
 
 
 def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
     """The middle of a picture as size x size: the shorter side resized to size / crop, then the square in the middle.
 
-    Bilinear and antialiased, as torchvision's `Resize` and `CenterCrop` do it on pictures, which made the published
-    figures (crop 0.875 at 224 px is "resize 256, center crop 224"). A square picture of that size is not touched.
+    Shrunk bilinearly and antialiased, as torchvision's `Resize` and `CenterCrop` do it on pictures, which made the
+    published figures (crop 0.875 at 224 px is "resize 256, center crop 224"). What is smaller is enlarged bicubically,
+    as small training pictures are. A square picture of that size is not touched.
 
     Returns:
         uint8 [size, size, 3].
@@ -97,7 +106,8 @@ def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
         image = _middle(image, min(image.width, 8 * shorter), min(image.height, 8 * shorter))
     width, height = side * image.width // shorter, side * image.height // shorter
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        how = Image.Resampling.BICUBIC if side > shorter else Image.Resampling.BILINEAR
+        image = image.resize((width, height), how)
     return np.asarray(_middle(image, size, size), dtype=np.uint8)
 
 

@@ -114,3 +114,17 @@ def test_bad_input_is_refused():
         FeaturesCodec(3, 4).decode(packed)
     with pytest.raises(ValueError, match="not the head"):
         FeaturesCodec(3, 4).decode(packed, torch.nn.Linear(4, 5))
+
+
+def test_labels_are_decoded_where_the_head_or_the_student_is():
+    """FakeTensorMode carries "cuda" through on a machine without one, and raises where two devices meet."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        head = torch.nn.Linear(4, 3, device="cuda")
+        features, logits = np.zeros((2, 8), np.uint8), np.zeros((2, 6), np.uint8)
+        assert FeaturesCodec(3, 4).decode(features, head).device.type == "cuda"
+        assert FeaturesCodec(3, 4).decode(torch.from_numpy(features), head, device="cuda").device.type == "cuda"
+        assert FeaturesCodec(3, 4).decode(features, torch.nn.Linear(4, 3)).device.type == "cpu"
+        assert LogitsCodec(3).decode(logits).device.type == "cpu"
+        assert LogitsCodec(3).decode(logits, device="cuda").device.type == "cuda"
