@@ -39,13 +39,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def local_path(path: str) -> str:
-    """A path as the file system takes it: ``file://`` and ``~`` are understood; any other URL is kept."""
-    if path.startswith("file:"):
-        path = "/" + path.removeprefix("file:").lstrip("/")
-    return os.path.expanduser(path) if path.startswith("~") else path
-
-
 class Folder:
     """A folder at any URI that fsspec opens, in which files appear whole or not at all.
 
@@ -54,7 +47,6 @@ class Folder:
     """
 
     def __init__(self, uri: str) -> None:
-        uri = local_path(uri)
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
 
     def __repr__(self) -> str:

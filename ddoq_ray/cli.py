@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ddoq_ray
-from ddoq_ray import stopping
 from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
 
@@ -107,10 +106,7 @@ def _line(key: str, field: Any, value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for what the user can mend, 1 for a bug or a lost cluster.
-
-    Stopped from outside it is 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
-    """
+    """Run a command; the exit code is 0, 2 for what the person can mend, 1 for a bug or a lost cluster."""
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
         print(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), end="")
@@ -119,15 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ddoq-ray {ddoq_ray.__version__}")
         return 0
     command = args.pop(0) if args and "=" not in args[0] else "run"
-    stopping.listen()
     try:
         _dispatch(command, args)
     except KeyboardInterrupt:
         print("ddoq-ray: interrupted; the same command again goes on where this one stopped", file=sys.stderr)
         return 130
-    except stopping.Stopped as stopped:
-        print(f"ddoq-ray: {stopped.words}; the same command again goes on where this one stopped", file=sys.stderr)
-        return stopped.exit_code
     except Exception as error:
         told = user_error(error)
         if told is None:

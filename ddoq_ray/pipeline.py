@@ -13,18 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
-
-from ddoq_ray import __version__, demands, stopping
+from ddoq_ray import __version__
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
-from ddoq_ray.lease import Lease
-from ddoq_ray.places import check_nodes, refuse_working_copy
 from ddoq_ray.records import StudentRow
-from ddoq_ray.runtime import Events, Progress, commit, say
-from ddoq_ray.session import joined_address, ray_session
+from ddoq_ray.runtime import Events, commit, ray_session, say
 from ddoq_ray.stages import (
     encode,
     evaluate,
@@ -114,48 +109,16 @@ def run(config: RunConfig) -> str | None:
     """
     start = time.time()
     folder = Folder(config.folder)
-    if folder.local:
-        refuse_working_copy(folder.uri)
     folder.check_writable()
+    check_run_folder(config, folder)
     wanted = set(config.stages)
-    with Lease(folder, say=say, lost=stopping.stop_from_within).held():
-        check_run_folder(config, folder)
-        with ray_session(config.cluster):
-            config = fit_to_cluster(config)
-            check_nodes(config, folder)
-            events = Events(folder)
-            events.add("run started", stages=list(config.stages), command=sys.argv[1:])
-            path = _stages(config, folder, events, wanted)
-            events.add("run finished", seconds=round(time.time() - start, 1))
+    with ray_session(config.cluster):
+        events = Events(folder)
+        events.add("run started", stages=list(config.stages), command=sys.argv[1:])
+        path = _stages(config, folder, events, wanted)
+        events.add("run finished", seconds=round(time.time() - start, 1))
     say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
     return path
-
-
-def fit_to_cluster(config: RunConfig) -> RunConfig:
-    """Compare what the stages ask for with what there is, before any of them begins; pools that are too large shrink.
-
-    Raises:
-        ValueError: When a stage cannot fit a Ray that will not grow: it would wait for ever.
-    """
-    quantizers = sum(m.quantizer is not None for m in plan_methods(config))
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    grows = joined_address(config.cluster) is not None
-    if not grows:
-        config, told = demands.fitted(config, quantizers, nodes)
-        for line in told:
-            say(f"ray        {line}")
-    held = demands.demands(config, quantizers)
-    Progress.asks = demands.asks(held)
-    short = demands.short_of(held, nodes)
-    if short and not grows:
-        raise ValueError(
-            "this machine's Ray is too small, and these stages would wait for ever:\n  "
-            + "\n  ".join(short.values())
-            + "\nAsk for less by the keys named, give more (cluster.num_cpus), or use a cluster that has it"
-        )
-    for words in short.values():
-        say(f"ray        {words}: it waits until the cluster has grown")
-    return config
 
 
 def check_run_folder(config: RunConfig, folder: Folder) -> None:

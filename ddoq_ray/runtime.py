@@ -1,18 +1,19 @@
-"""What every stage shares of Ray and of the terminal: survivable deaths, progress, the event log."""
+"""What every stage shares of Ray and of the terminal: the session, survivable deaths, progress, the event log."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 import threadpoolctl
@@ -20,54 +21,93 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 from tqdm import tqdm
 
 from ddoq_ray.artifacts import Folder
+from ddoq_ray.config.cluster import ClusterConfig
 
 # Deaths that a stage survives by doing the unit again elsewhere. RayTaskError is not among them: it carries an
 # exception of our own code, and a bug must surface.
 DEATHS: tuple[type[BaseException], ...] = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
 
 
-TICK_S = 30.0  # without a line of progress, before one comes by time
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray for the duration of a run: the one already joined, the one of RAY_ADDRESS, or one of our own.
+
+    Inside `ray job submit` RAY_ADDRESS is set, so the same command runs on the cluster without a change.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    loud = bool(os.environ.get("DDOQ_RAY_LOGS"))
+    quiet = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
+    with contextlib.nullcontext() if loud else _quiet_core():
+        if os.environ.get("RAY_ADDRESS") or cluster.address == "auto":
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+        else:
+            # Two CPUs at least: the reader and the encoder of one stream must both find room.
+            cpus = cluster.num_cpus or max(2, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    if not loud:
+        _quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep Ray's C++ core off the driver's stderr: it warns there of Ray Data's own actors, in red and in vain.
+
+    The variable silences it from the start of the session on; the line by which it announces that, and anything else
+    that the start writes, is shown only when the start fails.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _quiet_ray_data() -> None:
+    """One progress line a stage is ours; Ray Data's own plan lines and bars would bury it."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a log, a Ray job) one line at most every ten seconds, and one at the end.
-
-    Where nothing is finished for half a minute a line says so, and what is asked for and free.
-    """
-
-    asks: ClassVar[dict[str, str]] = {}  # stage -> what its workers ask of Ray, in words; the pipeline fills it
+    """A bar on a terminal; elsewhere (a log, a Ray job) one line at most every ten seconds, and one at the end."""
 
     def __init__(self, stage: str, total: int | None, unit: str) -> None:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = 0
-        self.start = self.last = self.moved = time.monotonic()
+        self.start = self.last = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, desc=f"{stage:<10}", unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
-        self._end = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, name=f"progress of {stage}", daemon=True)
-        self._ticker.start()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
-        if n:
-            self.moved = time.monotonic()
         if self.bar is not None:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.last >= 10:
             self._line(note)
-
-    def _tick(self) -> None:
-        while not self._end.wait(TICK_S / 6):
-            still = time.monotonic() - max(self.moved, self.last if self.bar is None else self.moved)
-            if still >= TICK_S:
-                words = waits_for(self.stage, time.monotonic() - self.moved)
-                if self.bar is not None:
-                    self.bar.set_postfix_str(words, refresh=True)
-                else:
-                    self._line(words)
 
     def _line(self, note: str = "") -> None:
         self.last = time.monotonic()
@@ -79,7 +119,6 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._end.set()
         if self.bar is not None:
             self.bar.close()
         else:
@@ -90,36 +129,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def waits_for(stage: str, seconds: float) -> str:
-    """Why nothing may be moving: what the stage's workers ask for, and what of the cluster is free."""
-    words = f"nothing new for {seconds:.0f} s"
-    try:
-        all_of, free = ray.cluster_resources(), ray.available_resources()
-    except Exception:  # no cluster to ask: that is the next thing that somebody says
-        return words
-    there = ", ".join(f"{free.get(k, 0):g} of {all_of[k]:g} {k}" for k in ("CPU", "GPU") if all_of.get(k))
-    asks = Progress.asks.get(stage)
-    return f"{words}; it asks for {asks}; free: {there}" if asks else f"{words}; free: {there}"
-
-
-@contextlib.contextmanager
-def waiting(stage: str, what: str) -> Iterator[None]:
-    """Around a wait for one answer: a line when it is long, and none otherwise."""
-    end = threading.Event()
-
-    def tick() -> None:
-        start = time.monotonic()
-        while not end.wait(TICK_S):
-            seconds = time.monotonic() - start
-            say(f"{stage:<10} waits for {what}, {seconds:.0f} s ({waits_for(stage, seconds)})")
-
-    threading.Thread(target=tick, name=what, daemon=True).start()
-    try:
-        yield
-    finally:
-        end.set()
 
 
 def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
@@ -27,10 +28,8 @@ class TrainerResources:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    address: str | None = option(
-        None,
-        "local: a Ray of this run's own; auto: the cluster of RAY_ADDRESS or of this machine; HOST:PORT: that one; by "
-        "default RAY_ADDRESS's where it is set (as in a Ray job), else local",
+    address: Literal["local", "auto"] = option(
+        "local", "local: a Ray of this run's own; auto: the running cluster (also RAY_ADDRESS, as in a Ray job)"
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")

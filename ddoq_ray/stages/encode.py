@@ -23,7 +23,7 @@ from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.latents import EncoderConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone
-from ddoq_ray.runtime import Events, Progress, say, waiting
+from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.stages.encode_reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode_worker import (
     FILE_BYTES,
@@ -88,8 +88,7 @@ def inner_batch(config: RunConfig, networks: Networks, log: Folder, other: Folde
     search = search_batch.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     settings = EncoderSettings.of(config, networks, batch=1)
     try:
-        with waiting("encode", "the search of a micro-batch"):
-            found = ray.get(search.remote(settings, chunk_rows(config, networks.image_size), SEARCH_SECONDS))
+        found = ray.get(search.remote(settings, chunk_rows(config, networks.image_size), SEARCH_SECONDS))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ValueError) else error) from None
     log.publish_json("batch.json", found)

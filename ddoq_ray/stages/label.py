@@ -21,7 +21,7 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.core.labels import choose_codec, make_codec
 from ddoq_ray.elastic import run_elastic
 from ddoq_ray.records import binary_rows
-from ddoq_ray.runtime import Events, Progress, say, waiting
+from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.teacher import LabelUnit, for_teacher, spawner, view_spec
@@ -126,8 +126,7 @@ def _label(
     spawn = spawner(config, run_folder, codec)
     if codec == "features":
         actor = spawn()
-        with waiting("label", "a teacher that saves its head"):
-            ray.get([actor.save_head.remote(f) for f in sources])
+        ray.get([actor.save_head.remote(f) for f in sources])
         ray.kill(actor)
     units = _units(config, run_folder, sources)
     made = dict.fromkeys(sources, (0, 0))

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.runtime import environment, pin_threads, waiting
+from ddoq_ray.runtime import environment, pin_threads
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Inquiry:
                 is unknown.
         """
         try:
-            with waiting("prepare", "the networks to be looked at"):
-                return ray.get(self._ref)
+            return ray.get(self._ref)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ValueError) else error) from None
 

@@ -25,7 +25,7 @@ from ddoq_ray.artifacts import Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
-from ddoq_ray.runtime import Progress, in_tasks, waiting
+from ddoq_ray.runtime import Progress, in_tasks
 from ddoq_ray.shard_index import index_shard, picture_digest
 from ddoq_ray.sources.listing import NO_EXTENSION, Listing, Refused, Source, Survey, extension_of, refusal
 from ddoq_ray.stages.given_shards import same_images
@@ -133,8 +133,7 @@ def survey_source(source: Source) -> Survey:
     Raises:
         ValueError: When the collection is missing, empty or ambiguous.
     """
-    with waiting("prepare", "a list of what the collection holds"):
-        return next(in_tasks([lambda: _survey.remote(source)], 1))[1]
+    return next(in_tasks([lambda: _survey.remote(source)], 1))[1]
 
 
 def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan], run: Folder) -> Packed:

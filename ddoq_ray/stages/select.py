@@ -191,11 +191,6 @@ def _write(
         mine = keys[place * size : (place + 1) * size]
         facts = {c: (len(picks[c]), data.classes[c].prompt) for c, _ in mine}
         records.append(compose.remote(images, place, mine, facts, draw_index, *found[place]))
-    with Progress("select", len(records), "image shards") as progress:
-        left = list(records)
-        while left:
-            ready, left = ray.wait(left, num_returns=1)
-            progress.advance(len(ready))
     return ray.get(records)
 
 

@@ -11,7 +11,7 @@ import ray
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.confusion import Mistaken, swapped_classes
-from ddoq_ray.runtime import Events, say, waiting
+from ddoq_ray.runtime import Events, say
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.teacher import Named, spawner
@@ -39,9 +39,8 @@ def check_teacher(
     columns = teacher_columns(data)
     actor = spawner(config, run_folder, "logits")()
     try:
-        with waiting("label", "the teacher's answers on the validation images"):
-            named: Named = ray.get(actor.name_images.remote(Validation.of(config, data), columns))
-            names = ray.get(actor.class_names.remote())
+        named: Named = ray.get(actor.name_images.remote(Validation.of(config, data), columns))
+        names = ray.get(actor.class_names.remote())
     finally:
         ray.kill(actor)
     found = judge(config, run_folder, data, named, names)
