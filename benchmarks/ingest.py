@@ -223,7 +223,7 @@ def start_ray(processes: int, store_bytes: int | None = None) -> None:
         address="local", num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         object_store_memory=store_bytes,
     )  # fmt: skip
-    from ddoq_ray.runtime import _quiet_ray_data
+    from ddoq_ray.session import _quiet_ray_data
 
     _quiet_ray_data()
 

@@ -16,7 +16,7 @@ from benchmarks.provenance import finish, parser
 from ddoq_ray import pipeline
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.runtime import ray_session
+from ddoq_ray.session import ray_session
 from ddoq_ray.sources import DIGIT_NAMES
 from ddoq_ray.stages.prepare import digit_shards
 

@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 import fsspec
 
+from ddoq_ray.config.paths import plain_path
 from ddoq_ray.transport import is_store_error
 
 Status = Literal["new", "open", "done"]
@@ -47,6 +48,7 @@ class Folder:
     """
 
     def __init__(self, uri: str) -> None:
+        uri = plain_path(uri)
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ddoq_ray
+from ddoq_ray import signals
 from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
 
@@ -106,7 +108,7 @@ def _line(key: str, field: Any, value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for what the person can mend, 1 for a bug or a lost cluster."""
+    """Run a command; the exit code: 2 for what the person can mend, 1 for a bug or a lost cluster, 128 + a signal."""
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
         print(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), end="")
@@ -115,18 +117,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ddoq-ray {ddoq_ray.__version__}")
         return 0
     command = args.pop(0) if args and "=" not in args[0] else "run"
+    with signals.watching():
+        return _told(command, args)
+
+
+def _told(command: str, args: list[str]) -> int:
+    """Run the command and put its end into words: (exit code)."""
     try:
         _dispatch(command, args)
-    except KeyboardInterrupt:
-        print("ddoq-ray: interrupted; the same command again goes on where this one stopped", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit):
+        return _interrupted(command)
     except Exception as error:
         told = user_error(error)
-        if told is None:
-            raise
-        print(f"ddoq-ray: error: {told}", file=sys.stderr)
-        return 2
+        if told is not None:
+            print(f"ddoq-ray: error: {told}", file=sys.stderr)
+            return 2
+        if signals.received() is not None:  # a library's own error on the way out
+            return _interrupted(command)
+        if words := _lost():
+            print(f"ddoq-ray: error: {words}", file=sys.stderr)
+            return 1
+        raise
     return 0
+
+
+def _interrupted(command: str) -> int:
+    number = signals.received() or signal.SIGINT
+    what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    again = "begins anew" if command in TRAINING_COMMANDS else "goes on where this one stopped"
+    print(f"ddoq-ray: {what}; the same command again {again}", file=sys.stderr)
+    return 128 + number
+
+
+def _lost() -> str:
+    """What is known of a lost cluster, when Ray was in use at all."""
+    session = sys.modules.get("ddoq_ray.session")
+    return str(session.lost()) if session is not None else ""
 
 
 def _dispatch(command: str, args: list[str]) -> None:

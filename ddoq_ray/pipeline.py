@@ -6,6 +6,7 @@ A run's own method lives in the run directory itself; every other method has the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import sys
@@ -13,13 +14,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddoq_ray import __version__
+import ray
+
+from ddoq_ray import __version__, demands, lease, places, signals
 from ddoq_ray.artifacts import Artifact, Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
+from ddoq_ray.progress import doing
 from ddoq_ray.records import StudentRow
-from ddoq_ray.runtime import Events, commit, ray_session, say
+from ddoq_ray.runtime import Events, commit, say
+from ddoq_ray.session import may_grow, ray_session
 from ddoq_ray.stages import (
     encode,
     evaluate,
@@ -108,17 +113,38 @@ def run(config: RunConfig) -> str | None:
         ValueError: For anything that the person can mend: data, configuration, permissions, class mappings.
     """
     start = time.time()
+    places.check_lasting(config.folder, "run_dir")
     folder = Folder(config.folder)
     folder.check_writable()
     check_run_folder(config, folder)
-    wanted = set(config.stages)
-    with ray_session(config.cluster):
+    with lease.held(folder) as hold, ray_session(config.cluster), doing("run"):
+        fitted = _fit(config)
+        places.check_nodes(folder, places.named_paths(config))
         events = Events(folder)
         events.add("run started", stages=list(config.stages), command=sys.argv[1:])
-        path = _stages(config, folder, events, wanted)
+        try:
+            path = _stages(config, fitted, folder, events, hold)
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                events.add("run stopped", reason=type(error).__name__)
+            raise
         events.add("run finished", seconds=round(time.time() - start, 1))
     say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
     return path
+
+
+def _fit(config: RunConfig) -> RunConfig:
+    """The configuration with pools that this Ray has room for; what depends on them is said, never a result.
+
+    Raises:
+        ValueError: When a wanted stage cannot fit, naming it and the key to change.
+    """
+    codebooks = sum(m.quantizer is not None for m in plan_methods(config))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitted, words = demands.plan(config, codebooks, nodes, may_grow=may_grow())
+    for line in words:
+        say(line)
+    return fitted
 
 
 def check_run_folder(config: RunConfig, folder: Folder) -> None:
@@ -137,7 +163,14 @@ def check_run_folder(config: RunConfig, folder: Folder) -> None:
             Artifact(folder / place / "labels", "label").check(label.identity(config))
 
 
-def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str]) -> str | None:
+def _stages(asked: RunConfig, config: RunConfig, folder: Folder, events: Events, hold: lease.Lease) -> str | None:
+    """Run what is wanted.
+
+    Args:
+        asked: The configuration as given, which is recorded.
+        config: The same, with pools that fit the cluster.
+    """
+    wanted = set(config.stages)
     methods = plan_methods(config)
     rows = student_rows(config, methods)
     image_folders = list(dict.fromkeys(f for m in methods for f in m.images))
@@ -145,10 +178,12 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
     inquiry = networks.Inquiry(config, teacher=bool(wanted & {"label", "train", "evaluate"}))
 
     # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
-    data = prepare.run(config, folder, events)
+    with doing("prepare"):
+        data = prepare.run(config, folder, events)
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
-    known = inquiry.result()
+    with doing("networks"):
+        known = inquiry.result()
     data = prepare.resolve(data, known, required=wanted != {"prepare"})
     if "train" in wanted:
         check_full(config, data)
@@ -158,7 +193,7 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         checked = teacher_check.check_early(config, folder, image_folders, data, events, known)
     made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
-    folder.publish("config.yaml", (header + to_yaml(config)).encode())
+    folder.publish("config.yaml", (header + to_yaml(asked)).encode())
 
     latents = Folder(config.latents.path) if config.latents.path else folder / "latents"
     if wanted & {"encode", "quantize"}:
@@ -177,35 +212,45 @@ def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str])
         try:
             for q in quantizers:
                 q.launch()
-            if "encode" in wanted and not config.latents.path:
-                encode.run(config, folder, data, events, networks=known, on_shard=on_shard)
-            else:
-                encode.reuse(latents, data, known, on_shard)
-            for q in quantizers:
-                q.finish(events)
+            with doing("encode"):
+                if "encode" in wanted and not config.latents.path:
+                    encode.run(config, folder, data, events, networks=known, on_shard=on_shard)
+                else:
+                    encode.reuse(latents, data, known, on_shard)
+            with doing("quantize"):
+                for q in quantizers:
+                    q.finish(events)
         finally:
             for q in quantizers:
                 q.close()
+    hold.check()
     if "synthesize" in wanted:
         made = [m.images[0] for m in methods if m.quantizer is not None]
-        synthesize.run(config, folder, made, data, events, known)
+        with doing("synthesize"):
+            synthesize.run(config, folder, made, data, events, known)
         for m in methods:
             if m.name in select.METHODS:
                 for k, place in enumerate(m.images):
-                    select.run(config, folder, place, data, latents, events, k, method=m.name)
+                    with doing(m.name):
+                        select.run(config, folder, place, data, latents, events, k, method=m.name)
+    hold.check()
     if "label" in wanted:
-        label.run(config, folder, image_folders, data, events, known, teacher=checked)
+        with doing("label"):
+            label.run(config, folder, image_folders, data, events, known, teacher=checked)
     # Started here, waited for by the report: it takes no time of its own while students train.
     unseen = heldout.Heldout(config, folder, data, known, latents) if "report" in wanted else None
     if "train" in wanted:
-        train.run(config, folder, rows, data, events, known)
+        with signals.own_ctrl_c(), doing("train"):
+            train.run(config, folder, rows, data, events, known)
+    hold.check()
     if "evaluate" in wanted:
-        evaluate.run(config, folder, rows, data, events)
+        with doing("evaluate"):
+            evaluate.run(config, folder, rows, data, events)
     path = None
     if unseen is not None:
         # ddoq-sqrt beside ddoq has the same images: the page shows them once.
         shown = {m.name: m.images[0] for m in methods if m.images and (m.quantizer or m.name in select.METHODS)}
-        path = report.run(config, folder, data, known, latents, unseen, codebooks, shown, image_folders, rows, events)
+        path = report.run(asked, folder, data, known, latents, unseen, codebooks, shown, image_folders, rows, events)
     if not config.latents.keep:
         encode.discard(folder / "latents", events)
         encode.discard(folder / "heldout", events)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ddoq_ray.config.dataset import PACKED, DatasetConfig
 from ddoq_ray.config.schema import option, require
+from ddoq_ray.places import check_lasting
 from ddoq_ray.runtime import Progress, say
 from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.sources import DIGIT_NAMES, digits
@@ -42,6 +43,7 @@ def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], nam
     """
     import torch
 
+    check_lasting(command.out, "out")
     torch.set_num_threads(command.threads)
     (images, class_ids), held_out, classes = load_training_data(command.dataset, command.image_size)
     if "held_out" in options:

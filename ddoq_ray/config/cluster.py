@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
@@ -28,8 +27,10 @@ class TrainerResources:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    address: Literal["local", "auto"] = option(
-        "local", "local: a Ray of this run's own; auto: the running cluster (also RAY_ADDRESS, as in a Ray job)"
+    address: str | None = option(
+        None,
+        "local: a Ray of this run's own; auto: the running cluster; HOST:PORT: that one; by default RAY_ADDRESS if it "
+        "is set (as in a Ray job), else local",
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
@@ -41,6 +42,10 @@ class ClusterConfig:
     trainer: TrainerResources = option(TrainerResources, "Ray Train workers")
 
     def __post_init__(self) -> None:
+        require(
+            self.address is None or self.address in ("local", "auto") or ":" in self.address,
+            f"cluster.address={self.address}: expected local, auto or HOST:PORT",
+        )
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
         require(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus={self.num_cpus}: expected 1 or more")
         for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer"):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.run import RunConfig, run_config
 from ddoq_ray.config.schema import from_mapping, plain, unknown_key
 
@@ -42,7 +43,11 @@ _INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "dataset.path gives the data",
     ),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", "protocol.schedule is not step"),
-    ("cluster.num_cpus", lambda c: c.cluster.address == "auto", "cluster.address=auto joins a cluster as it is"),
+    (
+        "cluster.num_cpus",
+        lambda c: c.cluster.address not in (None, "local"),
+        "cluster.address joins a cluster as it is",
+    ),
 )
 
 
@@ -165,4 +170,4 @@ def load_command(cls: type[T], overrides: Sequence[str]) -> T:
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"cannot read {' '.join(overrides)}: {' '.join(str(error).split())}") from error
-    return from_mapping(cls, values)
+    return from_mapping(cls, plain_paths(values))

@@ -10,6 +10,7 @@ from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
+from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
 from ddoq_ray.config.report import ReportConfig
 from ddoq_ray.config.schema import from_mapping, option, require
@@ -106,7 +107,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     Raises:
         ValueError: Naming the key, what was expected and what came.
     """
-    values = dict(values)
+    values = plain_paths(values)
     quantizer = values.pop("quantizer", {"name": "clvq"})
     name = quantizer.get("name")
     if name not in QUANTIZERS:
