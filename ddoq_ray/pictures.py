@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
+from ddoq_ray.picture_kinds import signature, unread
+
+# As shards usually have them; then the others of the same formats.
+IMAGE_EXTENSIONS = (
+    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "jpe", "gif", "pbm", "pnm", "dib", "mpo",
+    "apng",
+)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content: a name may be wrong
 MAX_MEGAPIXELS = 80  # 240 MB decoded; PIL itself warns from 89 on and refuses from 179 on
 
 Resize = Literal["squash", "center-crop", "pad"]
 RESIZE_MODES: tuple[Resize, ...] = get_args(Resize)
+
+# Tags of a TIFF.
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,24 +44,27 @@ def decode_rgb(data: bytes) -> Image.Image:
     """Decode to 8-bit RGB, upright.
 
     EXIF orientation is applied; 16-bit values are scaled by 1/257 (grey: rounded; colour: PIL keeps the upper byte,
-    at most 1 away); transparency is resolved on black; CMYK and YCCK are taken as Adobe writes them (inverted in JPEG)
-    and multiplied out. Colour profiles are not applied, as in torchvision. Of several frames the first is taken.
+    at most 1 away), 12-bit ones of a TIFF by their own range, and inverted where its tags say that white is zero;
+    transparency is resolved on black; CMYK and YCCK are taken as Adobe writes them (inverted in JPEG) and multiplied
+    out. Colour profiles are not applied, as in torchvision. Of several frames the first is taken.
 
     Raises:
         RefusedPicture: When it is in no known format, is damaged, has more than `MAX_MEGAPIXELS` (told from its
-            header, before anything is decoded), or holds values without a range (floating point, 32 bits).
+            header, before anything is decoded), or holds values without a range (floating point, 32 bits, signed).
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_MEGAPIXELS * 1_000_000:
             raise RefusedPicture(f"too many pixels: {width} x {height}, and {MAX_MEGAPIXELS} megapixels are the limit")
+        if image.format == "TIFF":
+            _check_tiff(image)
         image.load()
         return _upright(_rgb(image), image)
     except RefusedPicture:
         raise
     except UnidentifiedImageError:  # its own words hold a memory address, different in every run
-        raise RefusedPicture("undecodable image: not in any known format") from None
+        raise RefusedPicture(f"undecodable image: {_why_unknown(data)}") from None
     except Image.DecompressionBombError:
         raise RefusedPicture(f"too many pixels: {MAX_MEGAPIXELS} megapixels are the limit") from None
     except Exception as error:  # PIL raises many kinds; each is one bad picture, never a reason to stop
@@ -74,10 +87,45 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:
     wide = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    top = 2 ** int(tags.get(BITS, (16,))[0]) - 1
+    if tags.get(PHOTOMETRIC) == 0:  # PIL inverts 8 bits by itself, wider ones not
+        wide = top - wide
     transparent = image.info.get("transparency")
     if transparent is not None:
         wide = np.where(wide == transparent, 0, wide)
-    return Image.fromarray(((wide * 2 + 257) // 514).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((wide * 510 + top) // (2 * top)).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Refuse what PIL would decode to something else than is meant."""
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    tags = image.tag_v2
+    bits = max(tags.get(BITS, (1,)))
+    if 2 in tags.get(SAMPLE_FORMAT, (1,)) and bits < 32:
+        raise RefusedPicture(f"undecodable image: signed {bits}-bit values have no range that means black to white")
+    if bits > 8 and tags.get(PLANAR, 1) == 2 and len(tags.get(BITS, (1,))) > 1:
+        raise RefusedPicture(
+            f"undecodable image: a TIFF of {bits}-bit planes, which is not read; write it as 8-bit RGB"
+        )
+
+
+def _why_unknown(data: bytes) -> str:
+    """Why PIL knows nothing to do with it: another format by name, or the tags of a TIFF."""
+    kind = signature(data)
+    if kind in ("TIFF", "BIGTIFF"):
+        with contextlib.suppress(Exception):
+            directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if kind == "BIGTIFF" else 8])
+            stream = io.BytesIO(data)
+            stream.seek(directory.next)
+            directory.load(stream)
+            bits, form = directory.get(BITS, (1,)), max(directory.get(SAMPLE_FORMAT, (1,)))
+            samples = {1: "", 2: "signed ", 3: "floating-point "}.get(form, f"format {form} ")
+            return (
+                f"a TIFF of {len(bits)} x {max(bits)}-bit {samples}samples (photometric "
+                f"{directory.get(PHOTOMETRIC)}), which is not read; write it as 8-bit RGB"
+            )
+    return unread(data) or "not in any known format"
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def read_classes(path: str) -> list[ClassInfo]:
     classes = []
     for i, row in enumerate(rows):
         if isinstance(row, str):
-            classes.append(ClassInfo(i, row, row))
+            name = unicodedata.normalize("NFC", row)  # Macs write names in another form than others
+            classes.append(ClassInfo(i, name, name))
         elif isinstance(row, dict) and "name" in row:
             unknown = set(row) - {"class_id", "name", "prompt", "teacher_index", "prior_label"}
             if unknown:
@@ -76,7 +78,7 @@ def read_classes(path: str) -> list[ClassInfo]:
                 value = row.get(field)
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                     raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a whole number")
-            name = str(row["name"])
+            name = unicodedata.normalize("NFC", str(row["name"]))
             classes.append(
                 ClassInfo(
                     i if row.get("class_id") is None else row["class_id"],

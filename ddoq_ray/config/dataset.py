@@ -30,6 +30,7 @@ class DatasetConfig:
         None, "which of torchvision's: CIFAR10, CIFAR100, FashionMNIST, Imagenette, ImageNet, Flowers102"
     )
     label_column: str | None = option(None, "the label's column in parquet files or metadata; needed where several are")
+    image_column: str | None = option(None, "the image's column in parquet files; needed where several are")
     heldout: float = option(
         0.0, "training images to hold out for validation where the source has none: a part (0.1) or a number a class"
     )
@@ -72,13 +73,18 @@ class DatasetConfig:
                 ("heldout", self.heldout > 0),
                 ("resort", self.resort),
                 ("label_column", self.label_column is not None),
+                ("image_column", self.image_column is not None),
                 ("shard_samples", self.shard_samples != 10_000),
                 ("shard_mb", self.shard_mb != 256),
             )
             if set_
         ]
         for key in packing:
-            kinds = {"resort": (None, "webdataset"), "label_column": (None, "imagefolder", "parquet")}.get(key)
+            kinds = {
+                "resort": (None, "webdataset"),
+                "label_column": (None, "imagefolder", "parquet"),
+                "image_column": (None, "parquet"),
+            }.get(key)
             wrong = self.kind == "digits" or (kinds is not None and self.kind not in kinds)
             require(not wrong, f"dataset.{key} has no effect with dataset.source={self.kind}; leave it out")
             require(
@@ -101,5 +107,5 @@ class DatasetConfig:
         if self.path is None:
             return str(self.source)
         parts = [p for p in PurePosixPath(self.path.split("://")[-1]).parts if not set(p) & set("*?[{") and p != "/"]
-        folders = [p for p in parts if not p.endswith((".tar", ".parquet"))]
+        folders = [p for p in parts if not p.endswith((".tar", ".parquet", ".arrow"))]
         return folders[-1] if folders else "data"

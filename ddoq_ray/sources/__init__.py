@@ -7,9 +7,14 @@ import posixpath
 import fsspec
 
 from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.sources.archives import is_archive, refuse_archive
+from ddoq_ray.sources.classes import shown
+from ddoq_ray.sources.contents import not_images
 from ddoq_ray.sources.digits import DIGIT_NAMES, DIGIT_SPLITS, digits
 from ddoq_ray.sources.listing import Source, absolute, image_extension
-from ddoq_ray.sources.tree import top, walk
+from ddoq_ray.sources.metadata import is_metadata
+from ddoq_ray.sources.table_files import is_table
+from ddoq_ray.sources.tree import leftover, top, walk
 
 __all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source"]
 
@@ -25,9 +30,14 @@ def kind_of(dataset: DatasetConfig) -> str:
     if dataset.kind is not None:
         return dataset.kind
     path = str(dataset.path)
-    if path.endswith(".parquet"):
-        return "parquet"
-    if any(ch in path for ch in "*?[{") or path.endswith(".tar"):
+    fs, root = fsspec.core.url_to_fs(absolute(path))
+    there = "://" not in absolute(path) and fs.exists(root)  # brackets and braces may be part of a name
+    if not there or not fs.isdir(root):
+        if path.lower().endswith((".parquet", ".arrow")):
+            return "parquet"
+        if there:
+            refuse_archive(path, root)
+    if (not there and any(ch in path for ch in "*?[{")) or path.endswith(".tar"):
         return "webdataset"
     found = _candidates(path)
     if len(found) > 1:
@@ -39,23 +49,23 @@ def kind_of(dataset: DatasetConfig) -> str:
 def _candidates(path: str) -> dict[str, str]:
     """kind -> what speaks for it: names of files and folders."""
     from ddoq_ray.sources.idx import FILES
-    from ddoq_ray.sources.metadata import METADATA_FILES
     from ddoq_ray.sources.torchvision_sets import found_there
 
+    path = absolute(path)
     fs, root = fsspec.core.url_to_fs(path)
     if not fs.isdir(root):
         return {}
-    path = absolute(path)
     folders, files = top(path)
     found = {}
     tars = [f for f in files if f.endswith(".tar")]
     if tars:
         found["webdataset"] = f"{len(tars)} *.tar, such as {tars[0]}"
-    parquet = [f for f in files if f.endswith(".parquet")]
+    parquet = [f for f in files if is_table(f)]
     if not parquet and "data" in folders:
-        parquet = [posixpath.basename(n) for n in fs.glob(f"{root.rstrip('/')}/data/*.parquet")]
+        parquet = [f for f in top(posixpath.join(path, "data"))[1] if is_table(f)]
     if parquet:
-        found["parquet"] = f"{len(parquet)} *.parquet, such as {parquet[0]}"
+        found["parquet"] = f"{len(parquet)} {'*.arrow' if parquet[0].endswith('.arrow') else '*.parquet'}, such as "
+        found["parquet"] += parquet[0]
     idx = [f for f in files if f.removesuffix(".gz") == FILES["train"][0]]
     if idx:
         found["idx"] = idx[0]
@@ -63,20 +73,36 @@ def _candidates(path: str) -> dict[str, str]:
     if sets:
         found["torchvision"] = f"with dataset.torchvision={' or '.join(sets)}"
         return found
-    tables = [f for f in files if f in METADATA_FILES]
-    sign = tables[0] if tables else _image_below(path)
-    if sign is not None:
-        found["imagefolder"] = sign
+    tables = [f for f in files if is_metadata(f)]
+    if tables:
+        found["imagefolder"] = tables[0]
+    elif (below := _first_below(path)) is not None and (below[0] != "parquet" or "parquet" not in found):
+        found.setdefault(*below)
+    archives = [f for f in files if is_archive(f)]
+    if not found and archives:
+        raise ValueError(
+            f"dataset.path={path} holds archives ({shown(archives, 3)}) and no images beside them: unpack them, and "
+            "give the folder again"
+        )
     return found
 
 
-def _image_below(root: str) -> str | None:
-    """The first image file in a folder of this one, at any depth; None when there is none."""
+def _first_below(root: str) -> tuple[str, str] | None:
+    """(kind, the file that shows it): the first image, or file of many, in a folder of this one, at any depth."""
+    unknown: list[tuple[str, int]] = []
     for here, _, files in walk(root):
-        for name, _ in files:
-            if here and image_extension(name) is not None:
-                return posixpath.join(here, name)
-    return None
+        for name, size in files:
+            if here and not leftover(name):
+                where = posixpath.join(here, name)
+                if is_table(name):
+                    return "parquet", where
+                if image_extension(name) is not None or is_metadata(name):
+                    return "imagefolder", where
+                if len(unknown) < 100:
+                    unknown.append((where, size))
+    none = not_images(root, unknown)
+    images = [name for name, _ in unknown if name not in none or " pictures are not read" in none[name]]
+    return ("imagefolder", images[0]) if images else None
 
 
 def open_source(dataset: DatasetConfig) -> Source | None:
@@ -106,7 +132,7 @@ def open_source(dataset: DatasetConfig) -> Source | None:
     if kind == "parquet":
         from ddoq_ray.sources.parquet import Parquet
 
-        return Parquet(path, dataset.val_path, dataset.classes, dataset.label_column)
+        return Parquet(path, dataset.val_path, dataset.classes, dataset.label_column, dataset.image_column)
     if kind == "webdataset" and dataset.resort:
         from ddoq_ray.sources.tars import Tars
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import fsspec
@@ -16,6 +18,7 @@ REMEDY = (
     "with the names that the source has"
 )
 _WNID = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 # Positions of some WordNet ids among ImageNet's 1,000 in sorted order, beside the ten that torchvision's Imagenette
 # names: those of ImageWoof, and the last.
 _POSITIONS = {
@@ -25,7 +28,24 @@ _POSITIONS = {
 
 
 def shown(names: Sequence[object], limit: int = 8) -> str:
-    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
+    return ", ".join(escaped(str(n)) for n in names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def escaped(name: str) -> str:
+    """A name that can be printed: bytes that are no UTF-8 as ``\\xe9``."""
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, as JSON can have it
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
+def text_of(name: str) -> str:
+    """The name of a class as text: one form for what looks the same, escaped where it is no text.
+
+    >>> text_of("Mu\\u0308ller") == "M\\u00fcller", text_of("caf\\udce9")
+    (True, 'caf\\\\xe9')
+    """
+    return unicodedata.normalize("NFC", escaped(name))
 
 
 def given_classes(path: str | None, beside: str | None) -> list[ClassInfo] | None:
@@ -40,7 +60,7 @@ def given_classes(path: str | None, beside: str | None) -> list[ClassInfo] | Non
 
 
 def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) -> list[ClassInfo]:
-    """Classes in the order of their sorted names, or as given.
+    """Classes in the order of their sorted names (numbers as numbers), or as given.
 
     Args:
         names: The source's own names, each once.
@@ -53,13 +73,13 @@ def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) 
     _refuse_alike(names, where)
     if given is not None:
         return _fitting(names, given, where)
-    if names and all(name.isdecimal() for name in names):
-        as_text, as_numbers = sorted(names), sorted(names, key=lambda n: (int(n), n))
-        if as_text != as_numbers or len({int(n) for n in names}) < len(names):
+    if names and all(_NUMBER.fullmatch(name) for name in names):
+        if len({float(n) for n in names}) < len(names):
             raise ValueError(
-                f"{where}: the classes are named by numbers whose order is ambiguous: {shown(as_text, 5)} as text, "
-                f"{shown(as_numbers, 5)} as numbers; {REMEDY}"
+                f"{where}: the classes are numbers, and some are the same number, which is ambiguous: "
+                f"{shown(sorted(names), 5)}; {REMEDY}"
             )
+        return [_plain(i, name) for i, name in enumerate(sorted(names, key=float))]
     if names and all(_WNID.fullmatch(name) for name in names):
         return wordnet_classes(sorted(names), where)
     return [_plain(i, name) for i, name in enumerate(sorted(names))]

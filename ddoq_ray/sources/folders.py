@@ -1,4 +1,4 @@
-"""A tree of image files: class folders (nested as deep as one likes), train/ and val/ trees, or a metadata table."""
+"""A tree of image files: class folders (nested as deep as one likes), train/ and val/ trees, or metadata tables."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import fsspec
 
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.records import ClassInfo
-from ddoq_ray.sources.classes import class_list, given_classes, shown
+from ddoq_ray.sources.classes import class_list, escaped, given_classes, shown, text_of
+from ddoq_ray.sources.contents import not_images, unread_notes
+from ddoq_ray.sources.layout import Layout, check_depth, check_order, find_layout
 from ddoq_ray.sources.listing import (
-    NO_EXTENSION,
+    NO_CLASS_IMAGE,
+    NO_LABEL,
     Listing,
     Picture,
     Refused,
@@ -22,16 +25,14 @@ from ddoq_ray.sources.listing import (
     image_extension,
     sorted_listing,
 )
-from ddoq_ray.sources.metadata import METADATA_FILES, labelled_names, metadata_classes
+from ddoq_ray.sources.metadata import is_metadata
+from ddoq_ray.sources.table_labels import Tree, survey_tables
 from ddoq_ray.sources.tree import Entry, top, walk
 from ddoq_ray.transport import retried
 
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")
-_NOT_SAMPLES = ("classes.json", *METADATA_FILES)
-
 
 class ImageFolder(Source):
-    """Files in class folders, or beside a metadata.csv or metadata.jsonl with a label column (as Hugging Face's)."""
+    """Files in class folders, or with metadata tables that have a label column (as Hugging Face's)."""
 
     def __init__(self, path: str, val_path: str | None, classes: str | None, label_column: str | None) -> None:
         self.root = absolute(path)
@@ -40,97 +41,62 @@ class ImageFolder(Source):
         self.label_column = label_column
 
     def survey(self) -> Survey:
-        given = given_classes(self.classes, posixpath.join(self.root, "classes.json"))
-        roots = self.splits()
-        tables = {split: find_metadata(root) for split, root in roots.items() if root is not None}
-        if any(tables.values()):
-            return self._survey_tables(roots, tables, given)
-        if self.label_column is not None:
+        given, layout = self._layout()
+        trees = {"train": _tree(layout.train)}
+        if layout.val is not None:
+            trees["val"] = _tree(layout.val)
+        above = [] if layout.train == self.root else [n for n in top(self.root)[1] if is_metadata(n)]
+        if above or any(tree.tables for tree in trees.values()):
+            survey = survey_tables(self.root, trees, above, self.label_column, given)
+        elif self.label_column is not None:
             raise ValueError(f"{self.root}: dataset.label_column has no effect without a metadata.csv or .jsonl there")
-        found = {split: list_files(root) for split, root in roots.items() if root is not None}
-        by_class = {split: _by_class(files, folders) for split, (files, folders) in found.items()}
-        train, _ = by_class["train"]
+        else:
+            survey = self._survey_folders(trees, given)
+        refused = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]
+        survey.notes += [*layout.notes, *unread_notes(refused)]
+        return survey
+
+    def _layout(self) -> tuple[list[ClassInfo] | None, Layout]:
+        given = given_classes(self.classes, posixpath.join(self.root, "classes.json"))
+        return given, find_layout(self.root, self.val_path, {c.name for c in given or []})
+
+    def _survey_folders(self, trees: dict[str, Tree], given: list[ClassInfo] | None) -> Survey:
+        by_class = {split: _by_class(tree) for split, tree in trees.items()}
+        root, (train, _) = trees["train"].root, by_class["train"]
+        tables = [n for n in top(self.root)[1] if n.lower().endswith((".csv", ".tsv", ".jsonl"))]
         if not train:
+            hint = f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""
             raise ValueError(
-                f"dataset.path={roots['train']}: no class folder in it; expected <class>/<image files>, train/ and "
-                "val/ trees of such folders, or a metadata.csv with file_name and a label"
+                f"dataset.path={root}: no class folder in it; expected <class>/<image files>, train/ and "
+                f"val/ trees of such folders, or a metadata.csv with file_name and a label{hint}"
             )
-        filled = sorted(name for name, files in train.items() if any(image_extension(f) for f, _ in files))
-        if not filled:
-            raise ValueError(f"dataset.path={roots['train']}: no image file in {len(train)} class folders")
-        if "val" in by_class:
-            _same_classes(roots, sorted(train), sorted(by_class["val"][0]))
-        classes = class_list(filled, given, self.root)
-        listings = {split: _listing(files, stray, classes) for split, (files, stray) in by_class.items()}
-        return Survey(classes, listings["train"], listings.get("val"))
-
-    def splits(self) -> dict[str, str | None]:
-        """Where the training and the validation images are.
-
-        Raises:
-            ValueError: When some folders read as splits and others as classes, or two could be the validation images.
-        """
-        fs, root = fsspec.core.url_to_fs(self.root)
-        if not fs.isdir(root):
-            raise ValueError(f"dataset.path={self.root} does not exist, or is no folder; expected a folder of images")
-        folders, _ = top(self.root)
-        held = [f for f in folders if f.lower() in HELD_OUT_NAMES]
-        others = [f for f in folders if f not in held and f != "train"]
-        if "train" not in folders and (not held or others):
-            return {"train": self.root, "val": self.val_path}
-        here = f"dataset.path={self.root}"
-        if "train" not in folders:
-            raise ValueError(f"{here} has {shown(held)} but no train; give the training images' folder itself")
-        if others:
-            raise ValueError(
-                f"{here}: {shown(['train', *held])} beside {shown(others)}: splits, or classes? Give dataset.path="
-                f"{self.root}/train (and dataset.val_path) for splits; for a class named so, rename its folder"
-            )
-        if self.val_path is not None:
-            held = []
-        if len(held) > 1:
-            raise ValueError(
-                f"{here}: {' or '.join(held)} could each be the validation images; say which: "
-                + " or ".join(f"dataset.val_path={self.root}/{name}" for name in held)
-            )
-        inside = posixpath.join(self.root, held[0]) if held else None
-        return {"train": posixpath.join(self.root, "train"), "val": self.val_path or inside}
-
-    def _survey_tables(
-        self, roots: dict[str, str | None], tables: dict[str, str | None], given: list[ClassInfo] | None
-    ) -> Survey:
-        missing = [str(roots[split]) for split, table in tables.items() if table is None]
-        if missing:
-            raise ValueError(
-                f"{shown(missing)} has no {' or '.join(METADATA_FILES)}, but the other split has one; give each its own"
-            )
-        rows = {split: labelled_names(str(table), self.label_column) for split, table in tables.items()}
-        classes, class_ids = metadata_classes({s: set(r.values()) for s, r in rows.items()}, given, self.root)
-        listings = {}
-        for split in tables:
-            files = dict(list_files(str(roots[split]))[0])
-            names, ids, sizes, refused = [], [], [], []
-            for name, label in rows[split].items():
-                if name not in files:
-                    refused.append(Refused(name, "named in the metadata, but not there"))
-                elif image_extension(name) is None:
-                    refused.append(Refused(name, NO_EXTENSION))
-                elif label is None or label not in class_ids:
-                    reason = "no label in the metadata" if label is None else "its class has no training image"
-                    refused.append(Refused(name, reason))
-                else:
-                    names.append(name)
-                    ids.append(class_ids[label])
-                    sizes.append(files[name])
-            left = sorted(set(files) - set(rows[split]) - set(_NOT_SAMPLES))
-            refused += [Refused(n, "not named in the metadata" if image_extension(n) else NO_EXTENSION) for n in left]
-            listings[split] = sorted_listing(names, ids, sizes, refused)
-        if not listings["train"].names:
-            raise ValueError(f"dataset.path={roots['train']}: no labelled image in its metadata")
-        return Survey(classes, listings["train"], listings.get("val"))
+        usable = {split: _usable(tree, by_class[split][0]) for split, tree in trees.items()}
+        if not usable["train"]:
+            raise ValueError(f"dataset.path={root}: no image file in {len(train)} class folders")
+        filled = sorted(usable["train"])
+        for split, tree in trees.items():
+            names = [n for files in usable[split].values() for n in files]
+            if len(usable[split]) == 1 and (given is None or text_of(filled[0]) not in {c.name for c in given}):
+                check_depth(tree.root, names, "dataset.path" if split == "train" else "dataset.val_path")
+            check_order(tree.root, names)
+        notes = []
+        if "val" in trees:
+            _same_classes(trees, usable, {split: set(found[0]) for split, found in by_class.items()})
+        for split, tree in trees.items():
+            empty = sorted(set(by_class[split][0]) - set(usable[split]))
+            if empty:
+                notes.append(f"{len(empty):,} class folders of {tree.root} hold no image: {shown(empty)}")
+        odd = [escaped(n) for n in filled if escaped(n) != n]
+        if odd:
+            notes.append(f"{len(odd):,} class folders have names that are no UTF-8; they are written {shown(odd)}")
+        classes = class_list(_one_form(filled, root, notes), given, self.root)
+        listings = {split: _listing(*by_class[split], trees[split], classes) for split in trees}
+        return Survey(classes, listings["train"], listings.get("val"), notes)
 
     def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
-        return read_files(str(self.splits()[split]), names)
+        _, layout = self._layout()
+        root = layout.val if split == "val" and layout.val is not None else layout.train
+        return read_files(root, names)
 
 
 def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refused]:
@@ -144,19 +110,6 @@ def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refused]:
             yield Refused(name, f"unreadable: {error.strerror or type(error).__name__}")
         else:
             yield Picture(data, image_extension(name))
-
-
-def find_metadata(root: str) -> str | None:
-    """The metadata table of a folder, if it has one.
-
-    Raises:
-        ValueError: When it has two.
-    """
-    fs, place = fsspec.core.url_to_fs(root)
-    there = [name for name in METADATA_FILES if fs.exists(posixpath.join(place, name))]
-    if len(there) > 1:
-        raise ValueError(f"{root}: {' and '.join(there)} both there; which one holds the labels? Keep one")
-    return posixpath.join(root, there[0]) if there else None
 
 
 def list_files(root: str) -> tuple[list[Entry], list[str]]:
@@ -177,12 +130,19 @@ def list_files(root: str) -> tuple[list[Entry], list[str]]:
     return files, folders
 
 
-def _by_class(files: list[Entry], folders: list[str]) -> tuple[dict[str, list[Entry]], list[Entry]]:
-    """(class folder -> its files, files in no class folder). Hidden folders are no classes."""
-    names = {f.split("/")[0] for f in folders} | {f.split("/")[0] for f, _ in files if "/" in f}
-    classes: dict[str, list[Entry]] = {name: [] for name in sorted(names) if not name.startswith(".")}
+def _tree(root: str) -> Tree:
+    files, folders = list_files(root)
+    tables = [name for name, _ in files if is_metadata(name)]
+    others = [f for f in files if f[0] != "classes.json" and f[0] not in tables]
+    return Tree(root, dict(others), folders, not_images(root, others), tables)
+
+
+def _by_class(tree: Tree) -> tuple[dict[str, list[Entry]], list[Entry]]:
+    """(class folder -> its files, files in no class folder); a folder named -1 holds images without a label."""
+    names = {f.split("/")[0] for f in tree.folders}
+    classes: dict[str, list[Entry]] = {name: [] for name in sorted(names) if name != "-1"}
     stray = []
-    for name, size in files:
+    for name, size in tree.files.items():
         folder, slash, _ = name.partition("/")
         if slash and folder in classes:
             classes[folder].append((name, size))
@@ -191,36 +151,62 @@ def _by_class(files: list[Entry], folders: list[str]) -> tuple[dict[str, list[En
     return classes, stray
 
 
-def _listing(folders: dict[str, list[Entry]], stray: list[Entry], classes: list[ClassInfo]) -> Listing:
-    class_ids = {c.name: c.class_id for c in classes}
-    names, ids, sizes = [], [], []
-    refused = [
-        Refused(name, "image outside a class folder" if image_extension(name) else NO_EXTENSION)
-        for name, _ in stray
-        if name not in _NOT_SAMPLES
+def _usable(tree: Tree, folders: dict[str, list[Entry]]) -> dict[str, list[str]]:
+    """Class folder -> its images, of those that have any."""
+    images = {f: [n for n, _ in files if n not in tree.no_image] for f, files in folders.items()}
+    return {f: names for f, names in images.items() if names}
+
+
+def _one_form(folders: list[str], root: str, notes: list[str]) -> list[str]:
+    """The names of classes: folders whose names are one text in two Unicode forms are one class."""
+    names: dict[str, list[str]] = {}
+    for folder in folders:
+        names.setdefault(text_of(folder), []).append(folder)
+    notes += [
+        f"{len(same)} folders of {root} are one class, {name}: they differ in the Unicode form of their names only"
+        for name, same in names.items()
+        if len(same) > 1
     ]
+    return sorted(names)
+
+
+def _listing(folders: dict[str, list[Entry]], stray: list[Entry], tree: Tree, classes: list[ClassInfo]) -> Listing:
+    class_ids = {c.name: c.class_id for c in classes}
+    names, ids, sizes, refused = [], [], [], []
+    for name, _ in stray:
+        outside = NO_LABEL if name.startswith("-1/") else "image outside a class folder"
+        refused.append(Refused(name, tree.no_image.get(name, outside)))
     for folder, files in folders.items():
-        if not any(image_extension(name) for name, _ in files):
-            refused.append(Refused(f"{folder}/", "class folder without an image"))
+        label = text_of(folder)
+        if all(name in tree.no_image for name, _ in files):
+            refused.append(Refused(f"{folder}/", NO_CLASS_IMAGE))
         for name, size in files:
-            if image_extension(name) is None:
-                refused.append(Refused(name, NO_EXTENSION))
-            elif any(part.startswith(".") for part in name.split("/")):  # a file manager's thumbnails and the like
-                refused.append(Refused(name, "hidden file"))
-            elif folder not in class_ids:
+            if name in tree.no_image:
+                refused.append(Refused(name, tree.no_image[name]))
+            elif label not in class_ids:
                 refused.append(Refused(name, "its class has no training image"))
             else:
                 names.append(name)
-                ids.append(class_ids[folder])
+                ids.append(class_ids[label])
                 sizes.append(size)
     return sorted_listing(names, ids, sizes, refused)
 
 
-def _same_classes(roots: dict[str, str | None], train: list[str], val: list[str]) -> None:
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+def _same_classes(trees: dict[str, Tree], usable: dict[str, dict[str, list[str]]], there: dict[str, set[str]]) -> None:
+    """Refuse validation images that are not of the training images' classes, or none of them at all."""
+    folders = {split: {text_of(f) for f in names} for split, names in there.items()}
+    filled = {split: {text_of(f) for f in names} for split, names in usable.items()}
+    train, val = trees["train"].root, trees["val"].root
+    if not filled["val"]:
+        raise ValueError(
+            f"{val} holds no image ({len(folders['val'])} class folders): fill it, or move it away and hold some "
+            "training images out (dataset.heldout=0.1), or give another dataset.val_path"
+        )
+    only_train = sorted(filled["train"] - folders["val"])
+    only_val = sorted((filled["val"] | folders["val"] - folders["train"]) - filled["train"])
     if only_train or only_val:
         raise ValueError(
-            f"{roots['train']} and {roots['val']} have different classes: only in training: "
+            f"{train} and {val} have different classes: only in training: "
             f"{shown(only_train) or 'none'}; only in validation: {shown(only_val) or 'none'}; give both the same class "
             "folders"
         )

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.artifacts import Folder
+from ddoq_ray.picture_kinds import unread
 from ddoq_ray.pictures import FORMATS as READ_FORMATS
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassInfo
 
-NO_EXTENSION = "no image extension"
-# Pillow's word for a format -> the extension that a nameless file of it gets in a shard.
-_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+NO_IMAGE = "no image extension"  # and no image by its first bytes
+LEFTOVER = "hidden, or left by the system"
+NO_LABEL = "no label"
+NO_LABEL_IN_TABLE = "no label in the metadata"
+NO_CLASS_IMAGE = "class folder without an image"
+OTHER_SPLIT = "of a split that is not used"
+# Kinds of refusal by which no labelled image is lost: they are told, and are no damage that max_bad_fraction limits.
+HARMLESS = frozenset((NO_IMAGE, LEFTOVER, NO_LABEL, NO_LABEL_IN_TABLE, NO_CLASS_IMAGE, OTHER_SPLIT))
+# Pillow's word for a format -> the extension that a file of it gets in a shard if its own is none of the usual.
+_EXTENSIONS = {
+    "PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm",
+    "GIF": "gif",
+}  # fmt: skip
+_USUAL = IMAGE_EXTENSIONS[:9]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,10 @@ class Refused:
     name: str
     reason: str
     samples: int = 1
+
+    @property
+    def harmless(self) -> bool:
+        return self.reason.partition(":")[0] in HARMLESS
 
 
 @dataclass
@@ -50,11 +68,12 @@ class Listing:
 
 @dataclass
 class Survey:
-    """A collection before any image of it is read."""
+    """A collection before any image of it is read; `notes` are what its owner should know of how it was read."""
 
     classes: list[ClassInfo]
     train: Listing
     val: Listing | None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,18 +114,24 @@ def refusal(picture: Picture) -> str | None:
         return "empty file"
     kind = _header(picture.data)
     if kind is None:
-        return "not an image in a known format"
-    if picture.extension is None and kind not in _EXTENSIONS:
+        return unread(picture.data) or "not an image in a known format"
+    if not _keeps_name(picture) and kind not in _EXTENSIONS:
         return f"image format {kind} is not one that is read"
     return None
 
 
 def extension_of(picture: Picture) -> str:
-    """The extension that the image has in a shard: its own in lower case, else that of its format."""
-    kind = _header(picture.data) if picture.extension is None else None
-    extension = picture.extension.lower() if picture.extension is not None else _EXTENSIONS[str(kind)]
-    assert extension in IMAGE_EXTENSIONS, extension
-    return extension
+    """The extension that the image has in a shard: its own in lower case if it is usual, else that of its format.
+
+    Decoding goes by content, but other readers of shards know the usual names only.
+    """
+    if _keeps_name(picture):
+        return str(picture.extension).lower()
+    return _EXTENSIONS[str(_header(picture.data))]
+
+
+def _keeps_name(picture: Picture) -> bool:
+    return picture.extension is not None and picture.extension.lower() in _USUAL
 
 
 def _header(data: bytes) -> str | None:
@@ -131,9 +156,12 @@ def image_extension(name: str) -> str | None:
 
 def absolute(path: str) -> str:
     """A path that means the same in every process of this machine; URLs are kept."""
-    if "://" in path:
+    if "://" in path and not path.lower().startswith(("file://", "local://")):
         return path.rstrip("/")
-    return str(fsspec.core.url_to_fs(path)[1])
+    place = str(fsspec.core.url_to_fs(path)[1])
+    if "://" in path and not os.path.exists(place):
+        return unquote(place)  # file:///photos%20of%202023
+    return place
 
 
 def sorted_listing(names: list[str], class_ids: list[int], sizes: list[int], refused: list[Refused]) -> Listing:

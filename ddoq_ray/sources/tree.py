@@ -9,13 +9,24 @@ from collections.abc import Iterator
 import fsspec
 
 Entry = tuple[str, int]  # a name, a size in bytes
+# What systems and programs leave beside one's files, in any case of letters; hidden names come to these.
+LEFTOVERS = frozenset(
+    ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "recycler",
+     "#recycle", "@recycle", "system volume information", "found.000", "__pycache__", "icon\r")
+)  # fmt: skip
+
+
+def leftover(name: str) -> bool:
+    """Whether a path has a part that is hidden or a system's: such are never classes or images."""
+    return any(part.startswith(".") or part.casefold() in LEFTOVERS for part in name.split("/"))
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str], list[Entry]]]:
     """(folder relative to the root, its folders, its files with their sizes) of every folder, the root as "".
 
     Links to folders are followed, as trees of links to a larger collection are common; one that leads back to a
-    folder above it is not, and is given as a file. Names are sorted.
+    folder above it is not, and is given as a file. Hidden folders and those that systems leave are not looked into:
+    each is given as a file whose name ends in a slash. Names are sorted.
 
     Raises:
         ValueError: When a folder cannot be listed.
@@ -27,7 +38,11 @@ def walk(root: str) -> Iterator[tuple[str, list[str], list[Entry]]]:
     place = place.rstrip("/")
     for here, folders, files in fs.walk(place, detail=True):
         # An object store lists a folder's own marker as a file without a name.
-        entries = sorted((name, int(info.get("size") or 0)) for name, info in files.items() if name)
+        entries = [(name, int(info.get("size") or 0)) for name, info in files.items() if name]
+        for name in [name for name in folders if leftover(name)]:
+            del folders[name]
+            entries.append((f"{name}/", 0))
+        entries.sort()
         yield here.removeprefix(place).strip("/"), sorted(folders), entries
 
 
@@ -49,7 +64,9 @@ def _walk_disk(
         except OSError:  # a link to nothing: reading it will say so
             files.append((entry.name, 0))
             continue
-        if entry.is_dir() and (found.st_dev, found.st_ino) not in above:
+        if entry.is_dir() and leftover(entry.name):
+            files.append((f"{entry.name}/", 0))
+        elif entry.is_dir() and (found.st_dev, found.st_ino) not in above:
             folders.append(entry.name)
         else:
             files.append((entry.name, found.st_size))
@@ -59,6 +76,6 @@ def _walk_disk(
 
 
 def top(root: str) -> tuple[list[str], list[str]]:
-    """(names of the folders, names of the files) directly in a folder; hidden folders are left out."""
+    """(names of the folders, names of the files) directly in a folder, but for leftovers."""
     _, folders, files = next(walk(root))
-    return [f for f in folders if not f.startswith(".")], [name for name, _ in files]
+    return folders, [name for name, _ in files if not leftover(name)]

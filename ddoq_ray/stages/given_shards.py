@@ -34,6 +34,7 @@ def survey_shards(config: RunConfig, classes: Sequence[ClassInfo]) -> Packed:
     """
     d = config.dataset
     unused = {"heldout": d.heldout > 0, "label_column": d.label_column is not None}
+    unused |= {"image_column": d.image_column is not None}
     if any(unused.values()):
         raise ValueError(
             f"dataset.{next(k for k, u in unused.items() if u)} has no effect on WebDataset shards that are read where "

@@ -107,6 +107,7 @@ def identity(config: RunConfig) -> dict:
         return {"dataset": facts | {"source": None if d.path else d.source}}
     packed = {"seed": config.seed, "shard_samples": d.shard_samples, "shard_mb": d.shard_mb}
     given = {"torchvision": d.torchvision, "label_column": d.label_column, "heldout": d.heldout, "resort": d.resort}
+    given |= {"image_column": d.image_column}
     return {"dataset": facts | {"source": kind} | packed | {key: value for key, value in given.items() if value}}
 
 
@@ -132,6 +133,8 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     packed, plans, survey = None, None, None
     if source is not None:
         survey = survey_source(source)
+        for note in survey.notes:
+            say(f"prepare    {note}")
         plans = make_plans(config, survey)
         _check_validation(config, len(plans) > 1)
     elif config.dataset.path is not None:

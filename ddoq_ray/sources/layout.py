@@ -1,0 +1,130 @@
+"""How a tree of images is laid out: which folders are splits, which are classes; asked about where it could be both."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import fsspec
+
+from ddoq_ray.sources.classes import shown, text_of
+from ddoq_ray.sources.listing import image_extension
+from ddoq_ray.sources.splits import split_of, splits_of
+from ddoq_ray.sources.tree import top, walk
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images of each split are; `notes` for the owner."""
+
+    train: str
+    val: str | None
+    notes: tuple[str, ...] = ()
+
+
+def find_layout(root: str, val_path: str | None, named: Collection[str]) -> Layout:
+    """The splits of a folder.
+
+    Args:
+        named: Names of the class list given: folders named so are classes, whatever the words.
+
+    Raises:
+        ValueError: When some folders read as splits and others as classes, or several could be the same split.
+    """
+    fs, place = fsspec.core.url_to_fs(root)
+    if not fs.isdir(place):
+        raise ValueError(f"dataset.path={root} does not exist, or is no folder; expected a folder of images")
+    folders, _ = top(root)
+    splits = splits_of(folders)
+    if not splits or (named and all(text_of(f) in named for f in splits)):
+        return Layout(root, val_path)
+    train = [f for f, split in splits.items() if split == "train"]
+    others = [f for f in folders if f not in splits and has_image(posixpath.join(root, f))]
+    held = [f for f, split in splits.items() if split != "train"]
+    here = f"dataset.path={root}"
+    if others:
+        first = train[0] if train else "..."
+        raise ValueError(
+            f"{here}: {shown([*train, *held])} beside {shown(others)}: splits, or classes? Give dataset.path="
+            f"{root}/{first} (and dataset.val_path) for splits; for a class named so, rename its folder, or give "
+            "dataset.classes with the names of all"
+        )
+    if not train:
+        raise ValueError(f"{here} has {shown(held)} but no train; give the training images' folder itself")
+    if len(train) > 1:
+        raise ValueError(
+            f"{here}: {' or '.join(train)} could each be the training images; say which: "
+            + " or ".join(f"dataset.path={root}/{name}" for name in train)
+        )
+    if val_path is not None:
+        held = []
+    if len(held) > 1:
+        raise ValueError(
+            f"{here}: {' or '.join(held)} could each be the validation images; say which: "
+            + " or ".join(f"dataset.val_path={root}/{name}" for name in held)
+        )
+    notes = [f"{held[0]} serves as validation, as there is no other beside {train[0]}"] if held else []
+    inside = posixpath.join(root, held[0]) if held else None
+    told = tuple(notes) if held and splits[held[0]] == "test" else ()
+    return Layout(posixpath.join(root, train[0]), val_path or inside, told)
+
+
+def has_image(root: str) -> bool:
+    return any(image_extension(name) is not None for _, _, files in walk(root) for name, _ in files)
+
+
+def check_depth(root: str, images: Sequence[str], key: str = "dataset.path") -> None:
+    """Ask about a single class folder: its folders may be the classes, or splits, or there are no classes at all.
+
+    Args:
+        images: All image files below the root, relative to it; those of one class folder alone.
+
+    Raises:
+        ValueError: When it holds folders of images, or is named as folders of any images are.
+    """
+    inner: list[str] = []
+    level = images
+    while True:
+        heads = {name.partition("/")[0] for name in level if "/" in name}
+        if len(heads) != 1 or any("/" not in name for name in level):
+            break
+        inner.append(heads.pop())
+        level = [name.partition("/")[2] for name in level]
+    below = sorted({name.partition("/")[0] for name in level if "/" in name})
+    if below and not any("/" not in name for name in level):
+        place = posixpath.join(root, *inner)
+        raise ValueError(
+            f"{key}={root} holds one folder with images, {'/'.join(inner)}, and that holds {shown(below)}: give "
+            f"{key}={place} where these are classes or splits; where {inner[0]} is one class, give dataset.classes "
+            "with its name"
+        )
+    if len(inner) > 1:
+        raise ValueError(
+            f"{key}={root} holds one folder with images, {'/'.join(inner)}: give "
+            f"{key}={posixpath.join(root, *inner[:-1])} where {inner[-1]} is the only class; where {inner[0]} is it, "
+            "give dataset.classes with its name"
+        )
+    if inner and split_of(f"train {inner[0]}") == "train":  # only words such as images and photos
+        raise ValueError(
+            f"{key}={root}: all images are in one folder, {inner[0]}: expected a folder for each class, or a "
+            f"metadata.csv with file_name and label; where {inner[0]} is one class, give dataset.classes with its name"
+        )
+
+
+def check_order(root: str, images: Sequence[str]) -> None:
+    """Refuse classes that hold splits: those held out would be trained on.
+
+    Raises:
+        ValueError: When both a training and a held-out folder are found directly below classes.
+    """
+    found: dict[str, str] = {}
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in images):
+        parts = folder.split("/")
+        if len(parts) > 1 and (split := split_of(parts[1])) is not None:
+            found.setdefault("train" if split == "train" else "held", "/".join(parts[:2]))
+    if len(found) > 1:
+        raise ValueError(
+            f"{root}: the class folders hold splits ({found['train']}, {found['held']}), whose images would all be "
+            "trained on; expected train/<class>/ and val/<class>/, or a metadata.csv with file_name, label and split"
+        )

@@ -1,0 +1,120 @@
+"""The files of a Parquet or Arrow collection: found in a folder's usual layouts, and told apart by split."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Sequence
+
+import braceexpand
+import fsspec
+
+from ddoq_ray.sources.classes import shown
+from ddoq_ray.sources.listing import absolute
+from ddoq_ray.sources.splits import split_in_file, split_of
+from ddoq_ray.sources.tree import walk
+
+ENDINGS = (".parquet", ".arrow")
+_DEPTH = 4  # folders: a repository, its configuration, its split
+
+
+def is_table(name: str) -> bool:
+    base = posixpath.basename(name).lower()
+    return base.endswith(ENDINGS) and not base.startswith((".", "cache-", "tmp")) and base != "metadata.parquet"
+
+
+def tables_below(root: str) -> list[str]:
+    """Names of the table files in a folder, else in its data/, else further down; relative to it, sorted.
+
+    Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant.
+    """
+    found: list[str] = []
+    for here, folders, files in walk(root):
+        if here.count("/") + bool(here) >= _DEPTH:
+            folders.clear()
+        names = [posixpath.join(here, name) for name, _ in files if is_table(name)]
+        if any(name == "state.json" for name, _ in files):
+            meant = _listed(posixpath.join(root, here, "state.json"))
+            names = [n for n in names if not meant or posixpath.basename(n) in meant]
+        found += names
+    for chosen in ([n for n in found if "/" not in n], [n for n in found if n.rpartition("/")[0] == "data"]):
+        if chosen:
+            return sorted(chosen)
+    return sorted(found)
+
+
+def _listed(state: str) -> set[str]:
+    with fsspec.open(state, "rb") as f:
+        try:
+            return {str(entry["filename"]) for entry in json.loads(f.read()).get("_data_files", [])}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return set()
+
+
+def list_tables(path: str, key: str) -> tuple[list[str], list[str]]:
+    """(the files of a folder, a file, a glob or a brace pattern; the part of each name that says its split).
+
+    Raises:
+        ValueError: When there are none, or they are of several configurations.
+    """
+    found: list[tuple[str, str]] = []
+    plain = absolute(path)
+    fs, root = fsspec.core.url_to_fs(plain)
+    for pattern in [plain] if fs.exists(root) else braceexpand.braceexpand(path):
+        where = pattern if any(ch in pattern for ch in "*?[") else absolute(pattern)
+        fs, root = fsspec.core.url_to_fs(where)
+        if fs.isdir(root):
+            root = root.rstrip("/")
+            inside = tables_below(where)
+            _one_configuration(where, inside, key)
+            names = [(f"{root}/{n}", n) for n in inside]
+        elif fs.exists(root):
+            names = [(root, posixpath.basename(root))]
+        else:
+            there = fs.glob(root) if any(ch in root for ch in "*?[") else []
+            names = [(n, posixpath.basename(n)) for n in sorted(there) if not fs.isdir(n)]
+        if not names:
+            raise ValueError(f"{key}={path}: {where} holds no parquet file; expected *.parquet or *.arrow")
+        found += [(str(fs.unstrip_protocol(n)) if "://" in where else str(n), below) for n, below in names]
+    return [file for file, _ in found], [below for _, below in found]
+
+
+def _one_configuration(root: str, names: Sequence[str], key: str) -> None:
+    groups: dict[str, int] = {}
+    for name in names:
+        folders = [f for f in name.split("/")[:-1] if f != "data" and split_of(f) is None]
+        groups["/".join(folders)] = groups.get("/".join(folders), 0) + 1
+    if len(groups) > 1:
+        ways = " or ".join(f"{key}={posixpath.join(root, g)}" for g in sorted(groups)[:4])
+        raise ValueError(
+            f"{key}={root} holds {len(groups)} configurations of a data set, a folder each ({shown(sorted(groups))}); "
+            f"which one? Give {ways}"
+        )
+
+
+def by_split(files: list[str], below: list[str], path: str) -> tuple[list[str], list[str], list[str]]:
+    """(training files, validation files, notes) by the words in their names, or their folders', as on the hub.
+
+    Raises:
+        ValueError: When which files are for training or validation is ambiguous.
+    """
+    words: dict[str, list[str]] = {}
+    for file, name in zip(files, below, strict=True):
+        words.setdefault(split_in_file(name) or "", []).append(file)
+    held = [w for w in ("val", "test") if w in words]
+    if "train" not in words:
+        if held:
+            raise ValueError(
+                f"dataset.path={path}: {shown(below)}: no file of it is named train-*; give the training files by a "
+                "pattern"
+            )
+        return files, [], []
+    if "" in words or len(held) > 1:
+        names = {"train": "train", "val": "validation", "test": "test", "": "others"}
+        candidates = [f"{names[w]} ({len(words[w])})" for w in ("train", "val", "test", "") if w in words]
+        raise ValueError(
+            f"dataset.path={path}: which files are for training, which for validation? There are {shown(candidates)}; "
+            "give each by a pattern: dataset.path='.../train-*' dataset.val_path='.../validation-*'"
+        )
+    notes = ["the test split serves as validation, as there is no other beside train"] if held == ["test"] else []
+    return words["train"], words[held[0]] if held else [], notes
