@@ -27,13 +27,12 @@ from ddoq_ray.core.rng import philox
 from ddoq_ray.records import ClassInfo, ShardInfo
 from ddoq_ray.runtime import Progress, in_tasks
 from ddoq_ray.shard_index import index_shard, picture_digest
-from ddoq_ray.sources.listing import NO_EXTENSION, Listing, Refused, Source, Survey, extension_of, refusal
+from ddoq_ray.sources.listing import HARMLESS, Listing, Refused, Source, Survey, extension_of, refusal
 from ddoq_ray.stages.given_shards import same_images
 from ddoq_ray.stages.prepared import Packed
 
 Rows = npt.NDArray[np.int64]
 SCRATCH = "scratch"  # below data/: containers laid open, removed at the end
-NO_IMAGES = (NO_EXTENSION, "hidden file", "class folder without an image", "member without an extension")
 MEMBER_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE  # of a sample, beside its image: two headers and the label
 
 
@@ -321,8 +320,8 @@ def _remove_others(data: Folder, plans: Sequence[Plan]) -> None:
 
 
 def _check_refused(config: RunConfig, packed: Packed, data: Folder) -> None:
-    # A file that does not say it is an image is none that was lost.
-    images = packed.refused + Counter({k: n for k, n in packed.unlisted.items() if k not in NO_IMAGES})
+    # A file that is no image, or has no label, is none that was lost.
+    images = packed.refused + Counter({k: n for k, n in packed.unlisted.items() if k not in HARMLESS})
     bad, good = sum(images.values()), sum(s.samples for s in (*packed.train, *packed.val))
     told = ", ".join(f"{reason}: {n:,}" for reason, n in images.most_common(5))
     where = f"each is named in {data.path('quarantine')}"
