@@ -10,7 +10,7 @@ import os
 import posixpath
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ddoq_ray import __version__
@@ -25,6 +25,7 @@ from ddoq_ray.stages import (
     evaluate,
     heldout,
     label,
+    mapping,
     networks,
     prepare,
     quantize,
@@ -110,10 +111,12 @@ def run(config: RunConfig) -> str | None:
     folder.check_writable()
     check_run_folder(config, folder)
     wanted = set(config.stages)
+    # Before Ray and before any stage begins: what cannot work is said now.
+    known = networks.Inquiry(config, teacher=bool(wanted & {"label", "train", "evaluate"})).result()
     with ray_session(config.cluster):
         events = Events(folder)
         events.add("run started", stages=list(config.stages), command=sys.argv[1:])
-        path = _stages(config, folder, events, wanted)
+        path = _stages(config, folder, events, wanted, known)
         events.add("run finished", seconds=round(time.time() - start, 1))
     say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
     return path
@@ -135,19 +138,28 @@ def check_run_folder(config: RunConfig, folder: Folder) -> None:
             Artifact(folder / place / "labels", "label").check(label.identity(config))
 
 
-def _stages(config: RunConfig, folder: Folder, events: Events, wanted: set[str]) -> str | None:
+def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
+    """Images in a distilled set, and in `full` where it is wanted."""
+    kept = [n for n in counts.values() if n >= config.ipc or config.small_class != "drop"]
+    distilled = {"the distilled set": sum(min(n, config.ipc) for n in kept)}
+    return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
+
+
+def _stages(
+    config: RunConfig, folder: Folder, events: Events, wanted: set[str], known: networks.Networks
+) -> str | None:
     methods = plan_methods(config)
     rows = student_rows(config, methods)
     image_folders = list(dict.fromkeys(f for m in methods for f in m.images))
     codebooks = {m.name: m.images[0] for m in methods if m.quantizer is not None}
-    inquiry = networks.Inquiry(config, teacher=bool(wanted & {"label", "train", "evaluate"}))
 
     # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
     data = prepare.run(config, folder, events)
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
-    known = inquiry.result()
-    data = prepare.resolve(data, known, required=wanted != {"prepare"})
+    if "train" in wanted:
+        networks.check_batches(_set_sizes(config, data.counts), config, known)
+    data = mapping.resolve(data, known, required=wanted != {"prepare"})
     made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
     folder.publish("config.yaml", (header + to_yaml(config)).encode())
