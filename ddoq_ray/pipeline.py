@@ -11,7 +11,7 @@ import os
 import posixpath
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -30,6 +30,7 @@ from ddoq_ray.stages import (
     evaluate,
     heldout,
     label,
+    mapping,
     networks,
     prepare,
     quantize,
@@ -117,18 +118,22 @@ def run(config: RunConfig) -> str | None:
     folder = Folder(config.folder)
     folder.check_writable()
     check_run_folder(config, folder)
-    with lease.held(folder) as hold, ray_session(config.cluster), doing("run"):
-        fitted = _fit(config)
-        places.check_nodes(folder, places.named_paths(config))
-        events = Events(folder)
-        events.add("run started", stages=list(config.stages), command=sys.argv[1:])
-        try:
-            path = _stages(config, fitted, folder, events, hold)
-        except BaseException as error:
-            with contextlib.suppress(Exception):
-                events.add("run stopped", reason=type(error).__name__)
-            raise
-        events.add("run finished", seconds=round(time.time() - start, 1))
+    with lease.held(folder) as hold, doing("run"):
+        # Before Ray and before any stage begins: what cannot work is said now.
+        teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
+        known = networks.Inquiry(config, teacher=teacher).result()
+        with ray_session(config.cluster):
+            fitted = _fit(config)
+            places.check_nodes(folder, places.named_paths(config))
+            events = Events(folder)
+            events.add("run started", stages=list(config.stages), command=sys.argv[1:])
+            try:
+                path = _stages(config, fitted, folder, events, hold, known)
+            except BaseException as error:
+                with contextlib.suppress(Exception):
+                    events.add("run stopped", reason=type(error).__name__)
+                raise
+            events.add("run finished", seconds=round(time.time() - start, 1))
     say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
     return path
 
@@ -163,29 +168,42 @@ def check_run_folder(config: RunConfig, folder: Folder) -> None:
             Artifact(folder / place / "labels", "label").check(label.identity(config))
 
 
-def _stages(asked: RunConfig, config: RunConfig, folder: Folder, events: Events, hold: lease.Lease) -> str | None:
+def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
+    """Images in a distilled set, and in `full` where it is wanted."""
+    kept = [n for n in counts.values() if n >= config.ipc or config.small_class != "drop"]
+    distilled = {"the distilled set": sum(min(n, config.ipc) for n in kept)}
+    return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
+
+
+def _stages(
+    asked: RunConfig,
+    config: RunConfig,
+    folder: Folder,
+    events: Events,
+    hold: lease.Lease,
+    known: networks.Networks,
+) -> str | None:
     """Run what is wanted.
 
     Args:
         asked: The configuration as given, which is recorded.
         config: The same, with pools that fit the cluster.
+        known: Facts of the networks.
     """
     wanted = set(config.stages)
     methods = plan_methods(config)
     rows = student_rows(config, methods)
     image_folders = list(dict.fromkeys(f for m in methods for f in m.images))
     codebooks = {m.name: m.images[0] for m in methods if m.quantizer is not None}
-    inquiry = networks.Inquiry(config, teacher=bool(wanted & {"label", "train", "evaluate"}))
 
     # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
     with doing("prepare"):
         data = prepare.run(config, folder, events)
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
-    with doing("networks"):
-        known = inquiry.result()
-    data = prepare.resolve(data, known, required=wanted != {"prepare"})
+    data = mapping.resolve(data, known, required=wanted != {"prepare"})
     if "train" in wanted:
+        networks.check_batches(_set_sizes(config, data.counts), config, known)
         check_full(config, data)
     # Before anything is spent: a wrong class mapping, or validation images that cannot be read.
     checked = None

@@ -1,9 +1,10 @@
 """diffusers autoencoders: images to latents and back, in the scale that a latent diffusion model works in.
 
 Both kinds are scaled by one rule, `z = (raw - shift_factor) * scaling_factor`, with the values of the folder's
-config. AutoencoderKL's raw latents have a standard deviation of several units, and its factor (0.18 for Stable
-Diffusion) brings them to about one. AutoencoderTiny is distilled to give the scaled latents at once, so its factor is
-1; its `latent_magnitude` and `latent_shift` only serve storing latents as bytes, and are not part of the scale.
+config; where it holds latents_mean and latents_std, a channel each, `z = (raw - mean) / std * scaling_factor`, as
+diffusers' pipelines do. AutoencoderKL's raw latents have a standard deviation of several units, and its factor (0.18
+for Stable Diffusion) brings them to about one. AutoencoderTiny is distilled to give the scaled latents at once, so its
+factor is 1; its `latent_magnitude` and `latent_shift` only serve storing latents as bytes, and are not part of the scale.
 
 Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 """
@@ -19,6 +20,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from ddoq_ray.models.folders import content_digest, read_json, resolve_folder
+from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -69,8 +71,23 @@ class Autoencoder:
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.network = cast(network, self.device, self.dtype).eval().requires_grad_(False)
-        self._scale = float(config["scaling_factor"])
-        self._shift = float(config.get("shift_factor") or 0.0)
+        self._scale: float | Tensor = float(config["scaling_factor"])
+        self._shift: float | Tensor = float(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            if not len(mean) == len(std) == self.latent_channels or min(std) <= 0:
+                raise ValueError(
+                    f"autoencoder: expected latents_mean and positive latents_std of {self.latent_channels} channels "
+                    f"in its config, got {list(mean)} and {list(std)}"
+                )
+            self._shift = torch.tensor(mean, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+            self._scale = self._scale / torch.tensor(std, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+        self._grey = config["in_channels"] == 1, config["out_channels"] == 1
+        if config["in_channels"] not in (1, 3) or config["out_channels"] not in (1, 3):
+            raise ValueError(
+                f"autoencoder: expected images of 1 or 3 channels, got {config['in_channels']} in and "
+                f"{config['out_channels']} out; give an autoencoder of pictures"
+            )
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             torch.nn.Module.to(self.network, memory_format=torch.channels_last)
@@ -100,7 +117,10 @@ class Autoencoder:
         Raises:
             ValueError: noise for a network that has no posterior.
         """
-        x = images.to(self.device, self.dtype).contiguous(memory_format=self._format)
+        x = images.to(self.device, self.dtype)
+        if self._grey[0]:  # pictures are RGB everywhere else; the weights are ITU-R 601's, as Pillow's
+            x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = x.contiguous(memory_format=self._format)
         if isinstance(self.network, AutoencoderKL):
             posterior = self.network.encode(x).latent_dist
             raw = posterior.mode().float()
@@ -115,8 +135,9 @@ class Autoencoder:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents float32 [B, C, h, w]: float32 [B, 3, H, W], about [-1, 1], not clamped."""
-        raw = (latents / self._scale + self._shift).to(self.device, self.dtype)
-        return self.network.decode(raw.contiguous(memory_format=self._format)).sample.float()
+        raw = (latents.to(self.device) / self._scale + self._shift).to(self.dtype)
+        pixels = self.network.decode(raw.contiguous(memory_format=self._format)).sample.float()
+        return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
 
 
 def load_autoencoder(path: str | os.PathLike[str], **how: Any) -> Autoencoder:
@@ -162,16 +183,18 @@ def load_network(network_class: Any, folder: Path, part: str | None) -> Any:
         ValueError: a file or a tensor is absent or does not fit.
     """
     place = folder / (part or "")
+    check_not_pointers(place, "prior")
     try:
         # Without low_cpu_mem_usage no accelerate is needed; random values must not stand in for tensors
         # that are absent or of a wrong shape, so the report of what was missing is asked for and read.
         network, report = network_class.from_pretrained(
             os.fspath(folder), subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False,
-            output_loading_info=True, local_files_only=True,
+            output_loading_info=True, local_files_only=True, variant=variant_of(place),
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {error}") from error
     absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if absent:
         raise ValueError(f"prior: {place} lacks {len(absent)} tensors, such as {absent[:3]}")
+    check_finite(network.state_dict(), str(place))
     return network

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from ddoq_ray.models.folders import content_digest, published_folder, read_json, resolve_folder, write_json
+from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_pointers, fit_names, read_tensors
 
 CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -266,8 +267,8 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     absent = [key for key in ("arch", "num_classes", "image_size", "mean", "std") if key not in config]
     if absent:
         raise ValueError(f"classifier: {folder / CONFIG_JSON} lacks {absent}")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"classifier: expected the file {WEIGHTS_FILE} in {folder}, found none")
+    check_not_pointers(folder, "classifier")
+    file = _weights_file(folder)
     model = build_classifier(
         config["arch"],
         config["num_classes"],
@@ -276,20 +277,37 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
         config["std"],
         classes=config.get("classes"),
     )
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))  # copies into float32 parameters
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"classifier: {folder / WEIGHTS_FILE} does not fit its config.json: {error}") from error
+    tensors = fit_names(read_tensors(file, "classifier"), model.state_dict(), f"classifier: {file}")
+    check_finite(tensors, f"classifier: {file}")
+    model.load_state_dict(tensors)  # copies into float32 parameters
     return model.to(device).eval()
+
+
+def _weights_file(folder: Path) -> Path:
+    if (folder / WEIGHTS_FILE).is_file():
+        return folder / WEIGHTS_FILE
+    others = sorted(p for p in folder.glob("*") if p.suffix in ENDINGS)
+    if len(others) != 1:
+        found = ", ".join(p.name for p in others) or "none"
+        raise ValueError(f"classifier: expected the file {WEIGHTS_FILE} in {folder}, found {found}")
+    return others[0]
 
 
 def _torchvision_classifier(arch: str) -> Classifier:
     torchvision_model(arch)  # the message about unknown names, before torchvision's own
     weights = torchvision.models.get_model_weights(arch)["DEFAULT"]
-    source = torchvision_model(arch, weights)
-    crop = weights.transforms().crop_size
+    try:
+        source = torchvision_model(arch, weights)
+    except OSError as error:
+        raise ValueError(
+            f"classifier: torchvision:{arch}: its weights are not on this machine and could not be downloaded "
+            f"({error}); put {weights.url.rpartition('/')[2]} into torch's hub cache "
+            f"({torch.hub.get_dir()}/checkpoints) where there is no network, or give a folder of save_classifier"
+        ) from error
+    transforms = weights.transforms()
+    crop = transforms.crop_size
     size = crop[0] if isinstance(crop, Sequence) else int(crop)
     head = [m for m in source.modules() if isinstance(m, nn.Linear)][-1]
     trunk, _ = _torchvision_trunk(source)
     names = weights.meta.get("categories")
-    return Classifier(arch, trunk, head, image_size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=names)
+    return Classifier(arch, trunk, head, image_size=size, mean=transforms.mean, std=transforms.std, classes=names)

@@ -19,6 +19,19 @@ Start = Literal["noised", "given", "inversion", "noise"]
 STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise")
 
 
+class NonFiniteImages(ValueError):
+    """Rows of a batch whose images hold NaN or infinite values."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        """Keep the rows for callers that know what they are."""
+        super().__init__(f"prior: rows {list(rows)[:8]} of the batch became NaN or infinite while denoising")
+        self.rows = list(rows)
+
+    def __reduce__(self) -> tuple[type[NonFiniteImages], tuple[list[int]]]:
+        """Carry the rows through a pickle."""
+        return type(self), (self.rows,)
+
+
 class Prior(ABC):
     """What the encode and synthesize stages need of a generative model.
 
@@ -83,6 +96,14 @@ class Prior(ABC):
 
         Raises:
             ValueError: shapes or labels that do not fit, an unknown start, or a strength that runs no step.
+        """
+
+    @abstractmethod
+    def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:
+        """How many steps `synthesize` would run with these settings, without running them.
+
+        Raises:
+            ValueError: settings that this model cannot run.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, load_network, network_kind
 from ddoq_ray.models.folders import content_digest, read_json
-from ddoq_ray.models.prior import STARTS, Prior, Start
+from ddoq_ray.models.prior import STARTS, NonFiniteImages, Prior, Start
 
 PRIOR_JSON = "ddoq_prior.json"
 # DiT's published folders were saved before the class had its own name.
@@ -39,6 +40,7 @@ class ClassConditionalPrior(Prior):
         scheduler: Any,
         *,
         classes: list[str] | None = None,
+        num_classes: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         id: str | None = None,
@@ -50,6 +52,7 @@ class ClassConditionalPrior(Prior):
             denoiser: class-conditional, latents in, noise (or noise and variance) out.
             scheduler: any diffusers scheduler with add_noise and step.
             classes: names in label order.
+            num_classes: their number where no names tell it.
             device: where both networks run.
             dtype: their arithmetic.
             id: the content digest if known; computed otherwise.
@@ -76,7 +79,7 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
         if height != width:
             raise ValueError(f"prior: expected square latents, got {height} x {width}")
-        self.num_classes, self._has_null = _class_count(denoiser, classes)
+        self.num_classes, self._has_null = _class_count(denoiser, classes, num_classes)
         self.classes = classes
         self.latent_shape = (channels, height, width)
         configs = {
@@ -126,6 +129,7 @@ class ClassConditionalPrior(Prior):
             denoiser,
             scheduler_class.from_config(raw["scheduler"]),
             classes=_class_names(index, extra),
+            num_classes=extra.get("num_classes"),
             device=device,
             dtype=dtype,
             id=digest,
@@ -221,6 +225,10 @@ class ClassConditionalPrior(Prior):
 
     def _decode(self, z: Tensor) -> Tensor:
         pixels = self.autoencoder.decode(z)
+        # uint8 would make black of them. No row is named here: callers know whose they are.
+        bad = [i for i, row in enumerate(pixels) if not bool(torch.isfinite(row).all())]
+        if bad:
+            raise NonFiniteImages(bad)
         pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
@@ -293,6 +301,9 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: expected {len(latents)} generators, one a row, got {len(generators)}")
         if start not in STARTS:
             raise ValueError(f"prior: expected a start of {list(STARTS)}, got {start!r}")
+        return self.check_settings(start, strength, steps, guidance)
+
+    def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:
         trained = self.scheduler.config["num_train_timesteps"]
         if not 1 <= steps <= trained:
             raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {steps}")
@@ -307,18 +318,28 @@ class ClassConditionalPrior(Prior):
                 f"prior: start=inversion needs a variance-preserving scheduler such as DDIM, "
                 f"not {type(self.scheduler).__name__}"
             )
-        if start == "noise":
-            return steps
-        return _steps_run(strength, steps)
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if start == "inversion" and kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
+        run = steps if start == "noise" else _steps_run(strength, steps)
+        if run:
+            try:
+                self._schedule(run, steps)
+            except (AssertionError, IndexError, TypeError, ZeroDivisionError) as error:
+                raise ValueError(
+                    f"prior: {type(self.scheduler).__name__} cannot do synthesizer.steps={steps} "
+                    f"({error}); choose another number, or a DDIMScheduler in the prior's scheduler folder"
+                ) from error
+        return run
 
 
 def _steps_run(strength: float, steps: int) -> int:
     """How many of the last timesteps a strength runs."""
-    run = min(int(steps * strength), steps)
+    run = min(int(steps * strength + 1e-9), steps)  # 0.29 * 100 is 28.999... in binary
     if run == 0 and strength > 0:
         raise ValueError(
             f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
-            f"decode or at least {1 / steps:.3g}"
+            f"decode or at least {math.ceil(1e4 / steps) / 1e4:g}, or more steps"
         )
     return run
 
@@ -341,7 +362,9 @@ def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | No
     return [names[label] for label in range(len(names))]
 
 
-def _class_count(denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None) -> tuple[int, bool]:
+def _class_count(
+    denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None, given: int | None
+) -> tuple[int, bool]:
     """(num_classes, has a null label). A UNet's table does not tell if its last row is the null."""
     if isinstance(denoiser, DiTTransformer2DModel):
         count = int(denoiser.config["num_embeds_ada_norm"])
@@ -353,14 +376,19 @@ def _class_count(denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[st
         raise ValueError(
             "prior: the UNet has no table of class embeddings (num_class_embeds); it is not class-conditional"
         )
-    if classes is None:
-        return rows - 1, True
-    if rows - len(classes) not in (0, 1):
+    count = len(classes) if classes is not None else given
+    if count is None:
         raise ValueError(
-            f"prior: {len(classes)} class names for a UNet with {rows} class embeddings; expected {rows - 1} "
+            f"prior: the UNet has {rows} class embeddings and nothing says whether the last is the null label: {rows} "
+            f'classes or {rows - 1}? Write {{"num_classes": {rows - 1}}} (or {rows}), or the names as '
+            f'{{"classes": [...]}}, into {PRIOR_JSON} in its folder'
+        )
+    if rows - count not in (0, 1):
+        raise ValueError(
+            f"prior: {count} classes for a UNet with {rows} class embeddings; expected {rows - 1} "
             f"(and the null label) or {rows}"
         )
-    return len(classes), rows == len(classes) + 1
+    return count, rows == count + 1
 
 
 def _step_options(scheduler: Any, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:

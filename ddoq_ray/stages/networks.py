@@ -1,14 +1,22 @@
-"""What the driver must know of the networks, learnt in a worker so that the driver never holds one."""
+"""What the driver must know of the networks, learnt in a child process so that the driver never holds one."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.runtime import environment, pin_threads
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Networks:
         image_size: Side of the images that the prior reads and makes, in pixels.
         encoder_id: Content digest of `encoder.path`'s autoencoder; empty when the prior's own encodes.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
+        student_takes_one: Whether the student trains on a batch of one image, which batch norm refuses.
         environment: Versions, threads and device kind of a worker: what the same bytes depend on.
     """
 
@@ -36,70 +45,113 @@ class Networks:
     environment: dict[str, Any]
     encoder_id: str = ""
     noise_scales: tuple[float, float] | None = None
+    student_takes_one: bool = True
 
 
 class Inquiry:
-    """A worker is loading the networks to see what they are; the driver does other work until it asks."""
+    """A process of its own is loading the networks to see what they are and whether the settings can work on them."""
 
     def __init__(self, config: RunConfig, *, teacher: bool) -> None:
-        teacher_path = config.teacher.path if teacher else None
-        student = (config.student.arch, config.student.image_size) if teacher else None
-        encoder = (config.encoder.path, config.encoder.posterior)
-        noise = (config.quantizer.noise_level, config.synthesizer.steps)
-        self._ref = _describe.remote(config.prior.path, encoder, noise, teacher_path, student, config.cluster.threads)
+        """Start it; the caller does other work until it asks.
+
+        Args:
+            teacher: Whether a stage of the run needs the teacher and the student.
+        """
+        wanted, s = set(config.stages), config.synthesizer
+        size = config.student.image_size
+        question = {
+            "threads": config.cluster.threads,
+            "prior": config.prior.path,
+            "encoder": {
+                "path": config.encoder.path,
+                "posterior": config.encoder.posterior,
+                "tried": "encode" in wanted and not config.latents.path,
+            },
+            "noise": [config.quantizer.noise_level, s.steps],
+            "synthesizer": (
+                {"start": s.start, "strength": s.strength, "steps": s.steps, "guidance": s.guidance}
+                if "synthesize" in wanted
+                else None
+            ),
+            "teacher": config.teacher.path if teacher else None,
+            "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
+        }
+        threads = str(config.cluster.threads)
+        here = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])}
+        self._threads = config.cluster.threads
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ddoq_ray.models.inspect"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | here | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question))
+        self._process.stdin.flush()
 
     def result(self) -> Networks:
         """Wait for the facts.
 
         Raises:
-            ValueError: When a network's folder is missing, incomplete or does not fit together, or the student's name
-                is unknown.
+            ValueError: When a network's folder is missing, incomplete or does not fit together, when a setting cannot
+                work on the networks, or when there is too little memory to load them.
+            RuntimeError: When the process ended in a way of its own; its last words are in the message.
         """
         try:
-            return ray.get(self._ref)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+            out, err = self._process.communicate()
+        except BaseException:
+            self._process.kill()
+            raise
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            raise ValueError(
+                "the process that loads the networks before the run was killed, as systems do when memory runs out; "
+                "the prior, the autoencoder and the teacher must fit into this machine's memory together"
+            )
+        if code != 0:
+            raise RuntimeError(f"the process that looks at the networks ended with code {code}:\n{err.strip()}")
+        answer = json.loads(out.strip().splitlines()[-1])
+        if "refused" in answer:
+            raise ValueError(answer["refused"])
+        facts = answer["facts"]
+        told = facts["environment"]
+        # In the order that manifests have always had.
+        facts["environment"] = {
+            **{k: told[k] for k in ("torch", "diffusers", "numpy")},
+            "ray": ray.__version__,
+            **{k: told[k] for k in ("threads", "cpu", "device")},
+        }
+        for key in ("latent_shape", "prior_classes", "teacher_classes", "noise_scales"):
+            facts[key] = None if facts[key] is None else tuple(facts[key])
+        return Networks(**facts)
 
 
-@ray.remote(num_cpus=1)
-def _describe(
-    prior_path: str,
-    encoder: tuple[str | None, str],
-    noise: tuple[float, int],
-    teacher_path: str | None,
-    student: tuple[str, int] | None,
-    threads: int,
-) -> Networks:
-    from ddoq_ray.models.autoencoder import load_autoencoder
-    from ddoq_ray.models.classifiers import build_classifier, load_classifier
-    from ddoq_ray.models.prior import load_prior
+def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Networks) -> None:
+    """Refuse batches that leave a rank one image where the student's batch norm needs two.
 
-    pin_threads(threads)
-    prior = load_prior(prior_path)
-    autoencoder = load_autoencoder(encoder[0] or prior_path)
-    autoencoder.check_posterior(encoder[1])
-    channels, side = prior.latent_shape[0], prior.latent_shape[1]
-    if (autoencoder.latent_channels, prior.image_size) != (channels, side * autoencoder.factor):
-        raise ValueError(
-            f"encoder.path={encoder[0]}: it makes {autoencoder.latent_channels} latent channels, "
-            f"{autoencoder.factor} times smaller than the image; the prior's latents are {prior.latent_shape} of "
-            f"{prior.image_size} px images. Give an autoencoder of the prior's latent space"
-        )
-    teacher = load_classifier(teacher_path) if teacher_path is not None else None
-    if student is not None:
-        build_classifier(student[0], 2, student[1])  # a name that no one knows must not show up hours later
-    return Networks(
-        prior_id=prior.id,
-        latent_shape=tuple(prior.latent_shape),
-        image_size=prior.image_size,
-        prior_classes=tuple(prior.classes) if prior.classes else None,
-        prior_labels=prior.num_classes,
-        teacher_id=teacher.id if teacher else None,
-        teacher_arch=teacher.arch if teacher else None,
-        teacher_classes=tuple(teacher.classes) if teacher and teacher.classes else None,
-        teacher_outputs=teacher.num_classes if teacher else 0,
-        feature_dim=teacher.head.in_features if teacher else 0,
-        environment=environment(threads),
-        encoder_id=autoencoder.id if encoder[0] else "",
-        noise_scales=prior.noise_scales(*noise) if noise[0] else None,
-    )
+    Args:
+        sizes: Image sets by name, with their numbers of images.
+
+    Raises:
+        ValueError: Naming the set, its last batch and a batch that works.
+    """
+    if networks.student_takes_one:
+        return
+    world = config.cluster.trainer.workers
+
+    def smallest(images: int, batch: int) -> int:
+        parts = [min(batch, images)] + ([images % batch] if images % batch else [])
+        return min(part // world for part in parts)  # ranks take every world-th image
+
+    for name, images in sizes.items():
+        if images and smallest(images, config.protocol.batch) < 2:
+            fits = [b for b in range(2 * world, images + 1) if smallest(images, b) >= 2]
+            near = min(fits, key=lambda b: abs(b - config.protocol.batch)) if fits else None
+            ranks = f" over {world} ranks" if world > 1 else ""
+            raise ValueError(
+                f"protocol.batch={config.protocol.batch} leaves a batch{ranks} with less than two images of "
+                f"{name} ({images:,}), and student.arch={config.student.arch} has batch norm, which needs two; "
+                + (f"use protocol.batch={near}" if near else "use a student without it, such as convnet3")
+            )

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import posixpath
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +23,6 @@ from ddoq_ray.runtime import Events, say
 from ddoq_ray.samples import encode_png, list_shards, read_classes, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits, kind_of, open_source
 from ddoq_ray.stages.given_shards import check_unchanged, index_all, publish_damage, survey_shards
-from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.pack import make_plans, pack, survey_source
 from ddoq_ray.stages.prepared import Data, Packed, summary, summary_lines
 
@@ -49,51 +46,6 @@ def digit_shards() -> dict[str, list[bytes]]:
     return shards
 
 
-def resolve_mapping(
-    classes: Sequence[ClassInfo], field: str, network: str, names: Sequence[str] | None, num_outputs: int
-) -> list[ClassInfo]:
-    """Fill `teacher_index` or `prior_label` of each class: as given, else by the class's name, never by position.
-
-    Raises:
-        ValueError: When an index is outside the network's outputs, when a class cannot be found by name, or when
-            two classes share an output. A wrong mapping here is the field's most common silent mistake.
-    """
-    by_name: dict[str, list[int]] = {}
-    for i, name in enumerate(names or []):
-        by_name.setdefault(name.strip().lower(), []).append(i)
-    filled = []
-    for info in classes:
-        index = getattr(info, field)
-        if index is None:
-            found = by_name.get(info.name.strip().lower()) or by_name.get(info.prompt.strip().lower()) or []
-            if len(found) > 1:  # ImageNet has two cranes
-                raise ValueError(
-                    f"class {info.class_id} ({info.name}): the {network} has {len(found)} outputs of that name "
-                    f"({', '.join(map(str, found))}); give {field} for it in classes.json"
-                )
-            index = found[0] if found else None
-        if index is None:
-            known = f"it knows {', '.join(list(names)[:12])}" if names else "it has no class names"
-            raise ValueError(
-                f"class {info.class_id} ({info.name}) has no {field}, and the {network} has no output of that name "
-                f"({known}{', ...' if names and len(names) > 12 else ''}); give {field} for each class in "
-                f"classes.json, or a {network} that knows these classes"
-            )
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_outputs:
-            raise ValueError(
-                f"class {info.class_id} ({info.name}) has {field}={index}, but the {network} has outputs 0 to "
-                f"{num_outputs - 1}; mend classes.json or choose another {network}"
-            )
-        place: dict[str, Any] = {field: index}
-        filled.append(dataclasses.replace(info, **place))
-    used = Counter(getattr(c, field) for c in filled)
-    twice = [i for i, n in used.items() if n > 1]
-    if twice:
-        names_of = [c.name for c in filled if getattr(c, field) == twice[0]]
-        raise ValueError(f"classes {', '.join(names_of)} share {field}={twice[0]}; each class needs its own")
-    return filled
-
-
 def identity(config: RunConfig) -> dict:
     """What the prepared data follows from.
 
@@ -112,7 +64,7 @@ def identity(config: RunConfig) -> dict:
 
 
 def run(config: RunConfig, folder: Folder, events: Events) -> Data:
-    """Prepare, or reuse what is prepared. The classes' places in the networks are `resolve`'s to find.
+    """Prepare, or reuse what is prepared. The classes' places in the networks are `mapping.resolve`'s to find.
 
     Raises:
         ValueError: For missing or empty data, or labels that do not fit the class list.
@@ -181,32 +133,6 @@ def _check_validation(config: RunConfig, there: bool) -> None:
             "that is packed (dataset.heldout=0.1), give dataset.val_path, or leave those stages out "
             "(stages=[prepare,encode,quantize,synthesize])"
         )
-
-
-def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
-    """Find each class's place in the prior and (when the run needs it) the teacher; publish ``classes.json``.
-
-    Args:
-        required: False where no later stage of this run needs the places: data can be prepared for a prior that is yet
-            to be trained.
-
-    Raises:
-        ValueError: When a network does not cover the classes, and they are required.
-    """
-    classes: Sequence[ClassInfo] = data.classes
-    try:
-        classes = resolve_mapping(classes, "prior_label", "prior", networks.prior_classes, networks.prior_labels)
-    except ValueError as error:
-        if required:
-            raise
-        say(f"prepare    the classes have no place in the prior yet, which stages after prepare need: {error}")
-        return data
-    if networks.teacher_id is not None:
-        names = networks.teacher_classes
-        classes = resolve_mapping(classes, "teacher_index", "teacher", names, networks.teacher_outputs)
-    if networks.teacher_id is not None or not (data.run / "data").exists("classes.json"):
-        (data.run / "data").publish_json("classes.json", [c.to_json() for c in classes])
-    return dataclasses.replace(data, classes=tuple(classes))
 
 
 def check_small_classes(config: RunConfig, counts: dict[int, int], classes: Sequence[ClassInfo]) -> None:

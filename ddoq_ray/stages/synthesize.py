@@ -86,6 +86,8 @@ class Decoder:
         """Make and publish one image shard; publishing it twice gives the same bytes."""
         import torch
 
+        from ddoq_ray.models.prior import NonFiniteImages
+
         unit = job.unit
         rows: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
         for part in job.parts:
@@ -109,16 +111,26 @@ class Decoder:
                 torch.Generator(self.prior.device).manual_seed(int(philox(self.seed, "steps", c, k).integers(2**63)))
                 for c, k in inner
             ]
-            pictures = self.prior.synthesize(
-                z,
-                labels,
-                noise,
-                generators,
-                start=start,
-                strength=self.options.strength,
-                steps=self.options.steps,
-                guidance=self.options.guidance,
-            ).numpy()
+            _check_finite(z, inner, self.classes, "is a centroid")
+            try:
+                made = self.prior.synthesize(
+                    z,
+                    labels,
+                    noise,
+                    generators,
+                    start=start,
+                    strength=self.options.strength,
+                    steps=self.options.steps,
+                    guidance=self.options.guidance,
+                )
+            except NonFiniteImages as error:
+                c, k = inner[error.rows[0]]
+                raise ValueError(
+                    f"synthesize: the image of class {c} ({self.classes[c][1]}), centroid {k}, and "
+                    f"{len(error.rows) - 1} more of its batch became NaN or infinite; the prior is damaged, or "
+                    "guidance and strength are beyond what it bears: check prior.path, or lower synthesizer.guidance"
+                ) from None
+            pictures = made.numpy()
             for (c, k), picture in zip(inner, pictures, strict=True):
                 name = f"{c:05d}-{k:04d}"
                 facts = {"centroid_id": k, "weight": rows[c, k][1], "prompt": self.classes[c][1], "seed": self.seed}
@@ -130,6 +142,15 @@ class Decoder:
         tar = write_tar(members)
         self.run_folder.publish(f"{job.name}.tar", tar)
         return _record(unit, tar)
+
+
+def _check_finite(z: Any, keys: list[tuple[int, int]], classes: list[tuple[int, str]], what: str) -> None:
+    for row, (c, k) in zip(z.numpy(), keys, strict=True):
+        if not np.isfinite(row).all():
+            raise ValueError(
+                f"synthesize: class {c} ({classes[c][1]}), centroid {k}, {what} with NaN or infinite values; make the "
+                "codebook anew (overwrite=true) after checking the latents"
+            )
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

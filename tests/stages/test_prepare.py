@@ -13,7 +13,8 @@ from ddoq_ray.records import ClassInfo
 from ddoq_ray.samples import load_arrays
 from ddoq_ray.shard_index import index_shard
 from ddoq_ray.sources import DIGIT_NAMES, DIGIT_SPLITS, digits
-from ddoq_ray.stages.prepare import check_small_classes, digit_shards, resolve_mapping
+from ddoq_ray.stages.mapping import resolve_mapping
+from ddoq_ray.stages.prepare import check_small_classes, digit_shards
 
 CATS = [ClassInfo(0, "n1", "Tabby"), ClassInfo(1, "tiger", "a tiger")]
 

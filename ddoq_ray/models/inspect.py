@@ -1,0 +1,153 @@
+"""What a run must know of its networks, and whether its settings can work on them, found in a process of its own.
+
+The process reads a question as JSON and answers with the last line it prints. It ends when it has answered, so that
+whoever asks never holds a network, and it sees no GPU: nothing here is worth the start of one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
+from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
+from ddoq_ray.models.prior import Prior, load_prior
+
+
+def describe(question: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the networks that `stages.networks.Networks` lists.
+
+    Args:
+        question: paths and settings; see `stages.networks.Inquiry`. A part that is None is not looked at.
+
+    Raises:
+        ValueError: a network does not load, the parts do not fit, or a setting cannot work on them.
+    """
+    import diffusers
+
+    threads = question["threads"]
+    torch.set_num_threads(threads)
+    prior = load_prior(question["prior"])
+    encoder = question["encoder"]
+    autoencoder = load_autoencoder(encoder["path"] or question["prior"])
+    check_encoder(prior, autoencoder, encoder)
+    if question["synthesizer"] is not None:
+        check_synthesizer(prior, question["synthesizer"])
+    teacher = None
+    if question["teacher"] is not None:
+        teacher = load_classifier(question["teacher"])
+        check_teacher(teacher)
+    takes_one = True
+    if question["student"] is not None:
+        takes_one = check_student(**question["student"])
+    noise = question["noise"]
+    return {
+        "prior_id": prior.id,
+        "latent_shape": list(prior.latent_shape),
+        "image_size": prior.image_size,
+        "prior_classes": prior.classes or None,
+        "prior_labels": prior.num_classes,
+        "teacher_id": teacher.id if teacher else None,
+        "teacher_arch": teacher.arch if teacher else None,
+        "teacher_classes": (teacher.classes or None) if teacher else None,
+        "teacher_outputs": teacher.num_classes if teacher else 0,
+        "feature_dim": teacher.head.in_features if teacher else 0,
+        "encoder_id": autoencoder.id if encoder["path"] else "",
+        "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
+        "student_takes_one": takes_one,
+        "environment": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "numpy": numpy.__version__,
+            "threads": threads,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "device": "cpu",
+        },
+    }
+
+
+def check_encoder(prior: Prior, autoencoder: Autoencoder, encoder: dict[str, Any]) -> None:
+    """Whether the autoencoder makes the prior's latents, on one grey image where the run encodes."""
+    autoencoder.check_posterior(encoder["posterior"])
+    channels, side = prior.latent_shape[0], prior.latent_shape[1]
+    if (autoencoder.latent_channels, prior.image_size) != (channels, side * autoencoder.factor):
+        raise ValueError(
+            f"encoder.path={encoder['path']}: it makes {autoencoder.latent_channels} latent channels, "
+            f"{autoencoder.factor} times smaller than the image; the prior's latents are {prior.latent_shape} of "
+            f"{prior.image_size} px images. Give an autoencoder of the prior's latent space"
+        )
+    if encoder["tried"]:
+        z = autoencoder.encode(torch.zeros(1, 3, prior.image_size, prior.image_size))
+        if tuple(z.shape[1:]) != tuple(prior.latent_shape) or not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                f"the autoencoder turns a grey image into latents {tuple(z.shape[1:])} "
+                f"{'with' if not bool(torch.isfinite(z).all()) else 'without'} NaN or infinite values; expected finite "
+                f"ones of {tuple(prior.latent_shape)}: check encoder.path and prior.path"
+            )
+
+
+def check_synthesizer(prior: Prior, settings: dict[str, Any]) -> None:
+    """Whether the prior can run these settings, in the words of their keys."""
+    try:
+        prior.check_settings(**settings)
+    except ValueError as error:
+        given = ", ".join(f"synthesizer.{key}={value}" for key, value in settings.items())
+        raise ValueError(f"{error} ({given})") from error
+
+
+def check_teacher(teacher: Classifier) -> None:
+    """Whether the teacher answers an image of its size."""
+    with torch.inference_mode():
+        logits = teacher(torch.full((1, 3, teacher.image_size, teacher.image_size), 0.5))
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the teacher answers a grey image with NaN or infinite logits; check teacher.path")
+
+
+def check_student(arch: str, image_size: int) -> bool:
+    """Run one step's forward and backward of the student; whether it trains on a batch of one image as well.
+
+    Raises:
+        ValueError: its name is unknown, or it does not fit its image size.
+    """
+    student = build_classifier(arch, 2, image_size).train()
+    try:
+        _step(student, 2, image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"student.arch={arch} does not take images of student.image_size={image_size} ({first}); choose the "
+            "size that it is made for (224 for most of torchvision's), or a student for small images such as "
+            "resnet18-small or convnet3"
+        ) from error
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+        return True
+    try:
+        _step(student, 1, image_size)
+    except ValueError:  # batch norm over one value
+        return False
+    return True
+
+
+def _step(student: Classifier, images: int, size: int) -> None:
+    logits = student(torch.full((images, 3, size, size), 0.5))
+    if logits.shape != (images, student.num_classes):
+        raise ValueError(f"it gives {tuple(logits.shape)} for {images} images")
+    logits.sum().backward()
+
+
+def main() -> None:
+    """Answer the question on standard input."""
+    try:
+        answer = {"facts": describe(json.load(sys.stdin))}
+    except ValueError as error:
+        answer = {"refused": str(error)}
+    print("\n" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
