@@ -172,7 +172,8 @@ def webdataset_rate(folder: Path, processes: int, chunk: int, passes: int) -> fl
 def settings(folder: Path, *more: str) -> Any:
     from ddoq_ray.config.compose import load_config
 
-    return load_config(["dataset=webdataset", f"dataset.path={folder}", "stages=[prepare,encode]", *more])
+    source = ["experiment=digits", "dataset=webdataset", f"dataset.path={folder}"]
+    return load_config([*source, "stages=[prepare,encode]", *more])
 
 
 def ray_rate(folder: Path, passes: int) -> float:

@@ -29,6 +29,7 @@ def write_selection(folder: str) -> list[str]:
             data.publish(f"{split}/{split}-{i:06d}.tar", tar)
     data.publish_json("classes.json", list(DIGIT_NAMES))
     return [
+        "experiment=digits",
         f"dataset.path={folder}/train",
         f"dataset.val_path={folder}/selection",
         f"dataset.classes={folder}/classes.json",

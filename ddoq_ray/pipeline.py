@@ -121,7 +121,7 @@ def run(config: RunConfig) -> str | None:
     with lease.held(folder) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
         teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
-        known = networks.Inquiry(config, teacher=teacher).result()
+        known = networks.Inquiry(config, teacher=teacher).result() if config.prior.path is not None else None
         with ray_session(config.cluster):
             fitted = _fit(config)
             places.check_nodes(folder, places.named_paths(config))
@@ -175,20 +175,26 @@ def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
     return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
 
 
+def _publish_config(asked: RunConfig, folder: Folder, environment: Mapping[str, object]) -> None:
+    made_with = {"commit": commit(), "ddoq_ray": __version__, **environment}
+    header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
+    folder.publish("config.yaml", (header + to_yaml(asked)).encode())
+
+
 def _stages(
     asked: RunConfig,
     config: RunConfig,
     folder: Folder,
     events: Events,
     hold: lease.Lease,
-    known: networks.Networks,
+    known: networks.Networks | None,
 ) -> str | None:
     """Run what is wanted.
 
     Args:
         asked: The configuration as given, which is recorded.
         config: The same, with pools that fit the cluster.
-        known: Facts of the networks.
+        known: Facts of the networks; None where data is prepared for a prior that is yet to be chosen.
     """
     wanted = set(config.stages)
     methods = plan_methods(config)
@@ -199,6 +205,10 @@ def _stages(
     # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
     with doing("prepare"):
         data = prepare.run(config, folder, events)
+    if known is None:
+        assert wanted == {"prepare"}, wanted
+        _publish_config(asked, folder, {})
+        return None
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
     data = mapping.resolve(data, known, required=wanted != {"prepare"})
@@ -209,9 +219,7 @@ def _stages(
     checked = None
     if "label" in wanted:
         checked = teacher_check.check_early(config, folder, image_folders, data, events, known)
-    made_with = {"commit": commit(), "ddoq_ray": __version__, **known.environment}
-    header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
-    folder.publish("config.yaml", (header + to_yaml(asked)).encode())
+    _publish_config(asked, folder, known.environment)
 
     latents = Folder(config.latents.path) if config.latents.path else folder / "latents"
     if wanted & {"encode", "quantize"}:

@@ -68,7 +68,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(run: Path, corpus: Path, *overrides: str, data: str = "train") -> None:
-    given = [f"run_dir={run}", "ipc=5", "baselines=[]", "num_seeds=1", "synthesizer.max_workers=1"]
+    given = ["experiment=digits", f"run_dir={run}", "ipc=5", "baselines=[]", "num_seeds=1", "synthesizer.max_workers=1"]
     for key, value in (("dataset.path", corpus / data), ("dataset.val_path", corpus / "val")):
         if not any(o.startswith(f"{key}=") for o in overrides):
             given.append(f"{key}={value}")
@@ -178,7 +178,7 @@ def test_one_folder_of_both_splits_is_told_apart_by_names(corpus: Path, tmp_path
         for i in range(2):
             shutil.copy(corpus / split / f"s-{i}.tar", folder / f"{name}-{i:04d}.tar")
     shutil.copy(corpus / "clean/classes.json", folder)
-    command = [f"run_dir={tmp_path}/run", "ipc=2", f"dataset.path={folder}"]
+    command = [f"run_dir={tmp_path}/run", "experiment=digits", "ipc=2", f"dataset.path={folder}"]
     pipeline.run(load_config([*command, "stages=[prepare]"]))
     assert "2 shards are taken for validation by their names (validation-0000.tar" in capfd.readouterr().err
     data = Data.load(Folder(str(tmp_path / "run")))

@@ -49,7 +49,8 @@ def run(corpus: Path, place: Path) -> None:
     pipeline.run(
         load_config(
             [
-                f"run_dir={place}", "dataset=webdataset", f"dataset.path={corpus}", "ipc=3", "baselines=[]",
+                f"run_dir={place}", "experiment=digits", "dataset=webdataset", f"dataset.path={corpus}",
+                "ipc=3", "baselines=[]",
                 "stages=[prepare,encode,quantize]", "encoder.chunk_samples=1", "encoder.workers=2",
                 "quantizer.snapshot_every=1", "quantizer.num_shards=3", "cluster.quantizer.num_cpus=0.5",
             ]

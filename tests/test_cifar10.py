@@ -33,9 +33,16 @@ def test_cifar10_from_shards_to_report(tmp_path: Path, ray_here: None) -> None:
     assert main(["train-teacher", *data, f"out={tmp_path}/teacher", "image_size=32", "training.epochs=1"]) == 0
 
     with pytest.raises(ValueError, match=r"airplane.*prior"):  # the digits' prior has ten labels too, but other ones
-        pipeline.run(load_config([*data, f"run_dir={tmp_path}/wrong", teacher]))
+        pipeline.run(load_config(["experiment=digits", *data, f"run_dir={tmp_path}/wrong", teacher]))
 
-    small = ["ipc=2", "num_seeds=1", "protocol.steps=10", "student.image_size=32", "teacher.min_top1=0"]
+    small = [
+        "experiment=digits",
+        "ipc=2",
+        "num_seeds=1",
+        "protocol.steps=10",
+        "student.image_size=32",
+        "teacher.min_top1=0",
+    ]
     pipeline.run(load_config([*data, prior, teacher, *small, f"run_dir={tmp_path}/run"]))
     results = json.loads((tmp_path / "run/report/results.json").read_text())
     assert results["counts"]["train_images"] == 2000 and results["quarantine"]["samples"] == 0

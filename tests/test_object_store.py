@@ -316,7 +316,9 @@ def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
             ("all there", f"{store.url}/*.tar", f"{store.scheme}://{BUCKET}/runs/1", []),
         ):
             store.wire.faults = list(faults)
-            config = load_config(["dataset=webdataset", f"dataset.path={path}", "stages=[prepare,encode]"])
+            config = load_config(
+                ["experiment=digits", "dataset=webdataset", f"dataset.path={path}", "stages=[prepare,encode]"]
+            )
             config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, chunk_samples=16))
             folder = Folder(run)
             events = Events(folder)

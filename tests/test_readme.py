@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddoq_ray.config import RunConfig
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = (CHECKOUT / "README.md").read_text()
@@ -87,3 +93,64 @@ def test_quantizer_table_is_the_measured_one() -> None:
                 cells.append(f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}")
         lines.append(f"| {k} | " + " | ".join(cells) + " |")
     assert block("quantizer-table").splitlines()[2:] == lines
+
+
+# Every command that a page shows is composed, and what it would do is looked at.
+
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "cluster/README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind `ddoq-ray` or `python -m ddoq_ray` of each command in a page's blocks and code spans."""
+    text = page.read_text()
+    blocks = [b.replace("\\\n", " ") for b in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    lines = [line for b in blocks for line in b.splitlines()]
+    lines += re.findall(r"`(ddoq-ray [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    found = []
+    for line in lines:
+        match = re.search(r"(?:ddoq-ray|python -m ddoq_ray) +([^#]*)", line)
+        if match and "pip" not in line:
+            found.append(shlex.split(match.group(1)))
+    return found
+
+
+COMMANDS = [(page.name if page.parent == CHECKOUT else f"{page.parent.name}/{page.name}", words)
+            for page in PAGES for words in commands(page)]  # fmt: skip
+
+
+def compose(words: list[str]) -> Any:
+    from ddoq_ray.commands.train_prior import TrainPriorConfig
+    from ddoq_ray.commands.train_teacher import TrainTeacherConfig
+    from ddoq_ray.config import STAGES
+    from ddoq_ray.config.compose import load_command, load_config
+
+    words = [w for w in words if w != "..."]
+    kinds = {"train-prior": TrainPriorConfig, "train-teacher": TrainTeacherConfig}
+    if words and words[0] in kinds:
+        return load_command(kinds[words[0]], words[1:])
+    if words and words[0] in STAGES:
+        words = [*words[1:], f"stages=[{words[0]}]"]
+    return load_config(words)
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p}: {' '.join(w)[:60]}" for p, w in COMMANDS])
+def test_every_command_shown_composes(page: str, words: list[str]) -> None:
+    if words in (["--help"], ["train-prior"], ["train-teacher"]) or (words[0] == "prepare" and len(words) < 3):
+        return
+    config = compose(words)
+    if isinstance(config, RunConfig) and config.dataset.path is not None and "experiment=digits" not in words:
+        assert config.prior.path != "shipped:digits-prior" and config.teacher.path != "shipped:digits-teacher"
+        assert "full" not in config.baselines and (config.synthesizer.strength, config.synthesizer.steps) != (0.1, 25)
+
+
+def test_the_imagenet_commands_are_what_they_say() -> None:
+    found = [compose(w) for _, w in COMMANDS if any("imagenet" in word for word in w)]
+    assert len(found) == 2
+    for c in found:
+        s = c.synthesizer
+        assert (c.prior.path, c.teacher.path) == ("facebook/DiT-XL-2-256", "torchvision:resnet18")
+        assert (s.guidance, s.steps) == (4.0, 50) and s.strength * s.steps >= 25
+        assert (c.student.arch, c.student.image_size) == ("resnet18", 224)
+        assert (c.protocol.name, c.protocol.val_crop, c.weights.scheme) == ("ddoq-v1", 0.875, "sqrt")
+        assert c.encoder.resize == "center-crop" and c.cluster.address == "auto" and c.ipc == 10
+        assert c.dataset.val_path is not None and c.methods == ("ddoq-sqrt", "d4m", "random")

@@ -30,7 +30,8 @@ Stamp = dict[str, tuple[int, int]]  # name -> inode and time of change
 
 def command(corpus: Path, run: Path) -> list[str]:
     return [
-        sys.executable, "-m", "ddoq_ray", f"run_dir={run}", "dataset=webdataset", f"dataset.path={corpus}",
+        sys.executable, "-m", "ddoq_ray", f"run_dir={run}", "experiment=digits",
+        "dataset=webdataset", f"dataset.path={corpus}",
         f"ipc={IPC}", "stages=[prepare,encode,quantize,synthesize]", "baselines=[]",
         "encoder.chunk_samples=1", "encoder.batch=1", "quantizer.snapshot_every=1",
         f"synthesizer.shard_images={10 * IPC // TARS}", "synthesizer.max_workers=1",

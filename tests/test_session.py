@@ -117,7 +117,7 @@ def test_nodes_that_do_not_see_a_place_are_named(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     overrides = [f"dataset.path={tmp_path}/train-{{0..3}}.tar", f"dataset.val_path=file://{tmp_path}/val"]
     overrides += ["prior.path=org/hub-id", "teacher.path=torchvision:resnet18"]
-    named = named_paths(load_config(overrides))
+    named = named_paths(load_config(["experiment=digits", *overrides]))
     assert named == [("dataset.path", str(tmp_path)), ("dataset.val_path", f"{tmp_path}/val")]
     run = Folder(str(tmp_path))
     (tmp_path / "token").touch()

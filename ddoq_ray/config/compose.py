@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ddoq_ray.config.asking import ask, implied, key_of
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.run import RunConfig, run_config
 from ddoq_ray.config.schema import from_mapping, plain, unknown_key
 
 T = TypeVar("T")
+MEASURED = {"label", "train", "evaluate"}  # stages that a teacher is for
 
 
 def config_dir() -> Path:
@@ -102,17 +104,36 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=[*implied(overrides), *overrides])
             values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
     config = run_config(values)
+    _check_experiment(overrides)
     for override in overrides:
         key = _override_key(override)
         for prefix, when, why in _INEFFECTIVE:
             if (key == prefix or (prefix.endswith(".") and key.startswith(prefix))) and when(config):
                 raise ValueError(f"{key} has no effect here: {why}; leave one of the two out")
+    ask(config, overrides)
+    _check_networks(config)
     return config
+
+
+def _check_networks(config: RunConfig) -> None:
+    wanted = set(config.stages)
+    for group, needing in (("prior", wanted - {"prepare"}), ("teacher", MEASURED & wanted)):
+        if getattr(config, group).path is None and needing:
+            raise ValueError(f"{group}.path=null: {', '.join(sorted(needing))} need one; leave it out, or give a path")
+
+
+def _check_experiment(overrides: Sequence[str]) -> None:
+    given = dict(key_of(o) for o in overrides)
+    if given.get("experiment", "digits") != "digits" and not {"dataset", "dataset.path"} & set(given):
+        raise ValueError(
+            f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "
+            "classes.json, or what `ddoq-ray prepare` wrote)"
+        )
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -9,12 +9,22 @@ from ddoq_ray.config.schema import option, require
 
 @dataclass(frozen=True)
 class PriorConfig:
-    path: str = option("shipped:digits-prior", "folder or hub id in diffusers' format; shipped:NAME is in the package")
+    path: str | None = option(
+        "shipped:digits-prior", "folder or hub id in diffusers' format; shipped:NAME is in the package; null: none"
+    )
+
+    @property
+    def given(self) -> str:
+        """The path, where a stage that needs a prior runs: none begins without one."""
+        assert self.path is not None, "a stage that needs a prior has begun without one"
+        return self.path
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = option("shipped:digits-teacher", "folder with config.json and model.safetensors; shipped:NAME")
+    path: str | None = option(
+        "shipped:digits-teacher", "folder with config.json and model.safetensors; shipped:NAME; torchvision:NAME"
+    )
     min_top1: float | None = option(
         None, "stop before labelling when its top-1 on real validation images is below, in %; null = 3 times chance"
     )

@@ -15,7 +15,9 @@ class SynthesizerConfig:
     )
     strength: float = option(0.1, "part of the diffusion that is run, 0 (plain decoding) to 1")
     steps: int = option(25, "diffusion steps of a whole run, of which the strength's part is done")
-    guidance: float = option(1.0, "classifier-free guidance scale; 1 = none")
+    guidance: float | None = option(
+        1.0, "classifier-free guidance scale; 1 = none; null = 4 where the prior has a null label, else none"
+    )
     batch: int = option(50, "images in one forward pass; part of what makes the images the same bytes")
     shard_images: int = option(50, "images in one tar: the unit of work, and what a death costs")
     min_workers: int = option(1, "decoder actors to start with")
@@ -24,7 +26,9 @@ class SynthesizerConfig:
     def __post_init__(self) -> None:
         require(0 <= self.strength <= 1, f"synthesizer.strength={self.strength}: expected 0 to 1")
         require(self.steps >= 1, f"synthesizer.steps={self.steps}: expected 1 or more")
-        require(self.guidance >= 0, f"synthesizer.guidance={self.guidance}: expected 0 or more")
+        require(
+            self.guidance is None or self.guidance >= 0, f"synthesizer.guidance={self.guidance}: expected 0 or more"
+        )
         require(self.batch >= 1, f"synthesizer.batch={self.batch}: expected 1 or more")
         require(self.shard_images >= 1, f"synthesizer.shard_images={self.shard_images}: expected 1 or more")
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")

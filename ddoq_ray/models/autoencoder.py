@@ -4,7 +4,7 @@ Both kinds are scaled by one rule, `z = (raw - shift_factor) * scaling_factor`, 
 config; where it holds latents_mean and latents_std, a channel each, `z = (raw - mean) / std * scaling_factor`, as
 diffusers' pipelines do. AutoencoderKL's raw latents have a standard deviation of several units, and its factor (0.18
 for Stable Diffusion) brings them to about one. AutoencoderTiny is distilled to give the scaled latents at once, so its
-factor is 1; its `latent_magnitude` and `latent_shift` only serve storing latents as bytes, and are not part of the scale.
+factor is 1; its `latent_magnitude` and `latent_shift` serve storing latents as bytes, and are no part of the scale.
 
 Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 """

@@ -93,6 +93,7 @@ def check_encoder(prior: Prior, autoencoder: Autoencoder, encoder: dict[str, Any
 
 def check_synthesizer(prior: Prior, settings: dict[str, Any]) -> None:
     """Whether the prior can run these settings, in the words of their keys."""
+    settings = settings | {"guidance": prior.guidance_of(settings["guidance"])}
     try:
         prior.check_settings(**settings)
     except ValueError as error:

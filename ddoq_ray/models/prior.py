@@ -39,6 +39,7 @@ class Prior(ABC):
         latent_shape: (C, h, w) of one latent.
         image_size: H = W of the images it reads and makes.
         num_classes: labels are 0 .. num_classes - 1.
+        has_null: whether there is a null label, which classifier-free guidance needs.
         classes: names in label order, or None if the folder holds none.
         id: content digest of configuration and weights; two priors with one id encode alike.
     """
@@ -46,6 +47,7 @@ class Prior(ABC):
     latent_shape: tuple[int, int, int]
     image_size: int
     num_classes: int
+    has_null: bool
     classes: list[str] | None
     id: str
     device: torch.device
@@ -97,6 +99,10 @@ class Prior(ABC):
         Raises:
             ValueError: shapes or labels that do not fit, an unknown start, or a strength that runs no step.
         """
+
+    def guidance_of(self, asked: float | None) -> float:
+        """The guidance scale that is asked for; for None 4 (the published one) with a null label, 1 (none) without."""
+        return asked if asked is not None else 4.0 if self.has_null else 1.0
 
     @abstractmethod
     def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:

@@ -79,7 +79,7 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
         if height != width:
             raise ValueError(f"prior: expected square latents, got {height} x {width}")
-        self.num_classes, self._has_null = _class_count(denoiser, classes, num_classes)
+        self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
         self.classes = classes
         self.latent_shape = (channels, height, width)
         configs = {
@@ -309,7 +309,7 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {steps}")
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"prior: strength must lie in [0, 1], got {strength}")
-        if guidance != 1.0 and not self._has_null:
+        if guidance != 1.0 and not self.has_null:
             raise ValueError(f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1")
         if start == "inversion" and not (
             hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0

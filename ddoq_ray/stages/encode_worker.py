@@ -64,7 +64,7 @@ class EncoderSettings:
     def of(config: RunConfig, networks: Networks, batch: int) -> EncoderSettings:
         own = config.encoder
         return EncoderSettings(
-            path=own.path or config.prior.path,
+            path=own.path or config.prior.given,
             prior_id=networks.prior_id,
             latent_shape=tuple(networks.latent_shape),
             image_size=networks.image_size,

@@ -121,7 +121,7 @@ class Decoder:
                     start=start,
                     strength=self.options.strength,
                     steps=self.options.steps,
-                    guidance=self.options.guidance,
+                    guidance=self.prior.guidance_of(self.options.guidance),
                 )
             except NonFiniteImages as error:
                 c, k = inner[error.rows[0]]
@@ -183,7 +183,7 @@ def run(
 
     def spawn() -> Any:
         return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.path,
+            config.prior.given,
             run_folder,
             config.synthesizer,
             config.seed,

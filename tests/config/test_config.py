@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ from ddoq_ray.config.quantizer import QUANTIZERS
 from ddoq_ray.config.run import run_config
 from ddoq_ray.config.schema import plain
 
-GROUPS = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
-CHOICES = sorted((p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml"))
+GROUPS = sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "experiment")
+# A file that sets several groups at once ("@package _global_") has tests of its own.
+CHOICES = sorted(
+    (p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml") if "@package _global_" not in p.read_text()
+)
 # What a choice cannot do without.
 NEEDS = {
     ("dataset", "webdataset"): {"path": "train", "val_path": "val"},
@@ -47,7 +51,9 @@ def names(values: Any) -> Any:
 
 def compose_choice(group: str, choice: str) -> RunConfig:
     needs = NEEDS.get((group, choice), {})
-    return load_config([f"{group}={choice}", *(f"{group}.{key}={value}" for key, value in needs.items())])
+    return load_config(
+        ["experiment=digits", f"{group}={choice}", *(f"{group}.{key}={value}" for key, value in needs.items())]
+    )
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -69,7 +75,8 @@ def test_yaml_and_dataclass_have_the_same_keys(group: str, choice: str) -> None:
 def test_groups_and_top_level_keys_are_the_fields_of_run_config() -> None:
     top = read_yaml(config_dir() / "config.yaml")
     defaults = [next(iter(d)) for d in top.pop("defaults") if isinstance(d, dict)]
-    assert sorted(defaults) == GROUPS
+    assert sorted(defaults) == sorted([*GROUPS, "experiment"])
+    defaults.remove("experiment")
     assert sorted([*defaults, *top]) == sorted(f.name for f in dataclasses.fields(RunConfig))
 
 
@@ -134,8 +141,8 @@ def test_yaml_of_a_resolved_configuration_composes_to_itself() -> None:
     ],
 )  # fmt: skip
 def test_paths_need_no_quotes_of_hydra(value: str) -> None:
-    config = load_config([f"dataset.path={value}", "dataset.val_path=v"])
-    assert config.dataset.path == value.strip("'")
+    config = load_config([f"dataset.path={value}", "dataset.val_path=v", "stages=[prepare]"])
+    assert config.dataset.path == os.path.expanduser(value.strip("'"))
 
 
 def test_run_folder_has_a_word_for_the_data() -> None:
@@ -179,7 +186,10 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["overwrite=maybe"], ["overwrite='maybe'", "true or false"]),
         (["stages=prepare"], ["stages='prepare'", "[a,b]"]),
         (["student.arch=[a,b]"], ["student.arch", "text"]),
-        (["prior.path=null"], ["prior.path=null", "leave it out"]),
+        (["prior.path=null"], ["prior.path=null", "encode", "leave it out"]),
+        (["teacher.path=null"], ["teacher.path=null", "label", "leave it out"]),
+        (["experiment=imagenet"], ["experiment=imagenet", "expected one of digits, imagenet-1k-dit"]),
+        (["experiment=imagenet-1k-dit"], ["needs data", "dataset.path"]),
         (["cluster.reader=3"], ["cluster.reader=3", "group of keys"]),
         (["small_class=what"], ["small_class=what", "error, cap, drop"]),
         (["weights.scheme=x"], ["weights.scheme=x", "counts, sqrt, uniform"]),

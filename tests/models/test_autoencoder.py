@@ -116,6 +116,7 @@ def test_a_prior_with_a_tiny_autoencoder(networks: dict[str, Any], tmp_path: Pat
     unet.save_pretrained(tmp_path / "unet")
     DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "scheduler")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    (tmp_path / "ddoq_prior.json").write_text(json.dumps({"num_classes": 3}))
     prior = load_prior(tmp_path)
     assert prior.image_size == 8 and prior.latent_shape == (4, 4, 4)
     z = prior.encode(images())

@@ -132,7 +132,7 @@ def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"head\.bias"):
         load_classifier(folder)
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not read as a file of tensors"):
         load_classifier(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="expected the file model"):

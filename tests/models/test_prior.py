@@ -132,8 +132,10 @@ def test_encode_is_the_scaled_posterior_mode(prior):
 
 
 def test_shift_factor_is_undone_by_decoding(tmp_path):
-    plain = load_prior(save_parts(tmp_path / "a", "unet", tiny_unet()))
-    shifted = ClassConditionalPrior(tiny_vae(shift_factor=0.3), tiny_unet(), DDIMScheduler(clip_sample=False))
+    plain = load_prior(save_parts(tmp_path / "a", "unet", tiny_unet(), extra={"num_classes": len(CLASSES)}))
+    shifted = ClassConditionalPrior(
+        tiny_vae(shift_factor=0.3), tiny_unet(), DDIMScheduler(clip_sample=False), num_classes=len(CLASSES)
+    )
     shifted.vae.load_state_dict(plain.vae.state_dict())
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     torch.testing.assert_close(shifted.encode(x), plain.encode(x) - 0.3 * 0.5)
@@ -204,7 +206,7 @@ def test_guidance_one_is_the_conditional_model(prior):
 def test_inversion_equals_diffusers_inverse_scheduler(folders, prediction_type):
     base = load_prior(folders["unet"])
     options = {"clip_sample": False, "prediction_type": prediction_type}
-    prior = ClassConditionalPrior(base.vae, base.denoiser, DDIMScheduler(**options))
+    prior = ClassConditionalPrior(base.vae, base.denoiser, DDIMScheduler(**options), num_classes=len(CLASSES))
     z, y, _ = batch()
     inverse = DDIMInverseScheduler(**options)
     inverse.set_timesteps(STEPS)
@@ -269,7 +271,7 @@ def test_a_learned_variance_reaches_the_scheduler(folders):
 
 def test_a_multistep_scheduler_keeps_no_state_between_calls(folders):
     base = load_prior(folders["unet"])
-    prior = ClassConditionalPrior(base.vae, base.denoiser, DPMSolverMultistepScheduler())
+    prior = ClassConditionalPrior(base.vae, base.denoiser, DPMSolverMultistepScheduler(), num_classes=len(CLASSES))
     z, y, e = batch()
     run = {"strength": 0.5, "steps": STEPS}
     assert torch.equal(prior.synthesize(z, y, e, **run), prior.synthesize(z, y, e, **run))
@@ -319,11 +321,14 @@ def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
     (folder := broken("no-weights")).joinpath("unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="does not load"):
         load_prior(folder)
-    (folder := broken("size")).joinpath("ddoq_prior.json").write_text('{"image_size": 32}')
+    (folder := broken("size")).joinpath("ddoq_prior.json").write_text('{"image_size": 32, "num_classes": 3}')
     with pytest.raises(ValueError, match="image_size 32"):
         load_prior(folder)
+    (folder := broken("count")).joinpath("ddoq_prior.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"nothing says whether the last is the null label: 4 classes or 3"):
+        load_prior(folder)
     (folder := broken("classes")).joinpath("ddoq_prior.json").write_text('{"classes": ["cat"]}')
-    with pytest.raises(ValueError, match="1 class names"):
+    with pytest.raises(ValueError, match="1 classes for a UNet with 4"):
         load_prior(folder)
     (folder := broken("text")).joinpath("model_index.json").write_text('{"text_encoder": ["transformers", "X"]}')
     with pytest.raises(ValueError, match="text-conditional"):

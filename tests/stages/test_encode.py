@@ -88,7 +88,8 @@ def prior() -> Prior:
 
 
 def settings(corpus: Corpus, **encoder: int) -> RunConfig:
-    config = load_config(["dataset=webdataset", f"dataset.path={corpus.folder}", "stages=[prepare,encode]"])
+    source = ["experiment=digits", "dataset=webdataset", f"dataset.path={corpus.folder}"]
+    config = load_config([*source, "stages=[prepare,encode]"])
     return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, chunk_samples=CHUNK, **encoder))
 
 

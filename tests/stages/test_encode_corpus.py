@@ -34,7 +34,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     for name, shard in CORPUS.items():
         (root / f"shards/{name}.tar").write_bytes(shard.tar())
     (root / "shards/classes.json").write_text(json.dumps(["a", "b", "c"][:NUM_CLASSES]))
-    config = load_config(["dataset=webdataset", f"dataset.path={root / 'shards'}", "stages=[prepare,encode]"])
+    source = ["experiment=digits", "dataset=webdataset", f"dataset.path={root / 'shards'}"]
+    config = load_config([*source, "stages=[prepare,encode]"])
     config = dataclasses.replace(config, max_bad_fraction=1.0)
     folder = Folder(str(root / "run"))
     events = Events(folder)

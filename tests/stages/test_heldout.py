@@ -76,7 +76,13 @@ def case(
     (shards / "digits-001.tar").write_bytes(write_tar([m for sample in broken for m in sample]))
     train = base / "train.tar"
     train.write_bytes(write_tar([m for sample in digit_members[200:230] for m in sample]))
-    overrides = ["dataset=webdataset", f"dataset.path={train}", f"dataset.val_path={shards}", "encoder.workers=2"]
+    overrides = [
+        "experiment=digits",
+        "dataset=webdataset",
+        f"dataset.path={train}",
+        f"dataset.val_path={shards}",
+        "encoder.workers=2",
+    ]
     overrides.append(f"dataset.classes={shards}/classes.json")
     config = load_config([*overrides, f"encoder.chunk_samples={CHUNK}", f"report.heldout_images={LIMIT}"])
     run = Folder(str(base / "run"))

@@ -88,7 +88,12 @@ def prepared(
     base = tmp_path_factory.mktemp("random")
     shards = write_corpus(base / "shards", SHARDS, PER_SHARD)
     run = Folder(str(base / "run"))
-    source = ["dataset=webdataset", f"dataset.path={shards}", "stages=[prepare,encode,quantize,synthesize]"]
+    source = [
+        "experiment=digits",
+        "dataset=webdataset",
+        f"dataset.path={shards}",
+        "stages=[prepare,encode,quantize,synthesize]",
+    ]
     config = load_config([*source, f"ipc={IPC}", "synthesizer.shard_images=7"])
     data = prepare.run(config, run, Events(run))
     write_log(run / "latents", digit_members)

@@ -1,0 +1,80 @@
+"""The digits' settings stay with the digits; what other data needs is asked for in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddoq_ray.config.compose import load_config, to_yaml
+from ddoq_ray.config.run import run_config
+
+OWN = ["dataset.path=shards", "dataset.val_path=val"]
+NETWORKS = ["prior.path=my-prior", "teacher.path=my-teacher", "student=resnet18-small", "protocol=d4m"]
+
+
+def test_nothing_asked_is_the_digits_experiment() -> None:
+    config = load_config()
+    assert config == load_config(["experiment=digits"]) == load_config(["dataset=digits"])
+    s, p = config.synthesizer, config.protocol
+    assert (config.dataset.source, config.prior.path, config.teacher.path) == (
+        "digits", "shipped:digits-prior", "shipped:digits-teacher"
+    )  # fmt: skip
+    assert (s.start, s.strength, s.steps, s.guidance, config.encoder.resize) == ("noised", 0.1, 25, 1.0, "squash")
+    assert (config.student.arch, config.student.image_size, p.name, p.steps) == ("convnet3-w32", 16, "digits", 400)
+    assert config.baselines == ("ddoq-sqrt", "d4m", "random", "full")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "missing", "not_missing"),
+    [
+        (OWN, ["prior:", "teacher:", "student:", "protocol:"], []),
+        (["dataset=imagefolder", "dataset.path=photos"], ["prior:", "teacher:", "student:", "protocol:"], []),
+        (["dataset=torchvision", "dataset.torchvision=CIFAR10"], ["prior:", "protocol:"], []),
+        ([*OWN, "stages=[prepare,encode,quantize]"], ["prior:"], ["teacher:", "student:", "protocol:"]),
+        ([*OWN, *NETWORKS[:2]], ["student:", "protocol:"], ["prior:", "teacher:"]),
+        ([*OWN, *NETWORKS[:2], "student.arch=resnet18", "protocol=d4m"], ["student:"], ["protocol:"]),
+        ([*OWN, "protocol.lr=1", "stages=[train]"], ["protocol:"], []),
+    ],
+)
+def test_all_that_is_missing_is_named_at_once(overrides: list[str], missing: list[str], not_missing: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(overrides)
+    text = str(error.value)
+    assert all(f"\n  {word}" in text for word in missing) and not any(f"\n  {word}" in text for word in not_missing)
+    assert "experiment=digits" in text and "ddoq-ray prepare" in text
+
+
+def test_prepare_asks_for_nothing() -> None:
+    config = load_config([*OWN, "stages=[prepare]"])
+    assert (config.prior.path, config.teacher.path) == (None, None)
+
+
+def test_other_data_takes_no_value_of_the_digits() -> None:
+    config = load_config([*OWN, *NETWORKS])
+    s = config.synthesizer
+    assert (s.start, s.strength, s.steps, s.guidance) == ("noised", 0.7, 50, None)
+    assert config.baselines == ("ddoq-sqrt", "d4m", "random")
+    assert (config.student.image_size, config.protocol.name) == (32, "d4m")
+    assert load_config([*OWN, *NETWORKS, "synthesizer.strength=0.2", "baselines=[full]"]).synthesizer.strength == 0.2
+    named = load_config(["experiment=digits", *OWN])
+    assert (named.prior.path, named.synthesizer.strength, named.baselines[-1]) == ("shipped:digits-prior", 0.1, "full")
+
+
+def test_a_prior_brings_what_it_is_run_by(tmp_path: Path) -> None:
+    dit = load_config([*OWN, *NETWORKS[1:], "prior=dit-xl-2-256"])
+    s = dit.synthesizer
+    assert (dit.prior.path, s.strength, s.steps, s.guidance) == ("facebook/DiT-XL-2-256", 0.7, 50, 4.0)
+    assert dit.encoder.resize == "center-crop"
+    assert load_config([*OWN, *NETWORKS[1:], "prior=dit-xl-2-256", "synthesizer.guidance=2"]).synthesizer.guidance == 2
+    (tmp_path / "ddoq_prior.json").write_text(json.dumps({"synthesizer": {"strength": 0.4, "guidance": 3.0}}))
+    own = load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).synthesizer
+    assert (own.strength, own.steps, own.guidance) == (0.4, 50, 3.0)
+
+
+@pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], ["experiment=imagenet-1k-dit", *OWN]])
+def test_the_published_configuration_is_the_whole_truth(overrides: list[str]) -> None:
+    config = load_config(overrides)
+    assert run_config(yaml.safe_load(to_yaml(config))) == config

@@ -1,0 +1,118 @@
+"""Settings and networks that cannot work are told by the process that looks at them, in one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
+from ddoq_ray.models.folders import resolve_folder
+from ddoq_ray.models.inspect import check_student, describe
+from ddoq_ray.stages.networks import Inquiry, Networks, check_batches
+
+
+def question(**changes: Any) -> dict[str, Any]:
+    asked = {
+        "threads": 1,
+        "prior": "shipped:digits-prior",
+        "encoder": {"path": None, "posterior": "mode", "tried": True},
+        "noise": [0.0, 25],
+        "synthesizer": {"start": "noised", "strength": 0.1, "steps": 25, "guidance": 1.0},
+        "teacher": None,
+        "student": None,
+    }
+    return asked | changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strength": 0.03}, ["strength 0.03 of 25 steps runs none", "0.04", "synthesizer.steps=25"]),
+        ({"steps": 2000}, ["steps must lie in 1 .. 1000"]),
+    ],
+)
+def test_settings_that_run_no_step_or_too_many(settings: dict[str, Any], words: list[str]) -> None:
+    asked = {"start": "noised", "strength": 0.1, "steps": 25, "guidance": 1.0} | settings
+    with pytest.raises(ValueError) as error:
+        describe(question(synthesizer=asked))
+    assert all(w in str(error.value) for w in words), error.value
+
+
+@pytest.mark.parametrize("steps", [3, 7, 25, 29, 100])
+def test_the_least_strength_that_the_message_names_works(steps: int) -> None:
+    asked = {"start": "noised", "strength": 0.5 / steps, "steps": steps, "guidance": 1.0}
+    with pytest.raises(ValueError) as error:
+        describe(question(synthesizer=asked))
+    least = float(str(error.value).split("at least ")[1].split(",")[0].split(" ")[0])
+    describe(question(synthesizer=asked | {"strength": least}))
+
+
+@pytest.mark.parametrize(("arch", "size"), [("vit_b_16", 32), ("alexnet", 32)])
+def test_a_student_that_does_not_fit_its_images(arch: str, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"student.arch={arch} does not take images of student.image_size={size}"):
+        check_student(arch, size)
+
+
+def test_batch_norm_refuses_a_batch_of_one_and_the_run_says_so() -> None:
+    assert check_student("convnet3-w8", 16) and not check_student("resnet18-small-w8", 8)
+    facts = Networks("", (4,), 8, None, 10, None, None, None, 0, 0, {}, student_takes_one=False)
+    config = load_config(["protocol.batch=3"])
+    with pytest.raises(
+        ValueError, match=r"protocol.batch=3 leaves a batch with less than two images of the set \(10\)"
+    ):
+        check_batches({"the set": 10}, config, facts)
+    check_batches({"the set": 11}, config, facts)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    save_classifier(build_classifier("convnet3-w8", 3, 16), tmp_path / "t")
+    tensors = load_file(tmp_path / "t/model.safetensors")
+    tensors["head.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "t/model.safetensors")
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        load_classifier(tmp_path / "t")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    network = build_classifier("convnet3-w8", 3, 16, seed=3)
+    save_classifier(network, tmp_path / "t")
+    tensors = load_file(tmp_path / "t/model.safetensors")
+    save_file({f"{prefix}{k}": v for k, v in tensors.items()}, tmp_path / "t/model.safetensors")
+    assert torch.equal(load_classifier(tmp_path / "t").head.weight, network.head.weight)
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
+    save_classifier(build_classifier("convnet3-w8", 3, 16), tmp_path / "t")
+    (tmp_path / "t/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        load_classifier(tmp_path / "t")
+
+
+def test_torchvision_normalises_as_its_own_weights_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    from ddoq_ray.models import classifiers
+
+    blank = torchvision.models.efficientnet_v2_l(weights=None)
+    monkeypatch.setattr(classifiers, "torchvision_model", lambda arch, weights=None: blank)
+    network = classifiers._torchvision_classifier("efficientnet_v2_l")
+    recipe = torchvision.models.EfficientNet_V2_L_Weights.DEFAULT.transforms()
+    assert network.config()["mean"] == pytest.approx(recipe.mean) and network.config()["std"] == pytest.approx(
+        recipe.std
+    )
+    assert network.image_size == recipe.crop_size[0]
+
+
+def test_the_inquiry_is_a_process_that_answers_or_refuses_in_words() -> None:
+    known = Inquiry(load_config(), teacher=True).result()
+    assert known.prior_id and known.latent_shape and known.teacher_outputs == 10 and known.student_takes_one
+    wrong = Inquiry(load_config(["synthesizer.strength=0.01"]), teacher=False)
+    with pytest.raises(ValueError, match=r"strength 0\.01 of 25 steps.*synthesizer\.strength=0\.01"):
+        wrong.result()
+    assert resolve_folder("shipped:digits-prior", "prior").is_dir()
