@@ -63,9 +63,12 @@ def watching() -> Iterator[None]:
         listener.join()
         for descriptor in (reading, writing, ending):
             os.close(descriptor)
+        stopped = set(_received) & set(_mine)
         _mine.clear()
         for number, handler in before.items():
-            if handler is not None:
+            if number in stopped:  # told already: what ends with the interpreter is not cut off by one more
+                signal.signal(number, signal.SIG_IGN)
+            elif handler is not None:
                 signal.signal(number, handler)
 
 

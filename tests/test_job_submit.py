@@ -60,11 +60,12 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
                     break
                 assert process.poll() is None and time.monotonic() < deadline, Path(f"{folder}.log").read_text()
                 time.sleep(0.3)
-            yield f"http://127.0.0.1:{dashboard}", env
+            facts = {"DDOQ_TEST_HEAD": f"127.0.0.1:{gcs}", "DDOQ_TEST_PROCESS": str(process.pid)}
+            yield f"http://127.0.0.1:{dashboard}", env | facts
         finally:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # its group only; never `ray stop`, which ends every Ray on the machine
+            # Its group only; never `ray stop`, which ends every Ray on the machine.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=30)
             Path(f"{folder}.log").unlink(missing_ok=True)
 
@@ -89,3 +90,32 @@ def test_a_failing_job_exits_non_zero_and_says_why(head, tmp_path):
     done = submit(head, f"run_dir={tmp_path}/run", f"dataset.path={tmp_path}/nothing", "stages=[prepare]")
     assert done.returncode != 0
     assert "does not exist" in done.stdout + done.stderr
+
+
+def test_results_are_not_left_where_ray_deletes_them(head):
+    """Without run_dir they would be in the job's working copy: refused before anything starts."""
+    done = submit(head, "stages=[prepare]")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "which Ray deletes when the job has ended" in said, said[-2000:]
+    assert "joins the cluster" not in said and "succeeded" not in said
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_is_told_before_ray_ends_the_driver(head, tmp_path):
+    """The last test of this head: it is killed in the middle of a run."""
+    _, env = head
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddoq_ray", f"run_dir={run}", "ipc=1", "stages=[prepare,encode]", "baselines=[]"],
+        env=env | {"RAY_ADDRESS": env["DDOQ_TEST_HEAD"]}, cwd=CHECKOUT, text=True, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (run / "data/manifest.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(int(env["DDOQ_TEST_PROCESS"]), signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "does not answer" in err and "this run waits 45 s" in err
+    assert f"error: lost the cluster at {env['DDOQ_TEST_HEAD']}" in err and "the same command goes on" in err
+    assert "Traceback" not in err and not (run / "lease.json").exists()

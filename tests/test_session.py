@@ -86,7 +86,7 @@ def test_sigterm_ends_a_run_in_words_and_frees_what_it_held(tmp_path: Path) -> N
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)  # type: ignore[arg-type]
     reader.start()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not (tmp_path / "run/data/manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, lines
         time.sleep(0.1)
