@@ -24,7 +24,7 @@ from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.progress import doing
 from ddoq_ray.records import StudentRow
 from ddoq_ray.runtime import Events, commit, say
-from ddoq_ray.session import may_grow, ray_session
+from ddoq_ray.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.stages import (
     encode,
     evaluate,
@@ -121,8 +121,11 @@ def run(config: RunConfig) -> str | None:
     with lease.held(folder) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
         teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
+        where = locate(config.cluster)
+        if where is None and not ray.is_initialized():
+            demands.plan(config, _codebooks(config), [own_node(config.cluster)], may_grow=False)
         known = networks.Inquiry(config, teacher=teacher).result() if config.prior.path is not None else None
-        with ray_session(config.cluster):
+        with ray_session(config.cluster, where):
             fitted = _fit(config)
             places.check_nodes(folder, places.named_paths(config))
             events = Events(folder)
@@ -138,15 +141,18 @@ def run(config: RunConfig) -> str | None:
     return path
 
 
+def _codebooks(config: RunConfig) -> int:
+    return sum(m.quantizer is not None for m in plan_methods(config))
+
+
 def _fit(config: RunConfig) -> RunConfig:
     """The configuration with pools that this Ray has room for; what depends on them is said, never a result.
 
     Raises:
         ValueError: When a wanted stage cannot fit, naming it and the key to change.
     """
-    codebooks = sum(m.quantizer is not None for m in plan_methods(config))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitted, words = demands.plan(config, codebooks, nodes, may_grow=may_grow())
+    fitted, words = demands.plan(config, _codebooks(config), nodes, may_grow=may_grow())
     for line in words:
         say(line)
     return fitted

@@ -32,11 +32,44 @@ SOCKET_BYTES = 107  # of a Unix socket's path
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 
 
+def locate(cluster: ClusterConfig) -> Where | None:
+    """The cluster that a session will join, seen to answer; None for the one already joined, or one of the run's own.
+
+    Raises:
+        ValueError: When none answers there.
+    """
+    if ray.is_initialized():
+        return None
+    where = find(cluster.address, os.environ)
+    if where is not None:
+        say(f"ray        joins the cluster at {where.address} ({where.source})")
+        probe(where)
+    return where
+
+
+def own_node(cluster: ClusterConfig) -> dict[str, float]:
+    """What a Ray of the run's own will have, as far as it is known before it starts; its memory is not."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    gpus = gpus if visible is None else min(gpus, len(visible))
+    return {"CPU": float(_cpus(cluster)), "GPU": float(gpus), "memory": float("inf")}
+
+
+def _cpus(cluster: ClusterConfig) -> int:
+    # Two CPUs at least: the reader and the encoder of one stream must both find room.
+    return cluster.num_cpus or max(2, os.cpu_count() or 1)
+
+
 @contextlib.contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, where: Where | None = None) -> Iterator[None]:
     """Ray for the duration of a run: the one already joined, the one that is asked for, or one of our own.
 
     Inside `ray job submit` RAY_ADDRESS is set, so the same command runs on the cluster without a change.
+
+    Args:
+        where: What `locate` found before.
 
     Raises:
         ValueError: When the cluster that is asked for cannot be joined.
@@ -45,10 +78,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         with _spoken_of():
             yield
         return
-    where = find(cluster.address, os.environ)
-    if where is not None:
-        say(f"ray        joins the cluster at {where.address} ({where.source})")
-        probe(where)
+    where = where or locate(cluster)
     loud = bool(os.environ.get("DDOQ_RAY_LOGS"))
     quiet = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
     try:
@@ -111,12 +141,10 @@ def _bound(where: Where, done: threading.Event) -> None:
 
 
 def _start(cluster: ClusterConfig, quiet: dict[str, Any]) -> None:
-    # Two CPUs at least: the reader and the encoder of one stream must both find room.
-    cpus = cluster.num_cpus or max(2, os.cpu_count() or 1)
     place = short_temporary(os.environ)
     more = {} if place is None else {"_temp_dir": place}
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet, **more)
+        ray.init(address="local", num_cpus=_cpus(cluster), include_dashboard=False, **quiet, **more)
     except OSError as error:
         raise ValueError(
             f"Ray cannot start with its files in {place or _temporary(os.environ)}: {error}. "
