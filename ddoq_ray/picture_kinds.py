@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 HEAD_BYTES = 64  # of a file, enough to know it
+LFS_POINTER = b"version https://git-lfs"  # a repository that was cloned without its large files
 
 _CONVERT = "convert them to JPEG or PNG"
 # A kind that is not read -> what to do about it.
@@ -61,6 +62,8 @@ def signature(head: bytes) -> str | None:
 
 def unread(head: bytes) -> str | None:
     """In words: why a picture of that content is not read, and what to do; None where nothing is known of it."""
+    if head.startswith(LFS_POINTER):
+        return "a pointer of Git LFS, not the picture: get the pictures by git lfs pull"
     kind = signature(head)
     if kind is None and b"<svg" in head[:1024]:
         kind = "SVG"

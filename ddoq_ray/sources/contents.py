@@ -35,6 +35,8 @@ def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
             ending = posixpath.basename(name).rpartition(".")[2].lower() if "." in name else ""
             if ending in UNREAD:
                 why[name] = unread_words(UNREAD[ending])
+            elif not size and "://" not in root and _leads_nowhere(os.path.join(root, name)):
+                why[name] = "a link to nothing"
             elif ending in _OTHERS or not size:
                 why[name] = NO_IMAGE
             else:
@@ -46,6 +48,10 @@ def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
         elif kind not in READ:
             why[name] = NO_IMAGE
     return why
+
+
+def _leads_nowhere(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _heads(root: str, names: Sequence[str]) -> list[bytes]:

@@ -12,7 +12,7 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, escaped, given_classes, shown, text_of
 from ddoq_ray.sources.contents import not_images, unread_notes
-from ddoq_ray.sources.layout import Layout, check_depth, check_order, find_layout
+from ddoq_ray.sources.layout import Layout, check_depth, check_order, check_shelf, find_layout
 from ddoq_ray.sources.listing import (
     NO_CLASS_IMAGE,
     NO_LABEL,
@@ -79,6 +79,8 @@ class ImageFolder(Source):
             if len(usable[split]) == 1 and (given is None or text_of(filled[0]) not in {c.name for c in given}):
                 check_depth(tree.root, names, "dataset.path" if split == "train" else "dataset.val_path")
             check_order(tree.root, names)
+            if len(usable[split]) > 1:
+                check_shelf(tree.root, list(usable[split]), names, {c.name for c in given or []})
         notes = []
         if "val" in trees:
             _same_classes(trees, usable, {split: set(found[0]) for split, found in by_class.items()})

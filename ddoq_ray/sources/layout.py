@@ -112,6 +112,28 @@ def check_depth(root: str, images: Sequence[str], key: str = "dataset.path") -> 
         )
 
 
+def check_shelf(root: str, classes: Collection[str], images: Sequence[str], named: Collection[str]) -> None:
+    """Ask about a folder that is named as folders of any images are, beside others, and has folders of images itself.
+
+    Args:
+        named: Names of the class list given: what it names is a class.
+
+    Raises:
+        ValueError: When its folders rather than it look like the classes.
+    """
+    for folder in classes:
+        if split_of(f"train {folder}") != "train" or text_of(folder) in named:
+            continue
+        inside = [name.split("/")[1:] for name in images if name.startswith(f"{folder}/")]
+        heads = sorted({parts[0] for parts in inside if len(parts) > 1})
+        if len(heads) > 1 and all(len(parts) > 1 for parts in inside):
+            raise ValueError(
+                f"dataset.path={root}: {folder} is beside {shown(sorted(set(classes) - {folder}))}, and holds "
+                f"{shown(heads)}: give dataset.path={root}/{folder} where these are the classes; where {folder} is "
+                "one, give dataset.classes with the names of all"
+            )
+
+
 def check_order(root: str, images: Sequence[str]) -> None:
     """Refuse classes that hold splits: those held out would be trained on.
 

@@ -156,6 +156,10 @@ def image_extension(name: str) -> str | None:
 
 def absolute(path: str) -> str:
     """A path that means the same in every process of this machine; URLs are kept."""
+    if "::" in path and "://" not in path:
+        raise ValueError(
+            f"{path}: fsspec takes a path with :: for a chain of several; rename the folder, or link to it"
+        )
     if "://" in path and not path.lower().startswith(("file://", "local://")):
         return path.rstrip("/")
     place = str(fsspec.core.url_to_fs(path)[1])

@@ -75,7 +75,7 @@ def _label(table: str, name: str, column: str, value: Any) -> str | None:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        if value != int(value):
+        if math.isinf(value) or value != int(value):
             raise ValueError(f"{table}: {name} has {column}={value!r}; expected a class's name or whole number")
         value = int(value)
     if isinstance(value, (list, dict)):

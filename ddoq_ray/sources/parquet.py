@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class Parquet(Containers):
             other = self._columns(file, unlabelled=file in self.val)
             if other != first and other != Columns(first.image, None, None):
                 raise ValueError(f"{file} has other columns or class names than {self.train[0]}: {other}, {first}")
+        self._check_images(self.train[0], first.image)
         beside = posixpath.join(posixpath.dirname(self.train[0]), "classes.json")
         # Its own names come first: a list beside the files is only looked for where they have none.
         given = given_classes(self.classes, None if first.names else beside)
@@ -66,6 +68,15 @@ class Parquet(Containers):
             train.refused, val = [*train.refused, *val.refused], None
         self._check_fit(listings, classes)
         return Survey(classes, train, val, notes)
+
+    def _check_images(self, file: str, column: str) -> None:
+        """Refuse files whose first rows all name a picture elsewhere: they were written without the pictures."""
+        first = list(islice(read_images(file, column), 16))
+        if first and all(isinstance(row, dict) and not row.get("bytes") and row.get("path") for row in first):
+            raise ValueError(
+                f"{file}: its images are not in it, only their paths, such as {first[0]['path']}: give the folder of "
+                "the images, or write the files anew with the images in them (datasets' save_to_disk does)"
+            )
 
     def _rows(self, files: list[str], offset: int, known: bool) -> list[tuple[str, Label, int]]:
         rows: list[tuple[str, Label, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import posixpath
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ddoq_ray.picture_kinds import LFS_POINTER
 from ddoq_ray.sources.classes import shown, text_of
 from ddoq_ray.sources.metadata import nearly_unique
 
@@ -38,23 +40,44 @@ def schema_of(file: str) -> tuple[pa.Schema, dict[str, Any]]:
     Raises:
         ValueError: When it is no such file.
     """
-    try:
-        with fsspec.open(file, "rb") as f:
-            schema = _arrow(f).schema if file.lower().endswith(".arrow") else pq.read_schema(f)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        kind = "an Arrow" if file.lower().endswith(".arrow") else "a parquet"
-        raise ValueError(f"{file} is not {kind} file: {error}") from error
+    with _opened(file) as f:
+        schema = _arrow(f).schema if file.lower().endswith(".arrow") else pq.read_schema(f)
     features: dict[str, Any] = {}
     if schema.metadata and b"huggingface" in schema.metadata:
-        features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
+        features = _features(schema.metadata[b"huggingface"], "info", "features")
     if not features and file.lower().endswith(".arrow"):
         fs, path = fsspec.core.url_to_fs(file)
         info = posixpath.join(posixpath.dirname(path), "dataset_info.json")
         if fs.exists(info):
-            features = json.loads(fs.cat_file(info)).get("features") or {}
+            features = _features(fs.cat_file(info), "features")
     return schema, features
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """A file, whose reader's errors become the user's: it is another kind of file, or damaged."""
+    with fsspec.open(file, "rb") as f:
+        pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
+        f.seek(0)
+        if pointer:
+            raise ValueError(f"{file} is a pointer of Git LFS, not the file itself: get it by git lfs pull")
+        try:
+            yield f
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, or the store's
+            kind = "an Arrow" if file.lower().endswith(".arrow") else "a parquet"
+            raise ValueError(f"{file} is not {kind} file, or is damaged: {error}; get it anew") from error
+
+
+def _features(text: bytes, *path: str) -> dict[str, Any]:
+    """What Hugging Face's JSON says of the columns; nothing where it is something else, as other programs write it."""
+    found: Any = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def columns_of(file: str, image_column: str | None, label_column: str | None, *, unlabelled: bool = False) -> Columns:
@@ -100,7 +123,7 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
             f"{file}: which column is the label? Candidates: {shown(labels) or 'none'} (numbers or names); say so by "
             "dataset.label_column=NAME"
         )
-    names = features.get(labels[0], {}).get("names")
+    names = features[labels[0]].get("names") if labels[0] in kinds else None
     return Columns(images[0], labels[0], tuple(map(text_of, map(str, names))) if names else None)
 
 
@@ -113,7 +136,7 @@ def read_labels(file: str, columns: Columns, given: bool) -> tuple[npt.NDArray[n
     Raises:
         ValueError: When values are no labels.
     """
-    with fsspec.open(file, "rb") as f:
+    with _opened(file) as f:
         if file.lower().endswith(".arrow"):
             parts, size, rows = [], 0, 0
             for batch in _arrow_batches(f):
@@ -144,7 +167,7 @@ def read_labels(file: str, columns: Columns, given: bool) -> tuple[npt.NDArray[n
 
 def read_images(file: str, image: str) -> Iterator[Any]:
     """The values of the column of images, row by row."""
-    with fsspec.open(file, "rb") as f:
+    with _opened(file) as f:
         if file.lower().endswith(".arrow"):
             for batch in _arrow_batches(f):
                 for value in batch.column(image):
@@ -160,7 +183,7 @@ def _label(value: Any, file: str, column: str) -> Label:
         return None
     if isinstance(value, (bool, str)):
         return text_of(str(value).strip())
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{file}: {column} holds {value}; expected whole numbers or names")
     return None if int(value) == -1 else int(value)
 

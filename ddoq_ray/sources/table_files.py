@@ -24,7 +24,7 @@ def is_table(name: str) -> bool:
 
 
 def tables_below(root: str) -> list[str]:
-    """Names of the table files in a folder, else in its data/, else further down; relative to it, sorted.
+    """Names of the table files in a folder, relative to it, sorted.
 
     Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant.
     """
@@ -37,9 +37,6 @@ def tables_below(root: str) -> list[str]:
             meant = _listed(posixpath.join(root, here, "state.json"))
             names = [n for n in names if not meant or posixpath.basename(n) in meant]
         found += names
-    for chosen in ([n for n in found if "/" not in n], [n for n in found if n.rpartition("/")[0] == "data"]):
-        if chosen:
-            return sorted(chosen)
     return sorted(found)
 
 
@@ -80,15 +77,15 @@ def list_tables(path: str, key: str) -> tuple[list[str], list[str]]:
 
 
 def _one_configuration(root: str, names: Sequence[str], key: str) -> None:
-    groups: dict[str, int] = {}
+    groups: dict[str, str] = {}
     for name in names:
         folders = [f for f in name.split("/")[:-1] if f != "data" and split_of(f) is None]
-        groups["/".join(folders)] = groups.get("/".join(folders), 0) + 1
+        groups.setdefault("/".join(folders), name)
     if len(groups) > 1:
-        ways = " or ".join(f"{key}={posixpath.join(root, g)}" for g in sorted(groups)[:4])
+        places = [posixpath.join(root, g or posixpath.join(posixpath.dirname(groups[g]), "*")) for g in sorted(groups)]
         raise ValueError(
-            f"{key}={root} holds {len(groups)} configurations of a data set, a folder each ({shown(sorted(groups))}); "
-            f"which one? Give {ways}"
+            f"{key}={root} holds {len(groups)} configurations of a data set, a folder each ("
+            f"{shown([g or 'itself' for g in sorted(groups)])}); which one? Give {key}={f' or {key}='.join(places[:4])}"
         )
 
 
@@ -112,9 +109,23 @@ def by_split(files: list[str], below: list[str], path: str) -> tuple[list[str], 
     if "" in words or len(held) > 1:
         names = {"train": "train", "val": "validation", "test": "test", "": "others"}
         candidates = [f"{names[w]} ({len(words[w])})" for w in ("train", "val", "test", "") if w in words]
+        either = f" or dataset.val_path={_place(words, held[1])}" if len(held) > 1 else ""
         raise ValueError(
             f"dataset.path={path}: which files are for training, which for validation? There are {shown(candidates)}; "
-            "give each by a pattern: dataset.path='.../train-*' dataset.val_path='.../validation-*'"
+            f"give each: dataset.path={_place(words, 'train')} dataset.val_path="
+            f"{_place(words, held[0]) if held else '...'}{either}"
         )
     notes = ["the test split serves as validation, as there is no other beside train"] if held == ["test"] else []
     return words["train"], words[held[0]] if held else [], notes
+
+
+def _place(words: dict[str, list[str]], split: str) -> str:
+    """The files of one split as one path: the file, their folder, else a pattern."""
+    files = words[split]
+    folders = {posixpath.dirname(f) for f in files}
+    others = {posixpath.dirname(f) for word, there in words.items() if word != split for f in there}
+    if len(files) == 1:
+        return files[0]
+    if len(folders) == 1 and not folders & others:
+        return folders.pop()
+    return f"{posixpath.commonprefix(files)}*"

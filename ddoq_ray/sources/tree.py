@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 from collections.abc import Iterator
 
 import fsspec
@@ -12,7 +13,8 @@ Entry = tuple[str, int]  # a name, a size in bytes
 # What systems and programs leave beside one's files, in any case of letters; hidden names come to these.
 LEFTOVERS = frozenset(
     ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "recycler",
-     "#recycle", "@recycle", "system volume information", "found.000", "__pycache__", "icon\r")
+     "#recycle", "@recycle", "#snapshot", "~snapshot", "@tmp", "@sharebin", "system volume information", "found.000",
+     "network trash folder", "temporary items", "__pycache__", "icon\r")
 )  # fmt: skip
 
 
@@ -25,8 +27,8 @@ def walk(root: str) -> Iterator[tuple[str, list[str], list[Entry]]]:
     """(folder relative to the root, its folders, its files with their sizes) of every folder, the root as "".
 
     Links to folders are followed, as trees of links to a larger collection are common; one that leads back to a
-    folder above it is not, and is given as a file. Hidden folders and those that systems leave are not looked into:
-    each is given as a file whose name ends in a slash. Names are sorted.
+    folder above it is not, and is given as a file. Hidden folders and those that systems leave are not looked into,
+    nor are pipes and sockets: each is given as a file whose name ends in a slash. Names are sorted.
 
     Raises:
         ValueError: When a folder cannot be listed.
@@ -68,8 +70,10 @@ def _walk_disk(
             files.append((f"{entry.name}/", 0))
         elif entry.is_dir() and (found.st_dev, found.st_ino) not in above:
             folders.append(entry.name)
-        else:
+        elif stat.S_ISREG(found.st_mode) or entry.is_dir():
             files.append((entry.name, found.st_size))
+        else:  # a pipe or a socket: reading it would wait for ever
+            files.append((f"{entry.name}/", 0))
     yield below, sorted(folders), sorted(files)
     for folder in sorted(folders):
         yield from _walk_disk(root, posixpath.join(below, folder), above)
