@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.artifacts import Folder, digest_of
+from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
@@ -102,6 +102,28 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
         raise ValueError(f"{codebook.path(record_name(part))} is missing; {MEND}") from None
     except (ValueError, TypeError):
         raise ValueError(f"{codebook.path(record_name(part))} is damaged: it is not a part's record; {MEND}") from None
+
+
+def part_files(codebook: Folder) -> list[str]:
+    """Names of the files of a finished codebook, in the order of their classes.
+
+    Raises:
+        ValueError: When one is gone: what it held would be left out of everything that follows, without a word.
+    """
+    stems = {name.split(".")[0] for name in (*codebook.names("part-*.parquet"), *codebook.names("part-*.json"))}
+    records = [read_record(codebook, part) for part in range(len(stems))]
+    names = [part_name(part) for part in range(len(stems))]
+    there = set(codebook.names("part-*.parquet"))
+    for name in names:
+        if name not in there:
+            raise ValueError(f"codebook part {codebook.path(name)} is missing although it was written; {MEND}")
+    made, held = Artifact(codebook, "quantize").require()["centroids"], sum(r.centroids for r in records)
+    if held != made:
+        raise ValueError(
+            f"{codebook.uri} had {made:,} centroids when it was finished, and its {len(stems)} parts hold {held:,}; "
+            f"{MEND}"
+        )
+    return names
 
 
 def read_part(codebook: Folder, part: str) -> pa.Table:

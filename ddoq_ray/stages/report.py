@@ -19,7 +19,7 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.records import StudentRow, binary_rows
 from ddoq_ray.runtime import Events, Progress, commit, say
 from ddoq_ray.stages.class_latents import class_latents
-from ddoq_ray.stages.codebook import read_part
+from ddoq_ray.stages.codebook import part_files, read_part
 from ddoq_ray.stages.encode import quarantine_reasons
 from ddoq_ray.stages.heldout import Heldout
 from ddoq_ray.stages.latent_log import noise_of
@@ -81,7 +81,7 @@ def class_distances(
     jobs = [
         (method, _part_distances.remote(run / f / "codebook", part, latents, heldout))
         for method, f in folders.items()
-        for part in (run / f / "codebook").names("part-*.parquet")
+        for part in part_files(run / f / "codebook")
     ]
     rows = []
     with Progress("report", len(jobs), "codebook parts") as progress:

@@ -27,7 +27,7 @@ from ddoq_ray.records import binary_rows
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, read_samples, write_tar
 from ddoq_ray.stages.class_latents import class_latents
-from ddoq_ray.stages.codebook import part_classes, read_part
+from ddoq_ray.stages.codebook import part_classes, part_files, read_part
 from ddoq_ray.stages.latent_log import LatentLog, noise_of
 from ddoq_ray.stages.prepare import Data
 
@@ -131,7 +131,7 @@ def _choose(
         refs = [_herding.remote(latents, shards, part) for part in parts if part]
     else:
         codebook = run_folder / "codebook"
-        refs = [_medoids.remote(latents, shards, codebook, part) for part in codebook.names("part-*.parquet")]
+        refs = [_medoids.remote(latents, shards, codebook, part) for part in part_files(codebook)]
     picks: Picks = {}
     with Progress(method, len(refs), "codebook parts") as progress:
         for ref in refs:

@@ -24,7 +24,7 @@ from ddoq_ray.elastic import run_elastic
 from ddoq_ray.records import ImageUnit, binary_rows
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.samples import encode_png, write_tar
-from ddoq_ray.stages.codebook import read_layout, read_part
+from ddoq_ray.stages.codebook import part_files, read_layout, read_part
 from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
@@ -49,7 +49,7 @@ def image_jobs(run_folder: Folder, folder: str, shard_images: int) -> list[Job]:
     class_ids: list[int] = []
     centroid_ids: list[int] = []
     parts: list[str] = []
-    for name in codebook.names("part-*.parquet"):
+    for name in part_files(codebook):
         table = read_layout(codebook, name)
         class_ids += table["class_id"].to_pylist()
         centroid_ids += table["centroid_id"].to_pylist()
