@@ -119,9 +119,7 @@ class TestParts:
 
     @pytest.mark.parametrize("how", WAYS)
     @pytest.mark.parametrize("file", ["part-00001.parquet", "part-00001.json"])
-    def test_a_damaged_part_is_refused_by_name(
-        self, made: tuple[Path, dict[str, bytes]], file: str, how: str
-    ) -> None:
+    def test_a_damaged_part_is_refused_by_name(self, made: tuple[Path, dict[str, bytes]], file: str, how: str) -> None:
         if file.endswith("json") and how == "last byte":
             return  # that of a line end
         run, parts = made
