@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ class TestParts:
 
 
 class TestSnapshots:
-    STATE = [(c, {"cursor": np.array(c), "state/x": np.arange(500.0) + c}) for c in range(4)]
+    STATE: ClassVar = [(c, {"cursor": np.array(c), "state/x": np.arange(500.0) + c}) for c in range(4)]
 
     @pytest.mark.parametrize("how", WAYS)
     def test_a_damaged_snapshot_is_left_out_and_named(self, tmp_path: Path, how: str) -> None:
