@@ -82,7 +82,8 @@ def _one_configuration(root: str, names: Sequence[str], key: str) -> None:
         folders = [f for f in name.split("/")[:-1] if f != "data" and split_of(f) is None]
         groups.setdefault("/".join(folders), name)
     if len(groups) > 1:
-        places = [posixpath.join(root, g or posixpath.join(posixpath.dirname(groups[g]), "*")) for g in sorted(groups)]
+        folder, ending = posixpath.split(groups.get("", ""))[0], posixpath.splitext(groups.get("", ""))[1]
+        places = [posixpath.join(root, g) if g else posixpath.join(root, folder, f"*{ending}") for g in sorted(groups)]
         raise ValueError(
             f"{key}={root} holds {len(groups)} configurations of a data set, a folder each ("
             f"{shown([g or 'itself' for g in sorted(groups)])}); which one? Give {key}={f' or {key}='.join(places[:4])}"
@@ -124,8 +125,8 @@ def _place(words: dict[str, list[str]], split: str) -> str:
     files = words[split]
     folders = {posixpath.dirname(f) for f in files}
     others = {posixpath.dirname(f) for word, there in words.items() if word != split for f in there}
-    if len(files) == 1:
-        return files[0]
     if len(folders) == 1 and not folders & others:
         return folders.pop()
+    if len(files) == 1:
+        return files[0]
     return f"{posixpath.commonprefix(files)}*"
