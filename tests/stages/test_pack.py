@@ -211,7 +211,7 @@ def test_held_out_part(tree: Path, packed: Path, tmp_path: Path) -> None:
     assert not pictures["train"] & pictures["val"]
     assert (tmp_path / "run/data/val/classes.json").exists()
     with pytest.raises(ValueError, match=r"no validation images.*dataset.heldout=0.1"):
-        config = [f"run_dir={tmp_path}/other", f"dataset.path={tree}", "dataset=imagefolder"]
+        config = [f"run_dir={tmp_path}/other", "experiment=digits", f"dataset.path={tree}", "dataset=imagefolder"]
         prepare.run(load_config(config), Folder(str(tmp_path / "other")), Events(Folder(str(tmp_path / "other"))))
     assert not (tmp_path / "other").exists()
 
