@@ -76,20 +76,9 @@ class Inquiry:
             "teacher": config.teacher.path if teacher else None,
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
         }
-        threads = str(config.cluster.threads)
-        here = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])}
-        self._threads = config.cluster.threads
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ddoq_ray.models.inspect"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | here | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question))
-        self._process.stdin.flush()
+        text = json.dumps(question)
+        self._key = (text, _files(config.prior.path, config.encoder.path, question["teacher"]))
+        self._process = None if self._key in _ANSWERS else _ask(text, config.cluster.threads)
 
     def result(self) -> Networks:
         """Wait for the facts.
@@ -99,12 +88,18 @@ class Inquiry:
                 work on the networks, or when there is too little memory to load them.
             RuntimeError: When the process ended in a way of its own; its last words are in the message.
         """
+        if self._process is not None:
+            _ANSWERS[self._key] = self._answer(self._process)
+        return Networks(**_ANSWERS[self._key])
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
         try:
-            out, err = self._process.communicate()
+            out, err = process.communicate()
         except BaseException:
-            self._process.kill()
+            process.kill()
             raise
-        code = self._process.returncode
+        code = process.returncode
         if code == -signal.SIGKILL:
             raise ValueError(
                 "the process that loads the networks before the run was killed, as systems do when memory runs out; "
@@ -125,7 +120,37 @@ class Inquiry:
         }
         for key in ("latent_shape", "prior_classes", "teacher_classes", "noise_scales"):
             facts[key] = None if facts[key] is None else tuple(facts[key])
-        return Networks(**facts)
+        return dict(facts)
+
+
+_ANSWERS: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}  # of this process: a notebook asks more than once
+
+
+def _files(*paths: str | None) -> tuple[Any, ...]:
+    """What is on disk of networks: another answer may be due when it has changed."""
+    found = []
+    for path in paths:
+        if path is not None and os.path.isdir(path):
+            stats = [(p, p.stat()) for p in sorted(Path(path).rglob("*")) if p.is_file()]
+            found += [(str(p), stat.st_mtime_ns, stat.st_size) for p, stat in stats]
+    return tuple(found)
+
+
+def _ask(question: str, threads: int) -> subprocess.Popen[str]:
+    """A process that is at work on the answer."""
+    here = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddoq_ray.models.inspect"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | here | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert process.stdin is not None
+    process.stdin.write(question)
+    process.stdin.flush()
+    return process
 
 
 def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Networks) -> None:
