@@ -288,7 +288,7 @@ def test_a_method_of_which_a_student_diverged_has_no_figure(results, images):
 
 def test_how_many_images_a_figure_is_of(results, images):
     results["counts"] |= {"val_images": 12, "val_refused": 12}
-    results["quarantine"] = {"samples": 12, "reasons": {"undecodable image": 12}, "validation": 12}
+    results["quarantine"] = {"samples": 12, "reasons": {"undecodable image": 12}}
     text = Page(render_page(results, images)).text
     assert "scored on 12 held-out images; 12 more could not be read." in text
     assert "12 samples were refused and left out, of which 12 of the validation images" in text

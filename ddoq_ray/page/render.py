@@ -65,7 +65,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
         curves=_curves(results, slots, own),
         codebook=codebook_section(results, methods, own),
         stages=_stages(results.get("stages") or []),
-        quarantine=_quarantine(results.get("quarantine")),
+        quarantine=_quarantine(results.get("quarantine"), results.get("counts") or {}),
         teacher=_teacher(results.get("teacher")),
         config=list(_flatten(results.get("config") or {})),
     )
@@ -284,12 +284,12 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"rows": rows, "total": _seconds(sum(seconds))}
 
 
-def _quarantine(quarantine: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _quarantine(quarantine: Mapping[str, Any] | None, counts: Mapping[str, Any]) -> dict[str, Any] | None:
     if not quarantine:
         return None
     reasons = sorted((quarantine.get("reasons") or {}).items(), key=lambda item: (-item[1], item[0]))
     samples = number(quarantine.get("samples")) or 0
-    validation = count(quarantine.get("validation") or None)
+    validation = count(counts.get("val_refused") or None)
     told = [(r, count(n)) for r, n in reasons]
     return {"samples": int(samples), "text": count(samples), "reasons": told, "validation": validation}
 

@@ -190,7 +190,7 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
     return found
 
 
-def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, Any]], unscored: int) -> dict[str, int]:
     """Figures of the page's head; the validation images are those that were scored, where students were."""
     indexed = sum(s.samples for s in data.val)
     return {
@@ -198,7 +198,7 @@ def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, 
         "classes": len(data.classes),
         "distilled_images": images["items"] if images else 0,
         "val_images": rows[0]["val_images"] if rows else indexed,
-        "val_refused": rows[0].get("val_refused", 0) if rows else 0,
+        "val_refused": rows[0].get("val_refused", 0) if rows else unscored,
     }
 
 
@@ -266,18 +266,14 @@ def run(
         "commit": commit(),
         "versions": networks.environment | {"python": sys.version.split()[0]},
         "config": plain(config),
-        "counts": _counts(data, images, measured),
+        "counts": _counts(data, images, measured, sum(unscored.values())),
         "teacher": checked["teacher"] | {"split": "val"} if checked else None,
         "rows": measured,
         "paired": paired(measured, config.ipc),
         "classes": classes,
         "heldout": unseen,
         "curves": _curves(run_folder, trained),
-        "quarantine": {
-            "samples": sum(refused.values()),
-            "reasons": dict(refused),
-            "validation": sum(unscored.values()),
-        },
+        "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }
     costs = stage_costs(run_folder, label_folders, trained)
     seconds = round(time.time() - start, 3)
