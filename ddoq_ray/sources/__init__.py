@@ -59,6 +59,8 @@ def _candidates(path: str) -> dict[str, str]:
     found = {}
     tars = [f for f in files if f.endswith(".tar")]
     if tars:
+        if len(tars) == 1 and "classes.json" not in files:
+            refuse_archive(path, posixpath.join(path, tars[0]))
         found["webdataset"] = f"{len(tars)} *.tar, such as {tars[0]}"
     parquet = [f for f in files if is_table(f)]
     if not parquet and "data" in folders:

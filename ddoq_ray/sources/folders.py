@@ -64,8 +64,8 @@ class ImageFolder(Source):
         by_class = {split: _by_class(tree) for split, tree in trees.items()}
         root, (train, _) = trees["train"].root, by_class["train"]
         tables = [n for n in top(self.root)[1] if n.lower().endswith((".csv", ".tsv", ".jsonl"))]
+        hint = f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""
         if not train:
-            hint = f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""
             raise ValueError(
                 f"dataset.path={root}: no class folder in it; expected <class>/<image files>, train/ and "
                 f"val/ trees of such folders, or a metadata.csv with file_name and a label{hint}"
@@ -77,7 +77,7 @@ class ImageFolder(Source):
         for split, tree in trees.items():
             names = [n for files in usable[split].values() for n in files]
             if len(usable[split]) == 1 and (given is None or text_of(filled[0]) not in {c.name for c in given}):
-                check_depth(tree.root, names, "dataset.path" if split == "train" else "dataset.val_path")
+                check_depth(tree.root, names, "dataset.path" if split == "train" else "dataset.val_path", hint)
             check_order(tree.root, names)
             if len(usable[split]) > 1:
                 check_shelf(tree.root, list(usable[split]), names, {c.name for c in given or []})

@@ -13,13 +13,15 @@ import numpy as np
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.pictures import encode_png
 from ddoq_ray.sources.classes import given_classes, numbered_classes
-from ddoq_ray.sources.listing import Listing, Picture, Refused, Source, Survey, absolute
+from ddoq_ray.sources.listing import NO_LABEL, Listing, Picture, Refused, Source, Survey, absolute
 
 # Split -> (images, labels) by the files' usual names, each possibly followed by .gz.
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4"}
 
 
 class Idx(Source):
@@ -34,9 +36,15 @@ class Idx(Source):
 
     def survey(self) -> Survey:
         train, val = self._listing("train"), self._listing("val") if self._find(FILES["val"][0]) else None
+        notes = []
+        if not len(train.names):
+            raise ValueError(f"{self.root}: no train image has a label in {FILES['train'][1]}")
+        if val is not None and not len(val.names):
+            notes = [f"none of {len(val.refused):,} validation images has a label: they cannot be used to measure"]
+            train.refused, val = [*train.refused, *val.refused], None
         given = given_classes(self.classes, posixpath.join(self.root, "classes.json"))
         labels = {int(c) for split in (train, val) if split is not None for c in np.unique(split.class_ids)}
-        return Survey(numbered_classes(labels, None, given, self.root), train, val)
+        return Survey(numbered_classes(labels, None, given, self.root), train, val, notes)
 
     def _listing(self, split: str) -> Listing:
         images, labels = self._images(split), self._array(FILES[split][1], 1)
@@ -45,8 +53,11 @@ class Idx(Source):
         if not len(images):
             raise ValueError(f"{self.root}: no {split} image in {FILES[split][0]}")
         size = int(np.prod(images.shape[1:]))
-        names = [f"{i:09d}" for i in range(len(images))]
-        return Listing(names, labels.astype(np.int32), np.full(len(names), size, np.int64))
+        # -1 is no label; as an unsigned byte it is 255, unless 254 shows that there are so many classes.
+        nothing = labels == (255 if labels.dtype == np.uint8 and 254 not in labels else -1)
+        names = [f"{i:09d}" for i in np.flatnonzero(~nothing)]
+        refused = [Refused(f"{FILES[split][0]}#{i:09d}", NO_LABEL) for i in np.flatnonzero(nothing)]
+        return Listing(names, labels[~nothing].astype(np.int32), np.full(len(names), size, np.int64), refused)
 
     def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
         images = self._images(split)
@@ -77,16 +88,21 @@ class Idx(Source):
 
 
 def read_idx(data: bytes, dims: int, where: str) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes: two zeros, the type, the number of dimensions, their sizes, the data.
+    """The array of an IDX file: two zeros, the type, the number of dimensions, their sizes, the data.
+
+    Pixels are unsigned bytes; labels, of one dimension, may be of any whole type.
 
     Raises:
         ValueError: When it is another kind of file, or its length is not what its header says.
     """
     head = 4 + 4 * dims
-    if data[:4] != bytes((0, 0, 8, dims)) or len(data) < head:
+    known = _TYPES if dims == 1 else {8: _TYPES[8]}
+    if data[:2] != bytes(2) or len(data) < head or data[2] not in known or data[3] != dims:
         raise ValueError(f"{where} is not an IDX file of unsigned bytes in {dims} dimensions: it starts {data[:4]!r}")
     shape = tuple(int(n) for n in np.frombuffer(data[4:head], ">u4"))
-    count = int(np.prod(shape, dtype=np.int64))
+    dtype = np.dtype(known[data[2]])
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if len(data) - head != count:
         raise ValueError(f"{where}: {len(data) - head:,} bytes of data for {shape}, expected {count:,}; get it anew")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    array = np.frombuffer(data, dtype, offset=head).reshape(shape)
+    return array if dtype == np.uint8 else array.astype(np.int64)

@@ -74,11 +74,12 @@ def has_image(root: str) -> bool:
     return any(image_extension(name) is not None for _, _, files in walk(root) for name, _ in files)
 
 
-def check_depth(root: str, images: Sequence[str], key: str = "dataset.path") -> None:
+def check_depth(root: str, images: Sequence[str], key: str = "dataset.path", hint: str = "") -> None:
     """Ask about a single class folder: its folders may be the classes, or splits, or there are no classes at all.
 
     Args:
         images: All image files below the root, relative to it; those of one class folder alone.
+        hint: Words on what may be the table of images that lie in one folder.
 
     Raises:
         ValueError: When it holds folders of images, or is named as folders of any images are.
@@ -108,7 +109,8 @@ def check_depth(root: str, images: Sequence[str], key: str = "dataset.path") -> 
     if inner and split_of(f"train {inner[0]}") == "train":  # only words such as images and photos
         raise ValueError(
             f"{key}={root}: all images are in one folder, {inner[0]}: expected a folder for each class, or a "
-            f"metadata.csv with file_name and label; where {inner[0]} is one class, give dataset.classes with its name"
+            f"metadata.csv with file_name and label{hint}; where {inner[0]} is one class, give dataset.classes "
+            "with its name"
         )
 
 

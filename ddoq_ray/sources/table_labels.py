@@ -61,7 +61,7 @@ def survey_tables(
     meant = usable_labels({r.label for rows in parts.values() for r in rows.values()}, root)
     labels = {split: {meant[r.label] for r in rows.values()} for split, rows in parts.items()}
     if "val" in labels and labels["val"] == {None}:
-        notes.append("no validation image has a label: they cannot be used to measure (dataset.heldout holds some out)")
+        notes[:] = ["no validation image has a label: they cannot be used to measure (dataset.heldout holds some out)"]
     classes, class_ids = metadata_classes(labels, given, root)
     listings: dict[str, Listing] = {}
     for split, rows in parts.items():

@@ -19,7 +19,7 @@ from ddoq_ray.pictures import encode_png
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, given_classes, numbered_classes, shown
 from ddoq_ray.sources.folders import read_files
-from ddoq_ray.sources.listing import Listing, Picture, Refused, Source, Survey, absolute, sorted_listing
+from ddoq_ray.sources.listing import NO_LABEL, Listing, Picture, Refused, Source, Survey, absolute, sorted_listing
 
 ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST")  # pixels, which become PNG; the others are files, kept as they are
 STALL_S = 60.0  # a download is given up when no byte has come for so long; torchvision would wait for ever
@@ -67,13 +67,18 @@ class TorchvisionSet(Source):
 
     def _listing(self, dataset: Any, ids: list[int]) -> Listing:
         if self.name in ARRAYS:
-            labels = np.asarray(ids, np.int32)[np.asarray(dataset.targets)]
+            targets = np.asarray(dataset.targets)
+            rows = np.flatnonzero(targets >= 0)
             size = int(np.prod(dataset.data.shape[1:]))
-            return Listing([f"{i:09d}" for i in range(len(labels))], labels, np.full(len(labels), size, np.int64))
-        files = _files(dataset)
+            refused = [Refused(f"{i:09d}", NO_LABEL) for i in np.flatnonzero(targets < 0)]
+            labels = np.asarray(ids, np.int32)[targets[rows]]
+            return Listing([f"{i:09d}" for i in rows], labels, np.full(len(rows), size, np.int64), refused)
+        every = _files(dataset)
+        files = [(path, label) for path, label in every if label >= 0]
+        unlabelled = [Refused(os.path.relpath(path, self.root), NO_LABEL) for path, label in every if label < 0]
         names = [os.path.relpath(path, self.root).replace(os.sep, "/") for path, _ in files]
         sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path, _ in files]
-        return sorted_listing(names, [ids[label] for _, label in files], sizes, [])
+        return sorted_listing(names, [ids[label] for _, label in files], sizes, unlabelled)
 
     def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
         if self.name in ARRAYS:

@@ -76,3 +76,19 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     (write(tmp_path / "d", [0] * 4, pack=True) / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b junk")
     with pytest.raises(ValueError, match="cannot be decompressed"):
         Idx(str(tmp_path / "d"), None).survey()
+
+
+def test_minus_one_is_no_label_in_every_type(tmp_path: Path) -> None:
+    """As an unsigned byte it is 255; a whole test part of it cannot validate, and is told."""
+    root = write(write(tmp_path / "a", [1, 255, 0, 1]), [255] * 4, "t10k")
+    survey = Idx(str(root), None).survey()
+    assert (survey.train.names, survey.train.class_ids.tolist()) == (["000000000", "000000002", "000000003"], [1, 0, 1])
+    assert survey.val is None and "none of 4 validation images" in survey.notes[0]
+    assert [r.reason for r in survey.train.refused] == ["no label"] * 5 and all(
+        r.harmless for r in survey.train.refused
+    )
+    for code, dtype in ((0x09, "i1"), (0x0B, ">i2"), (0x0C, ">i4")):
+        data = bytes((0, 0, code, 1)) + struct.pack(">I", 3) + np.asarray([-1, 7, 100]).astype(dtype).tobytes()
+        assert read_idx(data, 1, "there").tolist() == [-1, 7, 100]
+    with pytest.raises(ValueError, match="no train image has a label"):
+        Idx(str(write(tmp_path / "b", [255] * 4)), None).survey()
