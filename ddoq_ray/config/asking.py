@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddoq_ray.config.paths import plain_path
 from ddoq_ray.config.run import RunConfig
 
 # For a prior that brings no preset: D4M's noise strength and 50 steps; guidance by whether there is a null label.
-GENERIC = {"start": "noised", "strength": 0.7, "steps": 50, "guidance": "null"}
+GENERIC = {"start": "noised", "strength": 0.7, "steps": 50, "guidance": None}
 ELSEWHERE = "[ddoq-sqrt,d4m,random]"  # baselines: `full` holds all real images in memory
 
 _EXAMPLES = {
@@ -43,7 +44,7 @@ def key_of(override: str) -> tuple[str, str]:
 def own_data(overrides: Sequence[str]) -> bool:
     """Whether other data than the digits is asked for, and no experiment by name that brings its settings."""
     given = dict(map(key_of, overrides))
-    if "experiment" in given:
+    if given.get("experiment", "null") != "null":
         return False
     kinds = {given.get("dataset", "digits"), given.get("dataset.source", "digits")}
     return bool(kinds - {"digits"}) or any(
@@ -58,8 +59,8 @@ def implied(overrides: Sequence[str]) -> list[str]:
     given = dict(map(key_of, overrides))
     before = [] if "baselines" in given else [f"baselines={ELSEWHERE}"]
     if "prior" not in given:
-        preset = GENERIC | _preset(given.get("prior.path", "").strip("'"))
-        before += [f"synthesizer.{key}={value}" for key, value in preset.items()]
+        preset = GENERIC | _preset(plain_path(given.get("prior.path", "").strip("'\"")))
+        before += [f"synthesizer.{key}={'null' if value is None else value}" for key, value in preset.items()]
     return before + [f"{group}.path=null" for group in ("prior", "teacher") if not _chosen(group, given)]
 
 
@@ -93,4 +94,4 @@ def _preset(path: str) -> dict[str, Any]:
         block = json.loads((Path(path) / "ddoq_prior.json").read_text()).get("synthesizer", {}) if path else {}
     except (OSError, ValueError, AttributeError):
         return {}  # a hub id, or a folder whose own loader has words for what is wrong
-    return {key: block[key] for key in GENERIC if key in block}
+    return {key: block[key] for key in GENERIC if key in block} if isinstance(block, dict) else {}

@@ -99,7 +99,8 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ValueError: For an unknown, ineffective or invalid key, naming it and what was expected.
     """
-    overrides = [_read_override(o) for o in overrides]
+    # Hydra knows no group that is given as nothing.
+    overrides = [_read_override(o) for o in overrides if o != "experiment=null"]
     _check_once(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -129,7 +130,7 @@ def _check_networks(config: RunConfig) -> None:
 
 def _check_experiment(overrides: Sequence[str]) -> None:
     given = dict(key_of(o) for o in overrides)
-    if given.get("experiment", "digits") != "digits" and not {"dataset", "dataset.path"} & set(given):
+    if given.get("experiment", "digits") not in ("digits", "null") and not {"dataset", "dataset.path"} & set(given):
         raise ValueError(
             f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "
             "classes.json, or what `ddoq-ray prepare` wrote)"

@@ -37,6 +37,7 @@ def test_nothing_asked_is_the_digits_experiment() -> None:
         ([*OWN, *NETWORKS[:2]], ["student:", "protocol:"], ["prior:", "teacher:"]),
         ([*OWN, *NETWORKS[:2], "student.arch=resnet18", "protocol=d4m"], ["student:"], ["protocol:"]),
         ([*OWN, "protocol.lr=1", "stages=[train]"], ["protocol:"], []),
+        ([*OWN, "experiment=null"], ["prior:", "protocol:"], []),
     ],
 )
 def test_all_that_is_missing_is_named_at_once(overrides: list[str], missing: list[str], not_missing: list[str]) -> None:
@@ -70,8 +71,13 @@ def test_a_prior_brings_what_it_is_run_by(tmp_path: Path) -> None:
     assert dit.encoder.resize == "center-crop"
     assert load_config([*OWN, *NETWORKS[1:], "prior=dit-xl-2-256", "synthesizer.guidance=2"]).synthesizer.guidance == 2
     (tmp_path / "ddoq_prior.json").write_text(json.dumps({"synthesizer": {"strength": 0.4, "guidance": 3.0}}))
-    own = load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).synthesizer
-    assert (own.strength, own.steps, own.guidance) == (0.4, 50, 3.0)
+    for path in (tmp_path, f"file://{tmp_path}"):
+        own = load_config([*OWN, *NETWORKS[1:], f"prior.path={path}"]).synthesizer
+        assert (own.strength, own.steps, own.guidance) == (0.4, 50, 3.0)
+    for block in ({"synthesizer": {"guidance": None}}, {"synthesizer": None}, {"synthesizer": "guidance"}, []):
+        (tmp_path / "ddoq_prior.json").write_text(json.dumps(block))
+        own = load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).synthesizer
+        assert (own.strength, own.guidance) == (0.7, None)
 
 
 @pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], ["experiment=imagenet-1k-dit", *OWN]])
