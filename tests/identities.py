@@ -151,15 +151,19 @@ def _differs(identity: Callable[[RunConfig], Any], plain: Any, other: RunConfig)
         return True  # the value was looked at and refused
 
 
-def left_out(config: RunConfig, log: Path) -> list[str]:
-    """What a stage of the finished run of `config` read, as `log` has it, that nothing accounts for."""
+def left_out(config: RunConfig, log: Path, *without_effect: str) -> list[str]:
+    """What a stage of the finished run of `config` read, as `log` has it, that nothing accounts for.
+
+    Args:
+        without_effect: Keys that this configuration reads and does not use.
+    """
     networks = Inquiry(config, teacher=True).result()
     in_identity = held(config, Folder(config.folder), networks)
     left = []
     for module, keys in reads(log).items():
         stage = STAGE_OF.get(module)
         for key in keys if stage is not None else ():
-            known = key in in_identity[stage] or key in ANYWHERE or (stage, key) in DECLARED
+            known = key in {*in_identity[stage], *ANYWHERE, *without_effect} or (stage, key) in DECLARED
             if not known and not key.startswith(UNITS):
                 left.append(f"{stage} {key} (in stages/{module}.py)")
     return sorted(left)
