@@ -43,6 +43,15 @@ def shares(data: Data, limit: int) -> list[Share]:
     return found
 
 
+def identity(config: RunConfig, data: Data, networks: Networks) -> dict[str, Any]:
+    """What the held-out latents depend on; `config.encoder` are the settings that the training images' log has."""
+    return encode.identity(config, None, networks) | {
+        "val": digest_of([s.digest for s in data.val])[:32],
+        "classes": len(data.classes),
+        "heldout_images": config.report.heldout_images,
+    }
+
+
 class Heldout:
     """The driver's handle: encoding starts with it, `wait` ends it.
 
@@ -62,11 +71,7 @@ class Heldout:
         if self.missing:
             return
         config = dataclasses.replace(config, encoder=encode.made_with(latents, config.encoder))
-        self._facts = encode.identity(config, None, networks) | {
-            "val": digest_of([s.digest for s in data.val])[:32],
-            "classes": len(data.classes),
-            "heldout_images": self.limit,
-        }
+        self._facts = identity(config, data, networks)
         if self._artifact.begin(self._facts, overwrite=config.overwrite) == "done":
             if self._artifact.require()["kept"]:
                 return

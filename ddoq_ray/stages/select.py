@@ -76,7 +76,7 @@ def run(
     """
     start = time.time()
     artifact = Artifact(run_folder / folder / "images", "synthesize")
-    facts = _identity(config, run_folder, data, latents, draw_index, method)
+    facts = identity(config, run_folder, data, latents, draw_index, method)
     if artifact.begin(facts, overwrite=config.overwrite) == "done":
         return artifact.require()
     log = LatentLog(latents)
@@ -102,12 +102,19 @@ def run(
     return manifest
 
 
-def _identity(
+def identity(
     config: RunConfig, run_folder: Folder, data: Data, latents: Folder, draw_index: int, method: str
 ) -> dict[str, Any]:
+    """What an image set of real images depends on: the draw, or the latents and the codebook, and the files' size."""
     assert method in METHODS, method
-    resize = config.encoder.resize
-    facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest, "resize": resize}
+    facts = {
+        method: draw_index,
+        "seed": config.seed,
+        "ipc": config.ipc,
+        "data": data.digest,
+        "resize": config.encoder.resize,
+        "shard_images": config.synthesizer.shard_images,
+    }
     if method != "random" or config.small_class != "error":
         facts["small_class"] = config.small_class  # which classes are drawn from, and how many images
     if method != "random":
