@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -156,6 +157,9 @@ class Folder:
 
     def names(self, pattern: str) -> list[str]:
         """Names, relative to this folder, that match a glob; sorted."""
+        if self.local:  # fsspec would ask the disk for the facts of each file: of labels there are millions
+            found = glob.glob(pattern, root_dir=self.uri, include_hidden=True)
+            return sorted(name for name in found if not name.endswith(TEMPORARY))
         fs, target = self._fs(pattern)
         root = fs._strip_protocol(self.uri).rstrip("/") + "/"
         return sorted(n.removeprefix(root) for n in fs.glob(target) if not n.endswith(TEMPORARY))

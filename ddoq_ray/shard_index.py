@@ -199,7 +199,8 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
     if val_path is None:
         if held:
             told.append(f"{len(held)} shards are taken for validation by their names ({shown(held)})")
-        left = [s for s in left if s not in set(held)]
+        taken = set(held)
+        left = [s for s in left if s not in taken]
         val = held
     else:
         val = list_shards(val_path, key="dataset.val_path")
@@ -209,7 +210,8 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
                 f"dataset.path and dataset.val_path hold the same shards ({shown(same)}): a student must not be scored "
                 "on what was distilled; give lists that share none"
             )
-        left = [s for s in left if s not in set(in_both(left, val))]
+        taken = set(in_both(left, val))
+        left = [s for s in left if s not in taken]
     if left:
         told.append(f"{len(left)} shards of dataset.path are left out by their names ({shown(left)})")
     return train, val

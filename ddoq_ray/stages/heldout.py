@@ -19,12 +19,13 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
-from ddoq_ray.records import ChunkRecord, ShardDone
+from ddoq_ray.records import ChunkRecord
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
 from ddoq_ray.stages.encode import done_shards
 from ddoq_ray.stages.encode_reader import chunk_rows, read_chunks
 from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, shard_name
+from ddoq_ray.stages.latent_index import done_records
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -119,19 +120,20 @@ class Heldout:
                 for ref in self._refs:
                     seconds = max(seconds, ray.get(ref))
                     progress.advance()
-            records = [
-                ShardDone.loads(self.folder.read(f"{shard_name(s)}/done.json"))
-                for s in sorted(done_shards(self.folder))
-            ]
-            images = sum(r.classes.total for r in records)
+            images = refused = 0
+            digests = []
+            for done in done_records(self.folder, sorted(done_shards(self.folder))):
+                images += done.classes.total
+                refused += done.refused
+                digests.append([c.sha256 for c in done.chunks])
             self._artifact.finish(
                 self._facts,
                 seconds=round(seconds, 3),
                 items=images,
                 unit="images",
                 bytes=images * self._latent_bytes,
-                refused=sum(r.refused for r in records),
-                digest=digest_of([[c.sha256 for c in r.chunks] for r in records]),
+                refused=refused,
+                digest=digest_of(digests),
                 kept=True,
             )
             events.add("stage finished", stage="heldout", images=images)
