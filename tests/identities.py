@@ -30,7 +30,10 @@ STAGE_OF = {
 # Made anew in every run, so without an identity.
 MADE_ANEW = {"evaluate", "report", "validation"}
 # Read no configuration, or facts of the networks before any stage begins.
-NO_STAGE = {"__init__", "class_latents", "codebook", "latent_log", "mapping", "networks", "prepared", "snapshots"}
+NO_STAGE = {
+    "__init__", "class_latents", "class_tasks", "codebook", "latent_index", "latent_log", "mapping", "networks", "prepared",
+    "snapshots",
+}  # fmt: skip
 
 # Stage -> the stages whose digests its identity holds.
 MADE_FROM = {
