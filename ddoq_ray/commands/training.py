@@ -20,6 +20,10 @@ from ddoq_ray.sources import DIGIT_NAMES, digits
 
 Split = tuple[np.ndarray, np.ndarray]
 DIGITS_SIDE = 16
+PREPARE_FIRST = (
+    "write them by `ddoq-ray prepare dataset=... run_dir=RUN`, then give dataset.path=RUN/data/train (and "
+    "dataset.val_path=RUN/data/val)"
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,15 @@ def load_training_data(command: TrainingCommand) -> tuple[Split, Split | None, l
     """
     dataset = command.dataset
     if dataset.kind in PACKED or dataset.resort:
-        raise ValueError(
-            f"dataset.source={dataset.kind}: this command reads shards; write them by `ddoq-ray prepare dataset=... "
-            "run_dir=RUN`, then give dataset.path=RUN/data/train (and dataset.val_path=RUN/data/val)"
-        )
+        raise ValueError(f"dataset.source={dataset.kind}: this command reads shards; {PREPARE_FIRST}")
     if dataset.path is None:
         splits = digits()
         train, held_out = (_grey(*splits[name], command.side) for name in ("train", "selection"))
         return train, held_out, list(DIGIT_NAMES)
-    shards = list_shards(dataset.path)
+    try:
+        shards = list_shards(dataset.path)
+    except ValueError as error:
+        raise ValueError(f"{error}; any other collection: {PREPARE_FIRST}") from None
     classes = read_classes(dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
     require(
         command.image_size is not None,
