@@ -98,8 +98,9 @@ def test_every_field_has_words() -> None:
     for name in QUANTIZERS:
         check(QUANTIZERS[name])
     check(RunConfig)
+    config = load_config()
     for field in dataclasses.fields(RunConfig):
-        value = getattr(load_config(), field.name)
+        value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check(value)
 
