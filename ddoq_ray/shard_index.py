@@ -18,14 +18,11 @@ import fsspec
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassCounts, LabelsOutside, ShardInfo
+from ddoq_ray.split_words import SPLIT_WORDS
 from ddoq_ray.tar_samples import DAMAGE, BadSample, labelled, open_samples
 from ddoq_ray.transport import list_shards, open_shard
 
 COMPARED_BYTES = 32 << 20  # of a training shard's pictures, at most, that are read to be compared with the validation's
-
-TRAIN_WORDS = frozenset(("train", "training", "trn"))
-VAL_WORDS = frozenset(("val", "valid", "validation", "dev", "eval", "evaluation", "heldout", "holdout"))
-TEST_WORDS = frozenset(("test", "testing", "tst"))
 
 
 @dataclass
@@ -145,9 +142,9 @@ def split_of(shard: str) -> str | None:
     """`train`, `val` or `test` when a word of a shard's name says so, else a word of its folder's; None without one."""
     folder, _, name = shard.rpartition("/")
     for part in (name, folder.rpartition("/")[2]):
-        words = set(re.split(r"[^a-z]+", part.lower()))
-        for split, known in (("train", TRAIN_WORDS), ("val", VAL_WORDS), ("test", TEST_WORDS)):
-            if words & known:
+        said = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_WORDS}
+        for split in ("train", "val", "test"):
+            if split in said:
                 return split
     return None
 
