@@ -19,6 +19,9 @@ from ddoq_ray.stages import select
 from ddoq_ray.stages.class_tasks import readings
 from ddoq_ray.stages.label import _units
 from ddoq_ray.stages.latent_index import LEAST_PASSES, LatentIndex, latent_index
+from ddoq_ray.stages.prepared import Data
+from ddoq_ray.stages.quantize import _say_readings
+from ddoq_ray.stages.quantize_memory import log_readings
 from ddoq_ray.stages.quantize_worker import Waiting
 from tests.latent_logs import DIM, write_log
 
@@ -66,7 +69,7 @@ def looked_at(tmp_path: Path, classes: int, log: list[list[list[int]]], most: in
 
 
 def test_a_sorted_log_is_read_once_whatever_its_parts(tmp_path: Path) -> None:
-    for classes in (64, 128):
+    for classes in (16, 32):
         read = looked_at(tmp_path / str(classes), classes, sorted_log(classes), most=1 << 40)
         assert (read["chunk"], read["done"]) == (classes, classes // 2)  # two files a shard, each part its own shards
 
@@ -141,6 +144,23 @@ def test_pictures_that_were_not_encoded_are_listed_once(tmp_path: Path, monkeypa
     assert found == {s: frozenset((f"s{s}c0", f"s{s}c3")) for s in range(9)} and len(listed) == 1
 
 
+def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dim = (512 << 20) // (2 * 6 * 4)  # four classes of six latents are all that one reading collects
+    for name, log, times in (("sorted", sorted_log(32), 1.0), ("mixed", mixed_log(32), 8.0)):
+        write_log(tmp_path / name, 32, log)
+        data = Data.load(Folder(str(tmp_path / name)))
+        for actors in (1, 2):
+            parts = [{p: list(range(4 * p, 4 * p + 4)) for p in range(i, 8, actors)} for i in range(actors)]
+            assert log_readings(data, dim, parts) == times
+    algorithm = load_config(["quantizer=gram"]).quantizer
+    _say_readings(algorithm, 1.5)
+    assert capsys.readouterr().err == ""
+    _say_readings(algorithm, 227.2)
+    assert "gram" in (said := capsys.readouterr().err) and "about 227 times" in said and "dataset.resort=true" in said
+
+
 class Looks(dict[int, list[int]]):
     """A dict that counts how many of its keys are looked at."""
 
@@ -184,20 +204,20 @@ def test_a_class_that_comes_to_wait_for_a_shard_that_is_there_is_taken_at_once()
 
 
 def test_units_of_labels_list_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(["baselines=[]", "protocol.steps=null", "protocol.epochs=20", "labels.epochs_per_unit=5"])
+    config = load_config(["baselines=[]", "protocol.steps=null", "protocol.epochs=15", "labels.epochs_per_unit=5"])
     listed: list[str] = []
     names = Folder.names
     monkeypatch.setattr(Folder, "names", lambda self, pattern: listed.append(pattern) or names(self, pattern))
     for shards in (3, 6):
         run = Folder(str(tmp_path / str(shards)))
         rows = [{"name": f"images-{i:06d}", "images": 2} for i in range(shards)]
-        for epoch in range(10):
+        for epoch in range(5):
             for row in rows:
                 run.publish(f"labels/epoch-{epoch:04d}/{row['name']}.parquet", b"")
         listed.clear()
         units = _units(config, run, {"": {"items": 2 * shards, "shards": rows}})
-        assert [(u.first, u.last) for u in units] == [(10, 15), (15, 20)] * shards
-        assert len(listed) == 1 + 10
+        assert [(u.first, u.last) for u in units] == [(5, 10), (10, 15)] * shards
+        assert len(listed) == 1 + 5
 
 
 class Asked(ClassCounts):
