@@ -200,7 +200,8 @@ def _say_readings(algorithm: QuantizerConfig, times: float) -> None:
     if times > READINGS_SAID:
         say(
             f"quantize   {algorithm.name} wants whole classes, and the shards hold them mixed: it will read all "
-            f"latents about {times:,.0f} times; quantizer=clvq reads them twice, and dataset.resort=true sorts the shards first"
+            f"latents about {times:,.0f} times; quantizer=clvq reads them twice, and dataset.resort=true sorts the "
+            "shards first"
         )
 
 
