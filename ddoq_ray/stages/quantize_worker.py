@@ -74,34 +74,6 @@ class Pending:
             self.held += int(self._samples[new].sum())
 
 
-class Waiting:
-    """Which classes wait for which shard, and which shards are there; between two news no class waits for one that is.
-
-    Attributes:
-        classes: shard -> the classes whose next shard it is.
-    """
-
-    def __init__(self, shards: int) -> None:
-        self.classes: dict[int, list[int]] = {}
-        self._ready = np.zeros(shards, bool)
-
-    def add(self, class_id: int, shard: int) -> bool:
-        """Register a class with its next shard; whether that shard is there and nobody waited for it before."""
-        takers = self.classes.setdefault(shard, [])
-        takers.append(class_id)
-        return len(takers) == 1 and bool(self._ready[shard])
-
-    def news(self, ready: npt.NDArray[np.uint8]) -> list[int]:
-        """The waited-for shards that have come since the last call, lowest first.
-
-        The news alone is gone through: all that is waited for, at each shard's news, would take the square of them.
-        """
-        told = ready[: len(self._ready)].astype(bool)
-        new = np.flatnonzero(told & ~self._ready).tolist()
-        self._ready |= told
-        return [s for s in new if s in self.classes]
-
-
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class Quantizer:
     """Holds the open classes of its parts. Made from paths and small values only."""
@@ -131,7 +103,8 @@ class Quantizer:
         for p, n in self.open.items():
             if n == 0:
                 self._part_consumed(p)
-        self.waiting = Waiting(len(self.samples))
+        self.waiting: dict[int, list[int]] = {}  # shard -> the classes whose next shard it is
+        self.ready = np.zeros(len(self.samples), bool)  # what was told; no class waits for any of these between calls
         self.snapshot_name = f"snapshots/{min(parts):05d}.arrow"
         self.snapshot_seconds = self.snapshot_at = 0.0
         self.since_snapshot = 0
@@ -184,29 +157,41 @@ class Quantizer:
         self._restore()
         self.deaths.work(False)
         for c, at in self.cursor.items():
-            if at < len(self.shards[c]):
-                self.waiting.add(c, int(self.shards[c][at]))
+            self._wait_for_next(c, at)
+
+    def _wait_for_next(self, c: int, at: int) -> int | None:
+        """Register a class with its next shard; the shard, None when it has no more."""
+        if at == len(self.shards[c]):
+            return None
+        shard = int(self.shards[c][at])
+        self.waiting.setdefault(shard, []).append(c)
+        return shard
 
     def _advance(self, ready: npt.NDArray[np.uint8]) -> None:
-        queue = self.waiting.news(ready)  # a heap: a log that is complete opens as few classes as its order allows
+        told = ready[: len(self.ready)].astype(bool)
+        # The news alone: to go through all that is waited for, at each shard's news, would take the square of them.
+        queue = [s for s in np.flatnonzero(told & ~self.ready).tolist() if s in self.waiting]
+        self.ready |= told
         if queue or self.pending.parts:
             self.deaths.work(True)
+        heapq.heapify(queue)  # lowest first: a log that is complete opens as few classes as its order allows
         while queue:
             shard = heapq.heappop(queue)
-            takers = self.waiting.classes.pop(shard)
+            takers = self.waiting.pop(shard)
             self._consume(shard, np.sort(np.array(takers, np.int64)))
             for c in takers:
                 self.cursor[c] += 1
-                if self.cursor[c] == len(self.shards[c]):
+                follower = self._wait_for_next(c, self.cursor[c])
+                if follower is None:
                     self._class_consumed(c)
-                elif self.waiting.add(c, follower := int(self.shards[c][self.cursor[c]])):
+                elif self.ready[follower] and len(self.waiting[follower]) == 1:
                     heapq.heappush(queue, follower)
             self.since_snapshot += 1
             if self._worth_finishing():
                 self._finish_pending()
             if self.since_snapshot >= self.algorithm.snapshot_every:
                 self._snapshot_if_due()
-        if self.pending.parts and not self.waiting.classes:
+        if self.pending.parts and not self.waiting:
             self._finish_pending()
         if self.since_snapshot:
             self._snapshot_if_due()

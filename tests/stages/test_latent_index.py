@@ -1,9 +1,9 @@
-"""What the driver does is linear in shards and classes: calls are counted at n and at 2n, since clocks prove little."""
+"""Whole classes of a log, label units, counts and lists of shards: read and gone through once, counted at n and 2n."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from ddoq_ray.stages.latent_index import LEAST_PASSES, LatentIndex, latent_index
 from ddoq_ray.stages.prepared import Data
 from ddoq_ray.stages.quantize import _say_readings
 from ddoq_ray.stages.quantize_memory import log_readings
-from ddoq_ray.stages.quantize_worker import Waiting
 from tests.latent_logs import DIM, write_log
 
 MANY = [1 << 40]  # memory of a node where it is no limit
@@ -159,48 +158,6 @@ def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(
     assert capsys.readouterr().err == ""
     _say_readings(algorithm, 227.2)
     assert "gram" in (said := capsys.readouterr().err) and "about 227 times" in said and "dataset.resort=true" in said
-
-
-class Looks(dict[int, list[int]]):
-    """A dict that counts how many of its keys are looked at."""
-
-    seen = 0
-
-    def __contains__(self, key: object) -> bool:
-        self.seen += 1
-        return super().__contains__(key)
-
-    def __iter__(self) -> Iterator[int]:
-        self.seen += len(self)
-        return super().__iter__()
-
-
-def looks(shards: int) -> int:
-    """Keys looked at while every shard of a sorted log is told by itself, in an order of its own."""
-    waiting, taken = Waiting(shards), []
-    waiting.classes = counted = Looks()
-    for c in range(shards):
-        assert not waiting.add(c, c)
-    ready = np.zeros(shards, np.uint8)
-    for shard in np.random.default_rng(0).permutation(shards).tolist():
-        ready[shard] = 1
-        for new in waiting.news(ready):
-            taken += waiting.classes.pop(new)
-        assert waiting.news(ready) == []  # the same news again
-    assert sorted(taken) == list(range(shards))
-    return counted.seen
-
-
-def test_a_shards_news_costs_a_quantizer_that_shard_alone() -> None:
-    assert looks(400) == 2 * looks(200) == 400
-
-
-def test_a_class_that_comes_to_wait_for_a_shard_that_is_there_is_taken_at_once() -> None:
-    waiting = Waiting(4)
-    assert not waiting.add(7, 1)
-    assert waiting.news(np.array([1, 1, 0, 0], np.uint8)) == [1] and waiting.classes.pop(1) == [7]
-    assert waiting.add(7, 0) and not waiting.add(8, 0)  # once in the queue is enough
-    assert not waiting.add(9, 2) and waiting.news(np.array([0, 0, 1, 0], np.uint8)) == [2]
 
 
 def test_units_of_labels_list_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
