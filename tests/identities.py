@@ -31,7 +31,7 @@ STAGE_OF = {
 MADE_ANEW = {"evaluate", "report", "validation"}
 # Read no configuration, or facts of the networks before any stage begins.
 NO_STAGE = {
-    "__init__", "class_latents", "class_tasks", "codebook", "latent_index", "latent_log", "mapping", "networks",
+    "__init__", "class_latents", "class_tasks", "codebook", "constant_images", "latent_index", "latent_log", "mapping", "networks",
     "prepared", "snapshots",
 }  # fmt: skip
 
