@@ -1,4 +1,4 @@
-"""Every network path on a GPU that is pretended (see pretended_gpu.py): no two devices meet, and the CPU's values come."""
+"""Every network path on a pretended GPU (pretended_gpu.py): no two devices meet, and the CPU's values come."""
 
 from __future__ import annotations
 
