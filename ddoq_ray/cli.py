@@ -16,6 +16,7 @@ import ddoq_ray
 from ddoq_ray import signals
 from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.streams import emit, open_all
 
 _INTRO = """\
 ddoq-ray distils a labelled image dataset into a few weighted synthetic images per class,
@@ -111,12 +112,13 @@ def _line(key: str, field: Any, value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 2 for what the person can mend, 1 for a bug or a lost cluster, 128 + a signal."""
+    open_all()
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
-        print(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), end="")
+        emit(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), sys.stdout, end="")
         return 0
     if "--version" in args:
-        print(f"ddoq-ray {ddoq_ray.__version__}")
+        emit(f"ddoq-ray {ddoq_ray.__version__}", sys.stdout)
         return 0
     command = args.pop(0) if args and "=" not in args[0] else "run"
     with signals.watching():
@@ -132,12 +134,12 @@ def _told(command: str, args: list[str]) -> int:
     except Exception as error:
         told = user_error(error)
         if told is not None:
-            print(f"ddoq-ray: error: {told}", file=sys.stderr)
+            emit(f"ddoq-ray: error: {told}", sys.stderr)
             return 2
         if signals.received() is not None:  # a library's own error on the way out
             return _interrupted(command)
         if words := _lost():
-            print(f"ddoq-ray: error: {words}", file=sys.stderr)
+            emit(f"ddoq-ray: error: {words}", sys.stderr)
             return 1
         raise
     return 0
@@ -147,7 +149,7 @@ def _interrupted(command: str) -> int:
     number = signals.received() or signal.SIGINT
     what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     again = "begins anew" if command in TRAINING_COMMANDS else "goes on where this one stopped"
-    print(f"ddoq-ray: {what}; the same command again {again}", file=sys.stderr)
+    emit(f"ddoq-ray: {what}; the same command again {again}", sys.stderr)
     return 128 + number
 
 

@@ -115,6 +115,7 @@ def run(config: RunConfig) -> str | None:
     """
     start = time.time()
     places.check_lasting(config.folder, "run_dir")
+    places.check_apart(config)
     folder = Folder(config.folder)
     folder.check_writable()
     check_run_folder(config, folder)

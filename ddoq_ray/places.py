@@ -16,6 +16,7 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.config import RunConfig
 from ddoq_ray.progress import doing, say
 from ddoq_ray.runtime import DEATHS
+from ddoq_ray.sources import kind_of
 
 LOOK_SECONDS = 60.0  # for a node to answer
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
@@ -52,6 +53,34 @@ def check_lasting(path: str, key: str) -> None:
         f"{key}={path} is {real}, inside {what}: give {key} as a whole path that lasts and that all nodes see, such as "
         f"{key}=/shared/{PurePosixPath(path).name or 'run'} or s3://bucket/{PurePosixPath(path).name or 'run'}"
     )
+
+
+def check_apart(config: RunConfig) -> None:
+    """Refuse a run directory and data that lie so in one another that one would be taken, or swept, for the other.
+
+    Raises:
+        ValueError: When what the run writes would be found among the images, or the images lie where it writes.
+    """
+    run = Folder(config.folder)
+    if not run.local:
+        return
+    mine = Path(os.path.realpath(run.uri))
+    walked = config.dataset.path is not None and kind_of(config.dataset) in ("imagefolder", "parquet")
+    for key, path in (("dataset.path", config.dataset.path), ("dataset.val_path", config.dataset.val_path)):
+        folder = None if path is None else Folder(fixed_part(path))
+        if folder is None or not folder.local:
+            continue
+        place = Path(os.path.realpath(folder.uri))
+        if walked and mine.is_relative_to(place) and not (mine / "data/manifest.json").exists():
+            raise ValueError(
+                f"run_dir={config.folder} lies inside {key}={path}, where what the run writes would be taken for "
+                "images: choose a run_dir outside"
+            )
+        if place.is_relative_to(mine / "data"):
+            raise ValueError(
+                f"{key}={path} lies in data/ of run_dir={config.folder}, where this run writes its own: choose another "
+                "run_dir"
+            )
 
 
 def named_paths(config: RunConfig) -> list[Named]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ddoq_ray.streams import emit
+
 LINE_SECONDS = 10.0  # between two lines of an advance, at least
 SILENCE_SECONDS = 30.0  # without a word, at most
 
@@ -26,7 +28,7 @@ def say(text: str) -> None:
     """One line for the person who runs it; on stderr, so that stdout holds the result only."""
     global _spoken
     _spoken = time.monotonic()
-    tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else print(text, file=sys.stderr, flush=True)
+    tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else emit(text, sys.stderr)
 
 
 class _Activity:

@@ -78,12 +78,16 @@ def read_classes(path: str) -> list[ClassInfo]:
                 value = row.get(field)
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                     raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a whole number")
-            name = unicodedata.normalize("NFC", str(row["name"]))
+            for field in ("name", "prompt"):
+                value = row.get(field)
+                if not isinstance(value, str) and (field == "name" or value is not None):
+                    raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a text")
+            name = unicodedata.normalize("NFC", row["name"])
             classes.append(
                 ClassInfo(
                     i if row.get("class_id") is None else row["class_id"],
                     name,
-                    str(row.get("prompt", name)),
+                    name if row.get("prompt") is None else row["prompt"],
                     row.get("teacher_index"),
                     row.get("prior_label"),
                 )

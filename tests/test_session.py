@@ -16,7 +16,7 @@ import pytest
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.cluster_address import Where, find, probe
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.places import check_lasting, complaint, named_paths, unseen
+from ddoq_ray.places import check_apart, check_lasting, complaint, named_paths, unseen
 from ddoq_ray.session import short_temporary
 
 
@@ -140,3 +140,44 @@ def test_file_urls_and_home_are_local_paths(tmp_path: Path, monkeypatch: pytest.
     for given in (f"file://{tmp_path}/x", f"file:{tmp_path}/x", "~/x"):
         folder = Folder(given)
         assert folder.local and folder.uri == f"{tmp_path}/x"
+
+
+def test_results_and_data_do_not_lie_in_one_another(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+
+    def check(run: str, *more: str) -> None:
+        check_apart(load_config(["stages=[prepare]", f"run_dir={tmp_path}/{run}", *more]))
+
+    images = f"dataset.path={tmp_path}/set"
+    for run in ("set", "set/run", "set/cat/run"):
+        with pytest.raises(ValueError, match=r"lies inside dataset.path=.*choose a run_dir outside"):
+            check(run, images)
+    check("run", images)
+    (tmp_path / "set/run/data").mkdir(parents=True)
+    (tmp_path / "set/run/data/manifest.json").touch()
+    check("set/run", images)  # it was prepared before anything was in the way
+    shards = tmp_path / "run/data/train"
+    shards.mkdir(parents=True)
+    (shards / "train-0.tar").touch()
+    check("other", f"dataset.path={shards}")
+    with pytest.raises(ValueError, match=r"lies in data/ of run_dir"):
+        check("run", f"dataset.path={shards}/train-*.tar")
+
+
+def test_nobody_reads_what_is_said() -> None:
+    """A pipe whose reader has gone, and closed streams: the command ends as it would, without a traceback."""
+    started = []
+    for arguments, stream in ((["--help"], "stdout"), (["nonsense"], "stderr")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        other = "stderr" if stream == "stdout" else "stdout"
+        streams = {stream: writer, other: subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, "-m", "ddoq_ray", *arguments], text=True, **streams))  # type: ignore[call-overload]
+        os.close(writer)
+    shell = f"{sys.executable} -m ddoq_ray nonsense 2>&-"
+    started.append(subprocess.Popen(shell, shell=True, text=True, stdout=subprocess.PIPE))
+    ends = [(p.communicate(timeout=120), p.returncode) for p in started]
+    assert [code for _, code in ends] == [0, 2, 2]
+    assert not any(filter(None, (text for told, _ in ends for text in told))), ends

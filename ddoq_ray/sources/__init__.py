@@ -7,14 +7,14 @@ import posixpath
 import fsspec
 
 from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.sources.archives import is_archive, refuse_archive
-from ddoq_ray.sources.classes import shown
+from ddoq_ray.sources.archives import refuse_archive
 from ddoq_ray.sources.contents import not_images
 from ddoq_ray.sources.digits import DIGIT_NAMES, DIGIT_SPLITS, digits
 from ddoq_ray.sources.listing import Source, absolute, image_extension
 from ddoq_ray.sources.metadata import is_metadata
 from ddoq_ray.sources.table_files import is_table
 from ddoq_ray.sources.tree import leftover, top, walk
+from ddoq_ray.sources.unread_places import refuse_unread
 
 __all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source"]
 
@@ -59,7 +59,7 @@ def _candidates(path: str) -> dict[str, str]:
     found = {}
     tars = [f for f in files if f.endswith(".tar")]
     if tars:
-        if len(tars) == 1 and "classes.json" not in files:
+        if "classes.json" not in files:
             refuse_archive(path, posixpath.join(path, tars[0]))
         found["webdataset"] = f"{len(tars)} *.tar, such as {tars[0]}"
     parquet = [f for f in files if is_table(f)]
@@ -80,12 +80,6 @@ def _candidates(path: str) -> dict[str, str]:
         found["imagefolder"] = tables[0]
     elif (below := _first_below(path)) is not None and (below[0] != "parquet" or "parquet" not in found):
         found.setdefault(*below)
-    archives = [f for f in files if is_archive(f)]
-    if not found and archives:
-        raise ValueError(
-            f"dataset.path={path} holds archives ({shown(archives, 3)}) and no images beside them: unpack them, and "
-            "give the folder again"
-        )
     return found
 
 
@@ -139,4 +133,6 @@ def open_source(dataset: DatasetConfig) -> Source | None:
         from ddoq_ray.sources.tars import Tars
 
         return Tars(path, dataset.val_path, dataset.classes)
+    if kind == "webdataset" and dataset.kind is None:
+        refuse_unread(path)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import posixpath
 import tarfile
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
@@ -27,9 +28,11 @@ def refuse_archive(path: str, local: str) -> None:
             return
     elif not is_archive(local):
         return
+    which = "" if posixpath.basename(local) == posixpath.basename(path) else f": {posixpath.basename(local)}"
     raise ValueError(
-        f"dataset.path={path} is an archive, not shards with <key>.jpg and <key>.cls: unpack it, and give the "
-        "folder that it makes (dataset.path=FOLDER)"
+        f"dataset.path={path}{which} is an archive, not shards with <key>.jpg and <key>.cls: unpack it, and give the "
+        "folder that it makes (dataset.path=FOLDER); where each archive is of one class, unpack it into a folder of "
+        "the class's name"
     )
 
 

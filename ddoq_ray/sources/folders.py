@@ -28,6 +28,7 @@ from ddoq_ray.sources.listing import (
 from ddoq_ray.sources.metadata import is_metadata
 from ddoq_ray.sources.table_labels import Tree, survey_tables
 from ddoq_ray.sources.tree import Entry, top, walk
+from ddoq_ray.sources.unread_places import table_hint
 from ddoq_ray.transport import retried
 
 
@@ -63,8 +64,7 @@ class ImageFolder(Source):
     def _survey_folders(self, trees: dict[str, Tree], given: list[ClassInfo] | None) -> Survey:
         by_class = {split: _by_class(tree) for split, tree in trees.items()}
         root, (train, _) = trees["train"].root, by_class["train"]
-        tables = [n for n in top(self.root)[1] if n.lower().endswith((".csv", ".tsv", ".jsonl"))]
-        hint = f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""
+        hint = table_hint(self.root)
         if not train:
             raise ValueError(
                 f"dataset.path={root}: no class folder in it; expected <class>/<image files>, train/ and "
@@ -199,6 +199,14 @@ def _same_classes(trees: dict[str, Tree], usable: dict[str, dict[str, list[str]]
     folders = {split: {text_of(f) for f in names} for split, names in there.items()}
     filled = {split: {text_of(f) for f in names} for split, names in usable.items()}
     train, val = trees["train"].root, trees["val"].root
+    stray = [name for name in trees["val"].files if name not in trees["val"].no_image]
+    if not filled["val"] and stray:
+        raise ValueError(
+            f"{val} holds {len(stray):,} images in no class folder (such as {escaped(stray[0])}), so they cannot be "
+            f"used to measure: expected {val}/<class>/ with the names of {train}, or a metadata.csv with file_name and "
+            "label beside them; without their classes, move them away, or give the training folder itself, and hold "
+            f"some training images out (dataset.path={train} dataset.heldout=0.1)"
+        )
     if not filled["val"]:
         raise ValueError(
             f"{val} holds no image ({len(folders['val'])} class folders): fill it, or move it away and hold some "

@@ -10,6 +10,7 @@ import fsspec
 
 from ddoq_ray.sources.classes import shown, text_of
 from ddoq_ray.sources.listing import image_extension
+from ddoq_ray.sources.metadata import is_metadata
 from ddoq_ray.sources.splits import split_of, splits_of
 from ddoq_ray.sources.tree import top, walk
 
@@ -35,9 +36,10 @@ def find_layout(root: str, val_path: str | None, named: Collection[str]) -> Layo
     fs, place = fsspec.core.url_to_fs(root)
     if not fs.isdir(place):
         raise ValueError(f"dataset.path={root} does not exist, or is no folder; expected a folder of images")
-    folders, _ = top(root)
+    folders, files = top(root)
     splits = splits_of(folders)
     if not splits or (named and all(text_of(f) in named for f in splits)):
+        _check_apart(root, val_path)
         return Layout(root, val_path)
     train = [f for f, split in splits.items() if split == "train"]
     others = [f for f in folders if f not in splits and has_image(posixpath.join(root, f))]
@@ -59,15 +61,43 @@ def find_layout(root: str, val_path: str | None, named: Collection[str]) -> Layo
         )
     if val_path is not None:
         held = []
+    notes = []
+    if len(held) > 1 and not any(map(is_metadata, files)):
+        flat = [name for name in held if _unlabelled(posixpath.join(root, name))]
+        if len(flat) == len(held) - 1:
+            held = [name for name in held if name not in flat]
+            notes.append(f"{shown(flat)} has no class folders and no metadata: it is not used")
     if len(held) > 1:
         raise ValueError(
             f"{here}: {' or '.join(held)} could each be the validation images; say which: "
             + " or ".join(f"dataset.val_path={root}/{name}" for name in held)
         )
-    notes = [f"{held[0]} serves as validation, as there is no other beside {train[0]}"] if held else []
+    if held and splits[held[0]] == "test":
+        notes.append(f"{held[0]} serves as validation, as there is no other beside {train[0]}")
     inside = posixpath.join(root, held[0]) if held else None
-    told = tuple(notes) if held and splits[held[0]] == "test" else ()
-    return Layout(posixpath.join(root, train[0]), val_path or inside, told)
+    place = posixpath.join(root, train[0])
+    _check_apart(place, val_path)
+    return Layout(place, val_path or inside, tuple(notes))
+
+
+def _check_apart(train: str, val: str | None) -> None:
+    """Refuse validation images that lie among the training images' folders, or the other way round.
+
+    Raises:
+        ValueError: When one folder is inside the other.
+    """
+    if val is not None and (f"{val}/".startswith(f"{train}/") or f"{train}/".startswith(f"{val}/")) and train != val:
+        inner, outer = ("validation", "training") if len(val) > len(train) else ("training", "validation")
+        raise ValueError(
+            f"dataset.val_path={val} and the training images' folder {train}: the {inner} images lie inside the folder "
+            f"of the {outer} images and would be taken for both; give folders beside each other"
+        )
+
+
+def _unlabelled(root: str) -> bool:
+    """Whether a split's folder has images, and neither class folders nor a table that says their classes."""
+    folders, files = top(root)
+    return not folders and not any(map(is_metadata, files)) and any(image_extension(n) is not None for n in files)
 
 
 def has_image(root: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.artifacts import Folder
-from ddoq_ray.picture_kinds import unread
+from ddoq_ray.picture_kinds import HEAD_BYTES, READ, signature, unread
 from ddoq_ray.pictures import FORMATS as READ_FORMATS
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassInfo
@@ -114,7 +114,9 @@ def refusal(picture: Picture) -> str | None:
         return "empty file"
     kind = _header(picture.data)
     if kind is None:
-        return unread(picture.data) or "not an image in a known format"
+        kind = signature(picture.data[:HEAD_BYTES])
+        damaged = f"damaged, or cut off: it begins as {kind}" if kind in READ else ""
+        return unread(picture.data) or damaged or "not an image in a known format"
     if not _keeps_name(picture) and kind not in _EXTENSIONS:
         return f"image format {kind} is not one that is read"
     return None

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import fsspec
 
+from ddoq_ray.picture_kinds import LFS_POINTER
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, numbered_classes, shown, text_of
 from ddoq_ray.sources.splits import split_of
@@ -48,13 +49,16 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
         ValueError: When the table cannot be read, has no file_name, or which column is the label is ambiguous.
     """
     rows = _rows(table)
+    if not rows:
+        raise ValueError(f"{table} holds no row; expected one for each image, with file_name and label")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if "file_name" not in columns:
+        first = " of the first line" if table.lower().endswith(".csv") else ""
         raise ValueError(
-            f"{table}: no column file_name (there: {shown(columns)}); it names each row's image; rename that column "
-            "so, or the table if it is none of the images' labels"
+            f"{table}: no column file_name (the columns{first}: {shown(columns)}); it names each row's image; rename "
+            "that column so, or the table if it is none of the images' labels"
         )
-    split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(rows, c)), None)
+    split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
     others = [c for c in columns if c not in ("file_name", split)]
     column = label_column or _label_column(table, others, rows)
     if column not in columns:
@@ -67,8 +71,21 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
     return out
 
 
-def _is_split(rows: list[dict[str, Any]], column: str) -> bool:
-    return all(split_of(str(row.get(column) or "")) is not None for row in rows)
+def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
+    """Whether a column says each image's split.
+
+    Raises:
+        ValueError: When it does for some rows only: the others would be trained on.
+    """
+    values = [str(row.get(column) or "") for row in rows]
+    others = [value for value in values if split_of(value) is None]
+    if others and len(others) < len(values):
+        raise ValueError(
+            f"{table}: {len(others):,} of {len(values):,} rows have a {column} that is no split ("
+            f"{shown(sorted({v or 'nothing' for v in others}), 4)}); expected train, val or test in each; mend these "
+            "rows, or rename the column where it means something else"
+        )
+    return not others
 
 
 def _label(table: str, name: str, column: str, value: Any) -> str | None:
@@ -191,21 +208,45 @@ def _rows(table: str) -> list[dict[str, Any]]:
     try:
         with fsspec.open(table, "rb") as f:
             data = f.read()
-        if kind == "parquet":
-            import pyarrow.parquet as pq
+    except OSError as error:
+        raise ValueError(f"{table} cannot be read: {error.strerror or error}; mend it, or move it away") from error
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{table} is a pointer of Git LFS, not the file itself: get it by git lfs pull")
+    if kind == "parquet":
+        import pyarrow.parquet as pq
 
+        try:
             return pq.read_table(io.BytesIO(data)).to_pylist()
+        except (ValueError, OSError) as error:  # both are Arrow's, too
+            raise ValueError(f"{table} is not a parquet file, or is damaged: {error}; get it anew") from error
+    try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if kind == "csv":
             first = text.partition("\n")[0]
             mark = max(",;\t", key=first.count)  # spreadsheets of many countries write another than the comma
             return [{k: v for k, v in row.items() if k is not None} for row in _csv(text, mark)]
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: cannot be read as {kind}: {error}; expected UTF-8") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{table}: expected one JSON object a line")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table}: cannot be read as {kind}: {error}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{table}: cannot be read as {kind}: {error}; write it anew") from error
+    rows = []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            row = _json(line)
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{table}: cannot be read as jsonl: line {number} is {shown([line.strip()[:60]])}; expected one "
+                    'JSON object a line, such as {"file_name": "a.png", "label": "cat"}'
+                )
+            rows.append(row)
     return rows
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _csv(text: str, mark: str) -> list[dict[str, Any]]:

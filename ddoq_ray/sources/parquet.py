@@ -14,7 +14,7 @@ from ddoq_ray.sources.containers import Containers, row_names
 from ddoq_ray.sources.listing import NO_LABEL, Listing, Refused, Survey, image_extension
 from ddoq_ray.sources.metadata import metadata_classes, usable_labels
 from ddoq_ray.sources.table_columns import Columns, Label, columns_of, read_images, read_labels
-from ddoq_ray.sources.table_files import by_split, list_tables
+from ddoq_ray.sources.table_files import by_split, list_tables, part_notes
 
 FIT = 0.95  # of the rows must have labels of the class list, or it is another's
 
@@ -36,6 +36,7 @@ class Parquet(Containers):
             self.train, self.val = files, list_tables(val_path, "dataset.val_path")[0]
         else:
             self.train, self.val, self.notes = by_split(files, below, path)
+        self.notes += part_notes(self.containers())
         self.path = path
         self.classes = classes
         self.label_column = label_column
@@ -64,7 +65,10 @@ class Parquet(Containers):
         listings = {split: _listing(part, class_ids, len(classes)) for split, part in rows.items()}
         train, val, notes = listings["train"], listings.get("val"), list(self.notes)
         if val is not None and not val.names:
-            notes = [f"none of {len(val.refused):,} validation rows has a label: they cannot be used to measure"]
+            notes = [
+                *part_notes(self.train),
+                f"none of {len(val.refused):,} validation rows has a label: they cannot be used to measure",
+            ]
             train.refused, val = [*train.refused, *val.refused], None
         self._check_fit(listings, classes)
         return Survey(classes, train, val, notes)
@@ -92,6 +96,12 @@ class Parquet(Containers):
         """The class list, and label -> class_id."""
         labels = {split: {label for _, label, _ in part} for split, part in rows.items()}
         every = set().union(*labels.values()) - {None}
+        texts_too = [label for label in every if not isinstance(label, int)]
+        if texts_too and len(texts_too) < len(every):
+            raise ValueError(
+                f"{self.path}: labels are numbers here and names there (such as {shown(sorted(texts_too), 3)}): "
+                "are they of one collection? Give the files of one kind (dataset.path=PATTERN), or write them alike"
+            )
         if all(isinstance(label, int) for label in every):
             numbers = {int(label) for label in every if label is not None}
             names = columns.names

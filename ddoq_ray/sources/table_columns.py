@@ -21,7 +21,7 @@ from ddoq_ray.picture_kinds import LFS_POINTER
 from ddoq_ray.sources.classes import shown, text_of
 from ddoq_ray.sources.metadata import nearly_unique
 
-_LABELS = ("label", "labels", "class", "class_name", "category", "target", "y")
+_LABELS = ("label", "labels", "class", "class_name", "category", "target", "y", "cls")
 Label = int | str | None
 
 
@@ -56,7 +56,11 @@ def schema_of(file: str) -> tuple[pa.Schema, dict[str, Any]]:
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
     """A file, whose reader's errors become the user's: it is another kind of file, or damaged."""
-    with fsspec.open(file, "rb") as f:
+    try:
+        there = fsspec.open(file, "rb").open()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}; bring it back, or move it away") from error
+    with there as f:
         pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
         f.seek(0)
         if pointer:
@@ -156,7 +160,8 @@ def read_labels(file: str, columns: Columns, given: bool) -> tuple[npt.NDArray[n
     if isinstance(encoded, pa.ChunkedArray):
         encoded = pa.concat_arrays(encoded.chunks) if encoded.num_chunks else pa.DictionaryArray.from_arrays([], [])
     values = encoded.dictionary.to_pylist()
-    if not given and not pa.types.is_integer(column.type) and nearly_unique(column.to_pylist()):
+    named = str(columns.label).lower() in _LABELS and pa.types.is_integer(column.type)  # few rows of many classes
+    if not given and not named and nearly_unique(column.to_pylist()):
         raise ValueError(
             f"{file}: is {columns.label} the label? Hardly any value of it comes twice; say which column is, by "
             "dataset.label_column=NAME"

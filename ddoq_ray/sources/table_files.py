@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Sequence
 
 import braceexpand
@@ -15,6 +16,7 @@ from ddoq_ray.sources.splits import split_in_file, split_of
 from ddoq_ray.sources.tree import walk
 
 ENDINGS = (".parquet", ".arrow")
+_PART = re.compile(r"^(.*?)-\d+-of-(\d+)")
 _DEPTH = 4  # folders: a repository, its configuration, its split
 
 
@@ -36,16 +38,49 @@ def tables_below(root: str) -> list[str]:
         if any(name == "state.json" for name, _ in files):
             meant = _listed(posixpath.join(root, here, "state.json"))
             names = [n for n in names if not meant or posixpath.basename(n) in meant]
+            missing = sorted(meant - {name for name, _ in files})
+            if missing:
+                raise ValueError(
+                    f"{posixpath.join(root, here)}: its state.json names {len(missing)} files that are not there "
+                    f"({shown(missing, 3)}): bring them back"
+                )
         found += names
     return sorted(found)
 
 
 def _listed(state: str) -> set[str]:
+    """Names of the files that a state.json lists; none where it is something else.
+
+    Raises:
+        ValueError: When it chooses among their rows, which is not read.
+    """
     with fsspec.open(state, "rb") as f:
         try:
-            return {str(entry["filename"]) for entry in json.loads(f.read()).get("_data_files", [])}
+            facts = json.loads(f.read())
+            meant = {str(entry["filename"]) for entry in facts.get("_data_files", [])}
+            chosen = bool(facts.get("_indices_files") or facts.get("_indices_data_files"))
         except (ValueError, TypeError, KeyError, AttributeError):
             return set()
+    if chosen:
+        raise ValueError(
+            f"{state}: a choice or an order of rows was saved beside the rows (_indices_files), and is not read: all "
+            "rows would be taken. Write it anew: load_from_disk(...).flatten_indices().save_to_disk(...)"
+        )
+    return meant
+
+
+def part_notes(files: Sequence[str]) -> list[str]:
+    """A line where files number themselves (``train-00000-of-00002``) and some of them are not there."""
+    there: dict[tuple[str, int], int] = {}
+    for file in files:
+        if found := _PART.search(posixpath.basename(file)):
+            key = (posixpath.join(posixpath.dirname(file), found[1]), int(found[2]))
+            there[key] = there.get(key, 0) + 1
+    return [
+        f"{n} of {count} files {name}-*-of-* are there: the others' rows are not used"
+        for (name, count), n in there.items()
+        if n < count
+    ]
 
 
 def list_tables(path: str, key: str) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddoq_ray.records import ClassInfo
-from ddoq_ray.sources.classes import shown
+from ddoq_ray.sources.classes import escaped, shown
 from ddoq_ray.sources.listing import NO_LABEL_IN_TABLE, OTHER_SPLIT, Listing, Refused, Survey, sorted_listing
 from ddoq_ray.sources.metadata import Names, Row, labelled_rows, metadata_classes, usable_labels
 
@@ -50,6 +50,8 @@ def survey_tables(
     found = {split: _read(tree, label_column) for split, tree in trees.items()}
     for table in above:
         _read_above(root, table, trees, found, label_column)
+    for split, tree in trees.items():
+        _check_there(tree, found[split])
     missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
     if missing:
         raise ValueError(
@@ -117,6 +119,31 @@ def _read(tree: Tree, label_column: str | None) -> _Labels:
             else:
                 _add(labels, name, row, path)
     return labels
+
+
+def _check_there(tree: Tree, labels: _Labels) -> None:
+    """Refuse tables that name none of the images: their names are meant from another folder.
+
+    Raises:
+        ValueError: With a name, and where an image of that name lies.
+    """
+    if labels.absent and not labels.rows:
+        name = labels.absent[0]
+        same = posixpath.basename(name.replace("\\", "/"))
+        there = next(
+            (
+                n
+                for n in tree.files
+                if posixpath.basename(n) == same or posixpath.basename(n)[: len(same) + 1] == f"{same}."
+            ),
+            None,
+        )
+        hint = f" ({there} is)" if there is not None else ""
+        raise ValueError(
+            f"{tree.root}: none of the {len(labels.absent):,} images that its metadata names is there, such as "
+            f"{escaped(name)}{hint}; mend the names, which are relative to the table's folder, with their endings, or "
+            "bring the images back"
+        )
 
 
 def _read_above(

@@ -28,6 +28,7 @@ from ddoq_ray.stages.latent_index import latent_index
 from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
+from ddoq_ray.streams import emit
 
 BASELINE = "random"  # what every method is paired with
 
@@ -304,7 +305,7 @@ def run(
     report.publish_json("results.json", results)
     report.publish("index.html", render_page(results, _images(run_folder, drawn, data)).encode())
     if measured:
-        print(accuracy_table(results))
+        emit(accuracy_table(results), sys.stdout)
     path = report.path("index.html")
     say(f"report     {path}")
     return path

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from torchvision_archives import MAKERS, Archives, Server, imagenet, imagenette,
 from ddoq_ray.artifacts import Folder
 from ddoq_ray.pictures import encode_png
 from ddoq_ray.sources import torchvision_sets
-from ddoq_ray.sources.listing import Picture
+from ddoq_ray.sources.listing import NO_LABEL, Picture
 from ddoq_ray.sources.torchvision_sets import ARRAYS, TorchvisionSet
 
 SCRATCH = Folder("nowhere")
@@ -346,3 +347,13 @@ def test_what_is_neither_there_nor_to_be_had(tmp_path: Path, monkeypatch: pytest
         TorchvisionSet("Imagenette", str(tmp_path / "file" / "below"), None).survey()
     with pytest.raises(ValueError, match=r"dataset.path=s3://pictures/x: .*local folder"):
         TorchvisionSet("CIFAR10", "s3://pictures/x", None)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "Flowers102"])
+def test_a_label_of_minus_one_is_none(name: str, tmp_path: Path) -> None:
+    labels = [2, -1, 0, 1]
+    files = [str(tmp_path / f"{i}.jpg") for i in range(4)]
+    there = SimpleNamespace(data=np.zeros((4, 8, 8, 3), np.uint8), targets=labels, _image_files=files, _labels=labels)
+    listing = TorchvisionSet(name, str(tmp_path), None)._listing(there, [0, 1, 2])
+    assert listing.class_ids.tolist() == [2, 0, 1] and len(listing.names) == 3
+    assert [(r.name, r.reason) for r in listing.refused] == [(f"{1:09d}" if name == "CIFAR10" else "1.jpg", NO_LABEL)]
