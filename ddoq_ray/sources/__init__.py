@@ -11,10 +11,13 @@ from ddoq_ray.sources.archives import is_archive, refuse_archive
 from ddoq_ray.sources.classes import shown
 from ddoq_ray.sources.contents import not_images
 from ddoq_ray.sources.digits import DIGIT_NAMES, DIGIT_SPLITS, digits
+from ddoq_ray.sources.layout import no_class_folder
 from ddoq_ray.sources.listing import Source, absolute, image_extension
 from ddoq_ray.sources.metadata import is_metadata
 from ddoq_ray.sources.table_files import is_table
 from ddoq_ray.sources.tree import leftover, top, walk
+
+_LOOKED_INTO = 20  # folders, for what they hold instead of images
 
 __all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source"]
 
@@ -37,6 +40,8 @@ def kind_of(dataset: DatasetConfig) -> str:
             return "parquet"
         if there:
             refuse_archive(path, root)
+            if image_extension(root) is not None:
+                raise ValueError(f"dataset.path={path} is one image; give the folder of all of them")
     if (not there and any(ch in path for ch in "*?[{")) or path.endswith(".tar"):
         return "webdataset"
     found = _candidates(path)
@@ -59,7 +64,7 @@ def _candidates(path: str) -> dict[str, str]:
     found = {}
     tars = [f for f in files if f.endswith(".tar")]
     if tars:
-        if len(tars) == 1 and "classes.json" not in files:
+        if "classes.json" not in files:
             refuse_archive(path, posixpath.join(path, tars[0]))
         found["webdataset"] = f"{len(tars)} *.tar, such as {tars[0]}"
     parquet = [f for f in files if is_table(f)]
@@ -80,13 +85,26 @@ def _candidates(path: str) -> dict[str, str]:
         found["imagefolder"] = tables[0]
     elif (below := _first_below(path)) is not None and (below[0] != "parquet" or "parquet" not in found):
         found.setdefault(*below)
+    if not found:
+        _refuse_nothing(path, folders, files)
+    return found
+
+
+def _refuse_nothing(path: str, folders: list[str], files: list[str]) -> None:
+    """Say what is in a folder in which no collection was found: archives, or images without classes.
+
+    Raises:
+        ValueError: With the way out.
+    """
     archives = [f for f in files if is_archive(f)]
-    if not found and archives:
+    archives += [f"{d}/{f}" for d in folders[:_LOOKED_INTO] for f in top(f"{path}/{d}")[1] if is_archive(f)]
+    if archives:
         raise ValueError(
             f"dataset.path={path} holds archives ({shown(archives, 3)}) and no images beside them: unpack them, and "
             "give the folder again"
         )
-    return found
+    if any(image_extension(f) is not None for f in files):
+        raise ValueError(f"dataset.path={path}: {no_class_folder(files)}")
 
 
 def _first_below(root: str) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, escaped, given_classes, shown, text_of
 from ddoq_ray.sources.contents import not_images, unread_notes
-from ddoq_ray.sources.layout import Layout, check_depth, check_order, check_shelf, find_layout
+from ddoq_ray.sources.layout import Layout, check_depth, check_order, check_shelf, find_layout, no_class_folder
 from ddoq_ray.sources.listing import (
     NO_CLASS_IMAGE,
     NO_LABEL,
@@ -66,10 +66,7 @@ class ImageFolder(Source):
         tables = [n for n in top(self.root)[1] if n.lower().endswith((".csv", ".tsv", ".jsonl"))]
         hint = f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""
         if not train:
-            raise ValueError(
-                f"dataset.path={root}: no class folder in it; expected <class>/<image files>, train/ and "
-                f"val/ trees of such folders, or a metadata.csv with file_name and a label{hint}"
-            )
+            raise ValueError(f"dataset.path={root}: {no_class_folder(trees['train'].files, hint)}")
         usable = {split: _usable(tree, by_class[split][0]) for split, tree in trees.items()}
         if not usable["train"]:
             raise ValueError(f"dataset.path={root}: no image file in {len(train)} class folders")
@@ -199,6 +196,11 @@ def _same_classes(trees: dict[str, Tree], usable: dict[str, dict[str, list[str]]
     folders = {split: {text_of(f) for f in names} for split, names in there.items()}
     filled = {split: {text_of(f) for f in names} for split, names in usable.items()}
     train, val = trees["train"].root, trees["val"].root
+    if not filled["val"] and not folders["val"]:
+        raise ValueError(
+            f"{val}: {no_class_folder(trees['val'].files)}; or move it away and hold some training images out "
+            "(dataset.heldout=0.1)"
+        )
     if not filled["val"]:
         raise ValueError(
             f"{val} holds no image ({len(folders['val'])} class folders): fill it, or move it away and hold some "

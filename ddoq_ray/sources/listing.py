@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.artifacts import Folder
-from ddoq_ray.picture_kinds import unread
+from ddoq_ray.picture_kinds import signature, unread
 from ddoq_ray.pictures import FORMATS as READ_FORMATS
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassInfo
@@ -114,7 +114,9 @@ def refusal(picture: Picture) -> str | None:
         return "empty file"
     kind = _header(picture.data)
     if kind is None:
-        return unread(picture.data) or "not an image in a known format"
+        known = signature(picture.data)
+        cut = f"a {known} picture whose header is damaged or cut off" if known else "not an image in a known format"
+        return unread(picture.data) or cut
     if not _keeps_name(picture) and kind not in _EXTENSIONS:
         return f"image format {kind} is not one that is read"
     return None

@@ -9,12 +9,14 @@ import math
 import posixpath
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+import pyarrow as pa
 
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, numbered_classes, shown, text_of
@@ -48,13 +50,15 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
         ValueError: When the table cannot be read, has no file_name, or which column is the label is ambiguous.
     """
     rows = _rows(table)
+    if not rows:
+        raise ValueError(f"{table} holds no row; expected file_name and a label of each image, or no such table")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if "file_name" not in columns:
         raise ValueError(
             f"{table}: no column file_name (there: {shown(columns)}); it names each row's image; rename that column "
             "so, or the table if it is none of the images' labels"
         )
-    split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(rows, c)), None)
+    split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
     others = [c for c in columns if c not in ("file_name", split)]
     column = label_column or _label_column(table, others, rows)
     if column not in columns:
@@ -67,8 +71,19 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
     return out
 
 
-def _is_split(rows: list[dict[str, Any]], column: str) -> bool:
-    return all(split_of(str(row.get(column) or "")) is not None for row in rows)
+def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
+    """Whether a column says which split each image is in.
+
+    Raises:
+        ValueError: When it says so of some images only: the others would be trained on, whatever they are.
+    """
+    odd = Counter(v for row in rows if split_of(v := str(row.get(column) or "")) is None)
+    if odd and odd.total() < len(rows):
+        raise ValueError(
+            f"{table}: {odd.total():,} of {len(rows):,} rows have {column}={shown(list(odd), 3) or 'nothing'}, which is "
+            "neither train nor val nor test; mend them, take these rows out, or rename the column"
+        )
+    return not odd
 
 
 def _label(table: str, name: str, column: str, value: Any) -> str | None:
@@ -201,8 +216,11 @@ def _rows(table: str) -> list[dict[str, Any]]:
             mark = max(",;\t", key=first.count)  # spreadsheets of many countries write another than the comma
             return [{k: v for k, v in row.items() if k is not None} for row in _csv(text, mark)]
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: cannot be read as {kind}: {error}; expected UTF-8") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
+        wanted = {"csv": "rows of columns in UTF-8", "jsonl": "one JSON object a line, in UTF-8"}.get(
+            kind, "a whole file"
+        )
+        raise ValueError(f"{table}: cannot be read as {kind}: {error}; expected {wanted}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{table}: expected one JSON object a line")
     return rows

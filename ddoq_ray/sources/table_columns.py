@@ -21,7 +21,7 @@ from ddoq_ray.picture_kinds import LFS_POINTER
 from ddoq_ray.sources.classes import shown, text_of
 from ddoq_ray.sources.metadata import nearly_unique
 
-_LABELS = ("label", "labels", "class", "class_name", "category", "target", "y")
+_LABELS = ("label", "labels", "class", "class_name", "category", "target", "y", "cls")
 Label = int | str | None
 
 
@@ -105,7 +105,7 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
             f"{file}: which column is the image? Candidates: {shown(images) or 'none'}; expected a column of "
             "struct{bytes, path} or binary; say which by dataset.image_column=NAME"
         )
-    able = [n for n, kind in fields.items() if _may_be_label(kind)]
+    able = [n for n, kind in fields.items() if _may_be_label(kind) and not n.startswith("__")]
     labels = [n for n in fields if kinds.get(n) == "ClassLabel"]
     for choice in (["label"], _LABELS, [n for n in able if not pa.types.is_floating(fields[n])], able):
         labels = labels or [n for n in able if n.lower() in choice or n in choice]
@@ -156,7 +156,8 @@ def read_labels(file: str, columns: Columns, given: bool) -> tuple[npt.NDArray[n
     if isinstance(encoded, pa.ChunkedArray):
         encoded = pa.concat_arrays(encoded.chunks) if encoded.num_chunks else pa.DictionaryArray.from_arrays([], [])
     values = encoded.dictionary.to_pylist()
-    if not given and not pa.types.is_integer(column.type) and nearly_unique(column.to_pylist()):
+    named = pa.types.is_integer(column.type) and any(w in str(columns.label).lower() for w in _LABELS[:6])
+    if not given and not named and nearly_unique(column.to_pylist()):
         raise ValueError(
             f"{file}: is {columns.label} the label? Hardly any value of it comes twice; say which column is, by "
             "dataset.label_column=NAME"

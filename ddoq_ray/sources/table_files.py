@@ -26,7 +26,10 @@ def is_table(name: str) -> bool:
 def tables_below(root: str) -> list[str]:
     """Names of the table files in a folder, relative to it, sorted.
 
-    Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant.
+    Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant, and all of them.
+
+    Raises:
+        ValueError: When some of those are not there, or it was saved with rows chosen or in another order.
     """
     found: list[str] = []
     for here, folders, files in walk(root):
@@ -35,6 +38,12 @@ def tables_below(root: str) -> list[str]:
         names = [posixpath.join(here, name) for name, _ in files if is_table(name)]
         if any(name == "state.json" for name, _ in files):
             meant = _listed(posixpath.join(root, here, "state.json"))
+            lost = sorted(meant - {name for name, _ in files})
+            if lost:
+                raise ValueError(
+                    f"{posixpath.join(root, here)}: {len(lost)} of the {len(meant)} files that its state.json lists "
+                    f"are not there: {shown(lost, 3)}; bring them back, or save the data set anew"
+                )
             names = [n for n in names if not meant or posixpath.basename(n) in meant]
         found += names
     return sorted(found)
@@ -43,9 +52,16 @@ def tables_below(root: str) -> list[str]:
 def _listed(state: str) -> set[str]:
     with fsspec.open(state, "rb") as f:
         try:
-            return {str(entry["filename"]) for entry in json.loads(f.read()).get("_data_files", [])}
+            said = json.loads(f.read())
+            listed = {str(entry["filename"]) for entry in said.get("_data_files", [])}
         except (ValueError, TypeError, KeyError, AttributeError):
             return set()
+    if said.get("_indices_files") or said.get("_indices_data_files"):
+        raise ValueError(
+            f"{state}: the data set was saved with a choice of its rows beside it (select, filter, shuffle), which is "
+            "not read; flatten_indices() and save_to_disk() write the chosen rows alone"
+        )
+    return listed
 
 
 def list_tables(path: str, key: str) -> tuple[list[str], list[str]]:
