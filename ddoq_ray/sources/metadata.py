@@ -80,7 +80,7 @@ def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
     odd = Counter(v for row in rows if split_of(v := str(row.get(column) or "")) is None)
     if odd and odd.total() < len(rows):
         raise ValueError(
-            f"{table}: {odd.total():,} of {len(rows):,} rows have {column}={shown(list(odd), 3) or 'nothing'}, which is "
+            f"{table}: {odd.total():,} of {len(rows):,} rows have {column}={shown(list(odd), 3) or 'nothing'}, "
             "neither train nor val nor test; mend them, take these rows out, or rename the column"
         )
     return not odd
