@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -156,6 +157,9 @@ class Folder:
 
     def names(self, pattern: str) -> list[str]:
         """Names, relative to this folder, that match a glob; sorted."""
+        if self.local:  # fsspec would ask the disk for the facts of each file: of labels there are millions
+            found = glob.glob(pattern, root_dir=self.uri, include_hidden=True)
+            return sorted(name for name in found if not name.endswith(TEMPORARY))
         fs, target = self._fs(pattern)
         root = fs._strip_protocol(self.uri).rstrip("/") + "/"
         return sorted(n.removeprefix(root) for n in fs.glob(target) if not n.endswith(TEMPORARY))
@@ -236,7 +240,9 @@ class Artifact:
             raise ValueError(
                 f"{self.folder.uri} holds the {self.stage} stage of another configuration:\n  "
                 + "\n  ".join(lines[:12])
-                + "\nUse another run_dir, or overwrite=true to make this stage and all after it anew."
+                + "\nTo go on with what is there, give the keys that it was made with (the run directory's "
+                "config.yaml holds them). Else use another run_dir, or overwrite=true to make this stage and all after "
+                "it anew."
             )
         return status
 

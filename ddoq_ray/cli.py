@@ -26,7 +26,8 @@ Use:  ddoq-ray [command] key=value ...
   ddoq-ray                                    distil scikit-learn's digits at 10 images per class, on this machine
   ddoq-ray ipc=50 quantizer=gram              another size, another quantizer
   ddoq-ray prepare dataset=imagefolder dataset.path=photos run_dir=DIR     any labelled images to shards
-  ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR
+  ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR \\
+           student=resnet18-small protocol=d4m
   ddoq-ray label                              one stage of a run whose earlier stages are done
   ddoq-ray stages=[label,train,evaluate,report]
   ddoq-ray train-prior dataset=digits out=my-prior
@@ -36,10 +37,11 @@ Commands
   run (or nothing)   the configured stages, in order; what is done already is reused, what was cut off resumes
   {stages}
                      one stage
-  train-prior        a small latent diffusion prior of your own, in diffusers' format
+  train-prior        a small latent diffusion prior of your own, in diffusers' format, with what it is run by
   train-teacher      a classifier of your own that labels views
 
-Everything of a run goes to run_dir; report/index.html is the page to open.
+Everything of a run goes to run_dir; report/index.html is the page to open. A value is read by the kind of its key:
+paths need no quotes but the shell's, lists are [a,b] or a,b; of a key given twice the last counts.
 """
 
 

@@ -18,14 +18,11 @@ import fsspec
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassCounts, LabelsOutside, ShardInfo
+from ddoq_ray.split_words import SPLIT_WORDS
 from ddoq_ray.tar_samples import DAMAGE, BadSample, labelled, open_samples
 from ddoq_ray.transport import list_shards, open_shard
 
 COMPARED_BYTES = 32 << 20  # of a training shard's pictures, at most, that are read to be compared with the validation's
-
-TRAIN_WORDS = frozenset(("train", "training", "trn"))
-VAL_WORDS = frozenset(("val", "valid", "validation", "dev", "eval", "evaluation", "heldout", "holdout"))
-TEST_WORDS = frozenset(("test", "testing", "tst"))
 
 
 @dataclass
@@ -145,9 +142,9 @@ def split_of(shard: str) -> str | None:
     """`train`, `val` or `test` when a word of a shard's name says so, else a word of its folder's; None without one."""
     folder, _, name = shard.rpartition("/")
     for part in (name, folder.rpartition("/")[2]):
-        words = set(re.split(r"[^a-z]+", part.lower()))
-        for split, known in (("train", TRAIN_WORDS), ("val", VAL_WORDS), ("test", TEST_WORDS)):
-            if words & known:
+        said = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_WORDS}
+        for split in ("train", "val", "test"):
+            if split in said:
                 return split
     return None
 
@@ -199,7 +196,8 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
     if val_path is None:
         if held:
             told.append(f"{len(held)} shards are taken for validation by their names ({shown(held)})")
-        left = [s for s in left if s not in set(held)]
+        taken = set(held)
+        left = [s for s in left if s not in taken]
         val = held
     else:
         val = list_shards(val_path, key="dataset.val_path")
@@ -209,7 +207,8 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
                 f"dataset.path and dataset.val_path hold the same shards ({shown(same)}): a student must not be scored "
                 "on what was distilled; give lists that share none"
             )
-        left = [s for s in left if s not in set(in_both(left, val))]
+        taken = set(in_both(left, val))
+        left = [s for s in left if s not in taken]
     if left:
         told.append(f"{len(left)} shards of dataset.path are left out by their names ({shown(left)})")
     return train, val

@@ -39,9 +39,12 @@ def test_help_goes_to_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]
         (["label", "stages=[train]"], ["one stage", "stages="]),
         (["train-prior", "outt=x"], ["unknown configuration key outt", "did you mean out?"]),
         (["train-prior", "dataset=nothing"], ["dataset=nothing", "digits, idx, imagefolder"]),
-        (["train-prior", "dataset.path=/nowhere/at/all"], ["dataset.path=/nowhere/at/all", "does not exist"]),
+        (
+            ["train-prior", "dataset.path=/nowhere/at/all"],
+            ["dataset.path=/nowhere/at/all", "does not exist", "ddoq-ray prepare"],
+        ),
         (["train-teacher", "image_size=2"], ["image_size=2", "8 or more"]),
-        (["train-teacher", "training.epochs=[1"], ["training.epochs=[1", "cannot read"]),
+        (["train-teacher", "training.epochs=[1"], ["training.epochs='[1'", "whole number"]),
     ],
 )
 def test_a_mistake_is_exit_code_2_and_one_line(

@@ -15,8 +15,8 @@ ROOT = Path(ddoq_ray.__file__).parent
 SOURCES = sorted(p for p in ROOT.rglob("*.py"))
 # A module may import its own layer and those below it. Longest prefix wins.
 LAYERS = {
-    "core": 0, "records": 1, "config": 1, "artifacts": 1, "pictures": 1, "picture_kinds": 1, "tar_headers": 1,
-    "transport": 1,
+    "core": 0, "records": 1, "config": 1, "artifacts": 1, "pictures": 1, "picture_kinds": 1, "split_words": 1,
+    "tar_headers": 1, "transport": 1,
     "signals": 1, "progress": 1, "cluster_address": 1, "tar_samples": 2, "shard_index": 2, "samples": 2, "sources": 2,
     "distilled": 2, "models": 2, "lease": 2, "runtime": 3, "session": 3, "elastic": 3, "page": 3, "places": 4,
     "stages": 4, "demands": 4, "commands": 4, "pipeline": 5, "cli": 6, "__main__": 7,

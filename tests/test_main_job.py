@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from identities import left_out
+from recording import recording
 
 from ddoq_ray import pipeline
 from ddoq_ray.artifacts import Folder
@@ -32,9 +34,15 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+def reads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run below writes down which keys of its configuration are read."""
+    return tmp_path_factory.mktemp("reads")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None, reads: Path) -> Path:
     folder = tmp_path_factory.mktemp("main") / "run"
-    pipeline.run(load_config([*SMALL, f"run_dir={folder}"]))
+    pipeline.run(recording(load_config([*SMALL, f"run_dir={folder}"]), reads))
     return folder
 
 
@@ -50,6 +58,11 @@ def test_rows_hold_every_method_and_seed(results: dict) -> None:
         assert {"method", "ipc", "student", "seed", "top1_pct", "top5_pct", "epochs"} <= set(row)
         assert 0 <= row["top1_pct"] <= row["top5_pct"] <= 100
         assert row["epochs"] == (1 if row["method"] == "full" else 12)  # 12 steps: of 20 batches of 50, or of 1 of 20
+
+
+def test_what_a_stage_reads_is_in_its_identity(run: Path, reads: Path) -> None:
+    """A key that changes bytes and is in no identity would leave them stale when it changes."""
+    assert left_out(load_config([*SMALL, f"run_dir={run}"]), reads) == []
 
 
 def test_w2_with_voronoi_weights_is_the_distortion_and_the_least(results: dict) -> None:

@@ -117,6 +117,8 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name if page.parent == CHECKOUT else f"{page.parent.name}/{page.name}", words)
             for page in PAGES for words in commands(page)]  # fmt: skip
 
+COMMANDS_BY_TEXT = {" ".join(words): words for page, words in COMMANDS if page == "README.md"}
+
 
 def compose(words: list[str]) -> Any:
     from ddoq_ray.commands.train_prior import TrainPriorConfig
@@ -154,3 +156,28 @@ def test_the_imagenet_commands_are_what_they_say() -> None:
         assert (c.protocol.name, c.protocol.val_crop, c.weights.scheme) == ("ddoq-v1", 0.875, "sqrt")
         assert c.encoder.resize == "center-crop" and c.cluster.address == "auto" and c.ipc == 10
         assert c.dataset.val_path is not None and c.methods == ("ddoq-sqrt", "d4m", "random")
+
+
+def test_the_own_data_commands_are_what_they_say() -> None:
+    runs = [w for w in COMMANDS_BY_TEXT.values() if {"prior.path=my-prior", "prior.path=photos-prior"} & set(w)]
+    own = {c.protocol.name: c for c in map(compose, runs)}
+    assert set(own) == {"d4m", "digits"}
+    for c in own.values():
+        s = c.synthesizer
+        assert (s.start, s.strength, s.steps, s.guidance, c.encoder.resize) == ("noised", 0.7, 50, None, "squash")
+        assert (c.student.arch, c.student.image_size, c.ipc) == ("resnet18-small", 32, 10)
+        assert c.methods == ("ddoq", "ddoq-sqrt", "d4m", "random") and c.dataset.val_path is not None
+    trained = [compose(w) for w in COMMANDS_BY_TEXT.values() if any(word.startswith("out=photos") for word in w)]
+    assert [c.side for c in trained] == [32, 32] and {c.out for c in trained} == {"photos-prior", "photos-teacher"}
+
+
+def test_rates_are_the_measured_ones() -> None:
+    text = " ".join(README.split())
+    ingest = json.loads((CHECKOUT / "benchmarks/results/ingest.json").read_text())
+    one, two = [f"{r['ratio_to_webdataset']:.2f}" for r in ingest if r["what"] == "ray"]
+    assert f"({one} of it with one a core, {two} with two" in text
+    bare, stage = json.loads((CHECKOUT / "benchmarks/results/encode.json").read_text())
+    assert f"The encode stage went at {stage['ratio_to_bare_loop']:.2f} times a bare loop" in text
+    assert f"{stage['images']} images in two turns" in text and len(stage["turns"]) == 2
+    assert f"encoder of {bare['images_per_s']:.0f} images a second" in text
+    assert f"Ray's actors {stage['with_start'] / bare['images_per_s']:.2f})" in text

@@ -302,7 +302,8 @@ def test_tars_one_behind_another_are_read_to_the_last(tmp_path: Path, pack: Call
     [
         ("d/train-0000.tar", "train"), ("d/imagenet_TRAIN.0001.tar", "train"), ("d/validation-00.tar", "val"),
         ("d/val/000.tar", "val"), ("d/dev_3.tar", "val"), ("d/test/x-1.tar", "test"), ("d/trainer-1.tar", None),
-        ("d/interval-1.tar", None), ("train/val-1.tar", "val"), ("d/0001.tar", None),
+        ("d/interval-1.tar", None), ("train/val-1.tar", "val"), ("d/0001.tar", None), ("d/eval-1.tar", "test"),
+        ("d/trainval-1.tar", "train"), ("d/development-1.tar", "val"),
     ],
 )  # fmt: skip
 def test_split_words_in_names_are_noticed(name: str, split: str | None) -> None:

@@ -12,12 +12,18 @@ from PIL import Image
 
 from ddoq_ray.config.dataset import PACKED, DatasetConfig
 from ddoq_ray.config.schema import option, require
+from ddoq_ray.pictures import Resize
 from ddoq_ray.places import check_lasting
 from ddoq_ray.runtime import Progress, say
 from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.sources import DIGIT_NAMES, digits
 
 Split = tuple[np.ndarray, np.ndarray]
+DIGITS_SIDE = 16
+PREPARE_FIRST = (
+    "write them by `ddoq-ray prepare dataset=... run_dir=RUN`, then give dataset.path=RUN/data/train (and "
+    "dataset.val_path=RUN/data/val)"
+)
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,19 @@ class TrainingCommand:
 
     dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
     out: str = option("model", "folder to write")
-    image_size: int = option(16, "side of the images, in pixels")
+    image_size: int | None = option(None, "side of the images, in pixels: 16 for the digits, asked for with other data")
+    resize: Resize = option("squash", "how a picture becomes a square: squash, center-crop or pad, as encoder.resize")
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(1, "torch threads; the weights' bytes depend on it")
     overwrite: bool = option(False, "replace the folder when it exists")
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 8, f"image_size={self.image_size}: expected 8 or more")
+        require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
         require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
+
+    @property
+    def side(self) -> int:
+        return DIGITS_SIDE if self.image_size is None else self.image_size
 
 
 def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], name: str, **options: Any) -> None:
@@ -45,10 +56,10 @@ def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], nam
 
     check_lasting(command.out, "out")
     torch.set_num_threads(command.threads)
-    (images, class_ids), held_out, classes = load_training_data(command.dataset, command.image_size)
+    (images, class_ids), held_out, classes = load_training_data(command)
     if "held_out" in options:
         options["held_out"] = held_out
-    say(f"{name} {len(images):,} images of {len(classes)} classes at {command.image_size} px")
+    say(f"{name} {len(images):,} images of {len(classes)} classes at {command.side} px")
     with StepBars() as bars:
         facts = function(
             images, class_ids, classes, command.out, device=command.device, on_progress=bars,
@@ -57,30 +68,35 @@ def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], nam
     say(f"{name} {command.out}: {facts}")
 
 
-def load_training_data(dataset: DatasetConfig, image_size: int) -> tuple[Split, Split | None, list[str]]:
+def load_training_data(command: TrainingCommand) -> tuple[Split, Split | None, list[str]]:
     """(training images and class_ids, held-out ones or None, class names).
 
-    Images are uint8 [N, 3, image_size, image_size]. Held out are the digits' selection split, or dataset.val_path.
+    Images are uint8 [N, 3, side, side]. Held out are the digits' selection split, or dataset.val_path.
 
     Raises:
         ValueError: When the data is missing, empty, or has samples that cannot be used.
     """
+    dataset = command.dataset
     if dataset.kind in PACKED or dataset.resort:
-        raise ValueError(
-            f"dataset.source={dataset.kind}: this command reads shards; write them by `ddoq-ray prepare dataset=... "
-            "run_dir=RUN`, then give dataset.path=RUN/data/train (and dataset.val_path=RUN/data/val)"
-        )
+        raise ValueError(f"dataset.source={dataset.kind}: this command reads shards; {PREPARE_FIRST}")
     if dataset.path is None:
         splits = digits()
-        train, held_out = (_grey(*splits[name], image_size) for name in ("train", "selection"))
+        train, held_out = (_grey(*splits[name], command.side) for name in ("train", "selection"))
         return train, held_out, list(DIGIT_NAMES)
-    shards = list_shards(dataset.path)
+    try:
+        shards = list_shards(dataset.path)
+    except ValueError as error:
+        raise ValueError(f"{error}; any other collection: {PREPARE_FIRST}") from None
     classes = read_classes(dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
-    train = _read(shards, image_size, len(classes), "dataset.path")
+    require(
+        command.image_size is not None,
+        "image_size is not given: the side in pixels at which these images are to be learnt, such as image_size=32",
+    )
+    train = _read(shards, command, len(classes), "dataset.path")
     held = None
     if dataset.val_path is not None:
         val_shards = list_shards(dataset.val_path, key="dataset.val_path")
-        held = _read(val_shards, image_size, len(classes), "dataset.val_path")
+        held = _read(val_shards, command, len(classes), "dataset.val_path")
     return train, held, [c.name for c in classes]
 
 
@@ -89,9 +105,9 @@ def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Split:
     return np.stack(squares), class_ids
 
 
-def _read(shards: list[str], size: int, num_classes: int, key: str) -> Split:
+def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: str) -> Split:
     bad: list[BadSample] = []
-    images, class_ids, _ = load_arrays(shards, size, num_classes, bad.append)
+    images, class_ids, _ = load_arrays(shards, command.side, num_classes, bad.append, command.resize)
     if not len(images):
         why = f"the first refused one is {bad[0].key}: {bad[0].reason}" if bad else "they hold no members"
         raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")

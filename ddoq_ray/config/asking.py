@@ -6,17 +6,15 @@ of other data takes none of them unawares: `experiment=digits` takes them by nam
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from ddoq_ray.config.paths import plain_path
+from ddoq_ray.config.presets import OWN, own_settings, preset_of
 from ddoq_ray.config.run import RunConfig
 
-# For a prior that brings no preset: D4M's noise strength and 50 steps; guidance by whether there is a null label.
-GENERIC = {"start": "noised", "strength": 0.7, "steps": 50, "guidance": None}
-ELSEWHERE = "[ddoq-sqrt,d4m,random]"  # baselines: `full` holds all real images in memory
+ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real images in memory
+
+Given = Mapping[str, Any]  # key -> value as given; the last one where a key is given twice
 
 _EXAMPLES = {
     "prior": "prior.path=FOLDER (a class-conditional prior in diffusers' format, a hub id, or what "
@@ -26,53 +24,67 @@ _EXAMPLES = {
     "student": "student=resnet18 (or resnet18-small, convnet3, ... for small images)",
     "protocol": "protocol=ddoq-v1 (the paper's, for 224 px), protocol=d4m, or protocol=digits for small images",
 }
+_MEASURING = ("label", "train", "evaluate", "report")
 _NEEDS = {
-    "prior": ("encode", "quantize", "synthesize", "label", "train", "evaluate", "report"),
-    "teacher": ("label", "train", "evaluate"),
-    "student": ("label", "train", "evaluate"),
-    "protocol": ("label", "train", "evaluate"),
+    "prior": ("encode", "quantize", "synthesize", *_MEASURING),
+    "teacher": _MEASURING,
+    "student": _MEASURING,
+    "protocol": _MEASURING,
 }
 _OWN_KEYS = {"prior": ("prior.path",), "teacher": ("teacher.path",), "student": ("student.arch", "student.image_size")}
 
 
-def key_of(override: str) -> tuple[str, str]:
-    """(key, value) of `key=value`."""
-    key, _, value = override.lstrip("+").partition("=")
-    return key, value
-
-
-def own_data(overrides: Sequence[str]) -> bool:
+def own_data(given: Given) -> bool:
     """Whether other data than the digits is asked for, and no experiment by name that brings its settings."""
-    given = dict(map(key_of, overrides))
-    if given.get("experiment", "null") != "null":
+    if given.get("experiment") is not None:
         return False
     kinds = {given.get("dataset", "digits"), given.get("dataset.source", "digits")}
     return bool(kinds - {"digits"}) or any(
-        given.get(key, "null") != "null" for key in ("dataset.path", "dataset.torchvision")
+        given.get(key) is not None for key in ("dataset.path", "dataset.torchvision")
     )
 
 
-def implied(overrides: Sequence[str]) -> list[str]:
-    """What comes before the user's own overrides when the data is not the digits."""
-    if not own_data(overrides):
+def implied(given: Given) -> list[tuple[str, Any]]:
+    """What comes before the user's own overrides: what a prior brings, and nothing of the digits for other data.
+
+    Raises:
+        ValueError: The folder of a prior says something that no run can be given.
+    """
+    before = _of_prior(given)
+    if own_data(given):
+        if "baselines" not in given:
+            before.append(("baselines", ELSEWHERE))
+        if "prior" not in given and given.get("prior.path") is None:
+            before.append(("prior", OWN))
+        if not _chosen("teacher", given):
+            before.append(("teacher.path", None))
+    return before
+
+
+def _of_prior(given: Given) -> list[tuple[str, Any]]:
+    """What belongs to the prior that `prior.path` names, where no preset is named with it.
+
+    An experiment's own prior may lie elsewhere, such as a copy of a hub's: what it says then holds, unless the folder
+    or its name says more. The digits' experiment says nothing of other priors.
+    """
+    path, named = given.get("prior.path"), given.get("prior")
+    if path is None or named not in (None, OWN):
         return []
-    given = dict(map(key_of, overrides))
-    before = [] if "baselines" in given else [f"baselines={ELSEWHERE}"]
-    if "prior" not in given:
-        preset = GENERIC | _preset(plain_path(given.get("prior.path", "").strip("'\"")))
-        before += [f"synthesizer.{key}={'null' if value is None else value}" for key, value in preset.items()]
-    return before + [f"{group}.path=null" for group in ("prior", "teacher") if not _chosen(group, given)]
+    own, preset = own_settings(path), preset_of(path)
+    if not own and preset is None and given.get("experiment") not in (None, "digits"):
+        return []
+    choice = OWN if own or preset is None else preset
+    return [*([("prior", choice)] if named is None else []), *own.items()]
 
 
-def ask(config: RunConfig, overrides: Sequence[str]) -> None:
+def ask(config: RunConfig, given: Given) -> None:
     """Name all that the wanted stages need and that was not given.
 
     Raises:
         ValueError: Something is missing.
     """
-    if not own_data(overrides):
+    if not own_data(given):
         return
-    given = dict(map(key_of, overrides))
     missing = [g for g, stages in _NEEDS.items() if set(stages) & set(config.stages) and not _chosen(g, given)]
     if missing:
         measured = [s for s in config.stages if s != "prepare"]
@@ -84,14 +96,7 @@ def ask(config: RunConfig, overrides: Sequence[str]) -> None:
         )
 
 
-def _chosen(group: str, given: dict[str, str]) -> bool:
-    return group in given or all(key in given for key in _OWN_KEYS.get(group, (group,)))
-
-
-def _preset(path: str) -> dict[str, Any]:
-    """The `synthesizer` block that a prior's own folder holds; empty without one."""
-    try:
-        block = json.loads((Path(path) / "ddoq_prior.json").read_text()).get("synthesizer", {}) if path else {}
-    except (OSError, ValueError, AttributeError):
-        return {}  # a hub id, or a folder whose own loader has words for what is wrong
-    return {key: block[key] for key in GENERIC if key in block} if isinstance(block, dict) else {}
+def _chosen(group: str, given: Given) -> bool:
+    if group in given and (group, given[group]) != ("prior", OWN):
+        return True
+    return all(given.get(key) is not None for key in _OWN_KEYS.get(group, (group,)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,22 +14,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ddoq_ray.config.asking import ask, implied, key_of
+from ddoq_ray.config.asking import ask, implied
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.grammar import nested, read, written
 from ddoq_ray.config.paths import plain_paths
+from ddoq_ray.config.presets import choices, config_dir, groups
 from ddoq_ray.config.run import RunConfig, run_config
 from ddoq_ray.config.schema import from_mapping, plain, unknown_key
 
 T = TypeVar("T")
+_TORCHVISION = next(a for a in get_args(get_type_hints(DatasetConfig)["torchvision"]) if a is not type(None))
 MEASURED = {"label", "train", "evaluate"}  # stages that a teacher is for
-
-
-def config_dir() -> Path:
-    """The YAML groups: the copy inside an installed wheel, else the checkout's configs/."""
-    package = Path(__file__).resolve().parent.parent
-    for candidate in (package / "_configs", package.parent / "configs"):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise ValueError(f"no configuration files: expected them in {package / '_configs'} or {package.parent / 'configs'}")
 
 
 # A key that the person set although another key makes it do nothing: (key or prefix, when, why).
@@ -53,36 +48,42 @@ _INEFFECTIVE: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
 )
 
 
-def _override_key(override: str) -> str:
-    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+def _check_known(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Refuse what Hydra would refuse in words of its own, or take for something else."""
+    for key, value in pairs:
+        if key == "quantizer.name":
+            raise ValueError(
+                f"quantizer.name={value} alone would leave another algorithm's keys; use quantizer={value}"
+            )
+        if key.split(".")[0] == "hydra":
+            raise ValueError(
+                f"unknown configuration key {key}: settings of Hydra's own are not read; see ddoq-ray --help"
+            )
+        if key in groups() and value not in choices(key):
+            raise ValueError(no_choice(key, "null" if value is None else str(value)))
+    _check_once(pairs)
 
 
-# Keys whose values are text of any kind: Hydra's own grammar would refuse a brace pattern or a "=" in a path.
-_TEXT = re.compile(r"(run_dir|[a-z]+\.(path|val_path|classes))=(.*)", re.DOTALL)
-_PLAIN = re.compile(r"null|[\w./:@-]*|'.*'|\".*\"", re.DOTALL)
+def no_choice(group: str, value: str) -> str:
+    """What to say of `group=value` where the group has no such choice, with the key that may have been meant."""
+    known = choices(group)
+    text = f"{group}={value}: expected one of {', '.join(known)}"
+    near = [] if set(value) & set("/:\\") else difflib.get_close_matches(value.lower(), known, n=1)
+    if near:
+        return f"{text}; did you mean {group}={near[0]}?"
+    if group == "dataset" and value in get_args(_TORCHVISION):
+        return f"{text}; torchvision's are dataset=torchvision dataset.torchvision={value}"
+    if group == "student":
+        return f"{text}; any other of torchvision's classifiers is student.arch=NAME student.image_size=PIXELS"
+    if group in ("dataset", "prior", "teacher", "latents", "encoder"):
+        return f"{text}; a place is given as {group}.path={value}"
+    return text
 
 
-def _read_override(override: str) -> str:
-    """Check the form of one override; quote a path for Hydra where its grammar needs that."""
-    key, equals, value = override.partition("=")
-    if not equals or override.startswith("~"):
-        raise ValueError(f"{override!r} is not key=value (a command comes first); see ddoq-ray --help")
-    if key.lstrip("+") == "quantizer.name":
-        raise ValueError(f"quantizer.name={value} alone would leave another algorithm's keys; use quantizer={value}")
-    if key.lstrip("+").split(".")[0] == "hydra":
-        raise ValueError(f"unknown configuration key {key}: settings of Hydra's own are not read; see ddoq-ray --help")
-    text = _TEXT.fullmatch(override)
-    if text is None or _PLAIN.fullmatch(value):
-        return override
-    # Hydra takes a backslash for an escape before a quote only.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
-    return f"{key}='{escaped}'"
-
-
-def _check_once(overrides: Sequence[str]) -> None:
+def _check_once(pairs: Sequence[tuple[str, Any]]) -> None:
     """Data given twice is a brace pattern that the shell has expanded: the last shard alone would be distilled."""
     for key in ("dataset.path", "dataset.val_path"):
-        given = [o.partition("=")[2] for o in overrides if _override_key(o) == key]
+        given = [str(value) for k, value in pairs if k == key]
         if len(given) > 1:
             raise ValueError(
                 f"{key} is given {len(given)} times ({', '.join(given[:3])}{', ...' if len(given) > 3 else ''}); "
@@ -94,31 +95,39 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """Compose and check the configuration of a run.
 
     Args:
-        overrides: `key=value` as on the command line, e.g. ``["ipc=50", "quantizer=gram"]``.
+        overrides: `key=value` as on the command line, e.g. ``["ipc=50", "quantizer=gram"]``; of a key given twice the
+            last counts.
 
     Raises:
         ValueError: For an unknown, ineffective or invalid key, naming it and what was expected.
     """
     # Hydra knows no group that is given as nothing.
-    overrides = [_read_override(o) for o in overrides if o != "experiment=null"]
-    _check_once(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("config", overrides=[*implied(overrides), *overrides])
-            values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, overrides)) from error
-    config = run_config(values)
-    _check_experiment(overrides)
-    for override in overrides:
-        key = _override_key(override)
+    pairs = [(k, v) for k, v in read(overrides, RunConfig, groups()) if (k, v) != ("experiment", None)]
+    _check_known(pairs)
+    given = dict(pairs)
+    config = run_config(_composed({**dict(implied(given)), **given}))
+    _check_experiment(given)
+    for key in given:
         for prefix, when, why in _INEFFECTIVE:
             if (key == prefix or (prefix.endswith(".") and key.startswith(prefix))) and when(config):
                 raise ValueError(f"{key} has no effect here: {why}; leave one of the two out")
-    ask(config, overrides)
+    ask(config, given)
     _check_networks(config)
     return config
+
+
+def _composed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups' files with keys over them, as plain nested values."""
+    GlobalHydra.instance().clear()
+    lines = [f"{key}={value if key in groups() else written(value)}" for key, value in given.items()]
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            values: Any = OmegaConf.to_container(
+                compose("config", overrides=lines), resolve=True, throw_on_missing=True
+            )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, given)) from error
+    return dict(values)
 
 
 def _check_networks(config: RunConfig) -> None:
@@ -128,40 +137,26 @@ def _check_networks(config: RunConfig) -> None:
             raise ValueError(f"{group}.path=null: {', '.join(sorted(needing))} need one; leave it out, or give a path")
 
 
-def _check_experiment(overrides: Sequence[str]) -> None:
-    given = dict(key_of(o) for o in overrides)
-    if given.get("experiment", "digits") not in ("digits", "null") and not {"dataset", "dataset.path"} & set(given):
+def _check_experiment(given: Mapping[str, Any]) -> None:
+    if given.get("experiment", "digits") != "digits" and not {"dataset", "dataset.path"} & set(given):
         raise ValueError(
             f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "
             "classes.json, or what `ddoq-ray prepare` wrote)"
         )
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
+def _explain(error: Exception, given: Mapping[str, Any]) -> str:
     text = str(error).strip()
     match = re.search(r"Could not override '([^']+)'", text)
-    if match:
-        key = match.group(1)
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            groups = [o for o in overrides if (config_dir() / _override_key(o)).is_dir()]
-            try:
-                composed = OmegaConf.to_container(compose("config", overrides=groups))
-            except (HydraException, OmegaConfBaseException):
-                composed = OmegaConf.to_container(compose("config"))
-        parent, _, _ = key.rpartition(".")
-        node: Any = composed
-        for part in filter(None, parent.split(".")):
-            node = node.get(part, {}) if isinstance(node, dict) else {}
-        known = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, dict) else []
-        return unknown_key(key, known)
-    choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
-    if choice:
-        known = sorted(p.stem for p in (config_dir() / choice.group(1)).glob("*.yaml"))
-        return f"{choice.group(1)}={choice.group(2)}: expected one of {', '.join(known)}"
-    if "See https://hydra.cc" in text:
-        text = text.split(" See https://hydra.cc")[0].split("\nSee https://hydra.cc")[0]
-        return f"cannot read {' '.join(overrides)}: {text}; quote a value with special characters: key=\"'...'\""
-    return re.sub(r"\s+", " ", text.split("Config search path")[0]).strip()
+    if not match:
+        return re.sub(r"\s+", " ", text.split("See https://hydra.cc")[0].split("Config search path")[0]).strip()
+    key = match.group(1)
+    parent, _, _ = key.rpartition(".")
+    node: Any = _composed({k: v for k, v in given.items() if k in groups()})
+    for part in filter(None, parent.split(".")):
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    known = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, dict) else []
+    return unknown_key(key, known)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -175,20 +170,16 @@ def load_command(cls: type[T], overrides: Sequence[str]) -> T:
     Raises:
         ValueError: For an unknown or invalid key.
     """
-    overrides = [o.lstrip("+") for o in overrides]
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override!r} is not key=value; see ddoq-ray --help")
-    _check_once(overrides)
-    choices = [o for o in overrides if o.startswith("dataset=")]
-    name = choices[-1].split("=", 1)[1] if choices else "digits"
-    path = config_dir() / "dataset" / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ValueError(f"dataset={name}: expected one of {', '.join(known)}")
+    pairs = read(overrides, cls, ("dataset",))
+    _check_once(pairs)
+    given = dict(pairs)
+    name = given.pop("dataset", "digits")
+    if name not in choices("dataset"):
+        raise ValueError(no_choice("dataset", str(name)))
     try:
-        given = OmegaConf.from_dotlist([o for o in overrides if o not in choices])
-        merged = OmegaConf.merge({"dataset": OmegaConf.load(path)}, given)
+        merged = OmegaConf.merge(
+            {"dataset": OmegaConf.load(config_dir() / "dataset" / f"{name}.yaml")}, nested(given.items())
+        )
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"cannot read {' '.join(overrides)}: {' '.join(str(error).split())}") from error

@@ -98,7 +98,7 @@ class RunConfig:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return (self.own_method, *(m for m in self.baselines if m != self.own_method))
+        return tuple(dict.fromkeys((self.own_method, *self.baselines)))
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:

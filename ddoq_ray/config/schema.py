@@ -34,8 +34,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(key.lower(), lower, n=1, cutoff=0.6)
+    hint = f"; did you mean {lower[near[0]]}?" if near else ""
     return f"unknown configuration key {key}{hint} (known here: {', '.join(sorted(known))})"
 
 

@@ -17,6 +17,7 @@ from ddoq_ray.models.folders import read_json, resolve_folder
 
 Start = Literal["noised", "given", "inversion", "noise"]
 STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise")
+PUBLISHED_GUIDANCE = 4.0  # of the works with DiT-XL/2-256
 
 
 class NonFiniteImages(ValueError):
@@ -102,7 +103,7 @@ class Prior(ABC):
 
     def guidance_of(self, asked: float | None) -> float:
         """The guidance scale that is asked for; for None 4 (the published one) with a null label, 1 (none) without."""
-        return asked if asked is not None else 4.0 if self.has_null else 1.0
+        return asked if asked is not None else PUBLISHED_GUIDANCE if self.has_null else 1.0
 
     @abstractmethod
     def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:

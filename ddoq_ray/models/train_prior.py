@@ -110,6 +110,7 @@ def train_prior(
     on_progress: Progress | None = None,
     overwrite: bool = False,
     extra: dict[str, Any] | None = None,
+    run_by: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a prior and publish it as the folder `out`, which `load_prior` reads.
 
@@ -123,6 +124,7 @@ def train_prior(
         on_progress: called with (phase, step, steps, loss) now and then; phases "autoencoder" and "denoiser".
         overwrite: replace an existing folder.
         extra: kept in ddoq_prior.json, such as the data's name.
+        run_by: settings of a run that belong to this prior, as groups of keys, kept in ddoq_prior.json.
 
     Returns:
         What ddoq_prior.json records under "training": the configuration, versions and final losses.
@@ -168,7 +170,7 @@ def train_prior(
     }
     prior = ClassConditionalPrior(vae, denoiser, _scheduler(config), classes=list(classes), device=device)
     with published_folder(out, overwrite=overwrite) as work:
-        prior.save(work, {"training": record}, dtype=config.dtype)
+        prior.save(work, {**(run_by or {}), "training": record}, dtype=config.dtype)
     return record
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import fsspec
@@ -170,7 +171,7 @@ def _plain(class_id: int, name: str) -> ClassInfo:
 
 def _fitting(names: Sequence[str], given: list[ClassInfo], where: str) -> list[ClassInfo]:
     listed = [c.name for c in given]
-    twice = sorted({n for n in listed if listed.count(n) > 1}) if len(set(listed)) < len(listed) else []
+    twice = sorted(n for n, times in Counter(listed).items() if times > 1)
     missing, extra = sorted(set(names) - set(listed)), sorted(set(listed) - set(names))
     if twice or missing or extra:
         parts = [

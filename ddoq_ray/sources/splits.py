@@ -5,15 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_WORDS = {
-    word: split
-    for split, words in {
-        "train": "train training trn trainval",
-        "val": "val valid validation validate dev development holdout heldout",
-        "test": "test testing tst eval evaluation",
-    }.items()
-    for word in words.split()
-}
+from ddoq_ray.split_words import SPLIT_WORDS as _WORDS
+
 # What may stand beside such a word without making another thing of it; a "test tube" is no test.
 _FILLERS = frozenset((
     "set", "sets", "image", "images", "img", "imgs", "data", "dataset", "split", "splits", "photo", "photos", "picture",

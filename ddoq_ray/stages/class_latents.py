@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,16 @@ from ddoq_ray.stages.latent_log import LatentLog
 
 
 def class_latents(
-    latents: Folder, shards: int, classes: Collection[int], noise: NoiseLevel | None = None
+    latents: Folder, shards: int | Sequence[int], classes: Collection[int], noise: NoiseLevel | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """(class_id, its latents float32 [n, D] in the log's order), ascending; a class without latents is left out.
 
     Every file of the log that holds one of `classes` is read once. Memory: their latents in fp16, one class of them
-    in float32 and one file; so `classes` is a part of a codebook, not all there are.
+    in float32 and one file; so `classes` are some parts of a codebook, not all there are.
 
     Args:
         latents: A latent log.
-        shards: How many shards it has.
+        shards: The shards that hold them, ascending, as an index knows (`LatentIndex.holding`); or how many there are.
         classes: The classes wanted.
         noise: The level to which they are noised, as for the codebook that they are compared with; None: clean.
 
@@ -31,9 +31,10 @@ def class_latents(
     """
     log = LatentLog(latents, noise=noise)
     pieces: dict[int, list[npt.NDArray[np.float16]]] = {c: [] for c in sorted(classes)}
-    for shard in range(shards):
+    wanted = np.fromiter(pieces, np.int64, len(pieces))
+    for shard in range(shards) if isinstance(shards, int) else shards:
         for chunk in log.done(shard).chunks:
-            for c, x in log.read(chunk, classes):
+            for c, x in log.read(chunk, wanted):
                 pieces[c].append(x.copy())  # a view would keep the whole file in memory
     for c in list(pieces):
         mine = pieces.pop(c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -145,6 +145,29 @@ def read_part(codebook: Folder, part: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(data))
 
 
+class ClassRows:
+    """The rows of single classes, asked for in the order of their parts: one part in memory at a time."""
+
+    def __init__(self, codebook: Folder, parts: Mapping[str, Iterable[int]]) -> None:
+        """`parts`: a part's file name -> its classes."""
+        self.codebook = codebook
+        self._part_of = {c: part for part, classes in parts.items() for c in classes}
+        self._part, self._table, self._class_ids = "", pa.table({}), np.empty(0, np.int32)
+
+    def of(self, class_id: int) -> pa.Table:
+        """All columns of a class.
+
+        Raises:
+            ValueError: As `read_part`.
+        """
+        part = self._part_of[class_id]
+        if part != self._part:
+            self._table = read_part(self.codebook, part)
+            self._part, self._class_ids = part, self._table["class_id"].to_numpy()
+        start, end = np.searchsorted(self._class_ids, [class_id, class_id + 1]).tolist()
+        return self._table.slice(start, end - start)
+
+
 def read_layout(codebook: Folder, part: str) -> pa.Table:
     """class_id and centroid_id of a part's rows, without its centroids: what a driver may hold of every part.
 
@@ -157,6 +180,20 @@ def read_layout(codebook: Folder, part: str) -> pa.Table:
     except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
         words = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise ValueError(f"codebook part {codebook.path(part)} is {words}; {MEND}") from None
+
+
+def parts_with_classes(codebook: Folder) -> tuple[list[str], list[list[int]], int]:
+    """The files of a finished codebook, the classes of each in order, and the flattened dimension of a centroid.
+
+    Raises:
+        ValueError: As `part_files` and `read_layout`.
+    """
+    names, classes, dim = part_files(codebook), [], 1
+    for name in names:
+        layout = read_layout(codebook, name)
+        classes.append(np.unique(layout["class_id"].to_numpy()).tolist())
+        dim = int(np.prod(latent_shape_of(layout)))
+    return names, classes, dim
 
 
 def latent_shape_of(table: pa.Table) -> tuple[int, ...]:

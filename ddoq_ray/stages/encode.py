@@ -35,6 +35,7 @@ from ddoq_ray.stages.encode_worker import (
     search_batch,
     shard_name,
 )
+from ddoq_ray.stages.latent_index import done_records
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -132,8 +133,8 @@ def run(
     total = sum(s.samples for s in data.train)
     expected = sum(s.expected for s in data.train)
     with Progress("encode", total, "images") as progress:
-        for shard in finished:
-            progress.advance(ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json")).classes.total)
+        for done in done_records(latents, sorted(finished)):
+            progress.advance(done.classes.total)
         refused = 0
         for record in _stream(config, run_folder, data, finished, networks, batch):
             latents.publish(f"{shard_name(record.shard)}/done.json", record.dumps())
@@ -144,8 +145,7 @@ def run(
                 break  # no need to spend the rest of the hours; the final check below says why
             on_shard(record.shard)
     encoded, refused, digests = 0, 0, []
-    for shard in sorted(done_shards(latents)):
-        done = ShardDone.loads(latents.read(f"{shard_name(shard)}/done.json"))
+    for done in done_records(latents, sorted(done_shards(latents))):
         encoded += done.classes.total
         refused += done.refused
         digests.append([c.sha256 for c in done.chunks])

@@ -19,12 +19,13 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
-from ddoq_ray.records import ChunkRecord, ShardDone
+from ddoq_ray.records import ChunkRecord
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.stages import encode
 from ddoq_ray.stages.encode import done_shards
 from ddoq_ray.stages.encode_reader import chunk_rows, read_chunks
 from ddoq_ray.stages.encode_worker import Encoder, EncoderSettings, shard_name
+from ddoq_ray.stages.latent_index import done_records
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
@@ -41,6 +42,15 @@ def shares(data: Data, limit: int) -> list[Share]:
             left[c] -= n
         found.append((shard, url, mine))
     return found
+
+
+def identity(config: RunConfig, data: Data, networks: Networks) -> dict[str, Any]:
+    """What the held-out latents depend on; `config.encoder` are the settings that the training images' log has."""
+    return encode.identity(config, None, networks) | {
+        "val": digest_of([s.digest for s in data.val])[:32],
+        "classes": len(data.classes),
+        "heldout_images": config.report.heldout_images,
+    }
 
 
 class Heldout:
@@ -62,11 +72,7 @@ class Heldout:
         if self.missing:
             return
         config = dataclasses.replace(config, encoder=encode.made_with(latents, config.encoder))
-        self._facts = encode.identity(config, None, networks) | {
-            "val": digest_of([s.digest for s in data.val])[:32],
-            "classes": len(data.classes),
-            "heldout_images": self.limit,
-        }
+        self._facts = identity(config, data, networks)
         if self._artifact.begin(self._facts, overwrite=config.overwrite) == "done":
             if self._artifact.require()["kept"]:
                 return
@@ -114,19 +120,20 @@ class Heldout:
                 for ref in self._refs:
                     seconds = max(seconds, ray.get(ref))
                     progress.advance()
-            records = [
-                ShardDone.loads(self.folder.read(f"{shard_name(s)}/done.json"))
-                for s in sorted(done_shards(self.folder))
-            ]
-            images = sum(r.classes.total for r in records)
+            images = refused = 0
+            digests = []
+            for done in done_records(self.folder, sorted(done_shards(self.folder))):
+                images += done.classes.total
+                refused += done.refused
+                digests.append([c.sha256 for c in done.chunks])
             self._artifact.finish(
                 self._facts,
                 seconds=round(seconds, 3),
                 items=images,
                 unit="images",
                 bytes=images * self._latent_bytes,
-                refused=sum(r.refused for r in records),
-                digest=digest_of([[c.sha256 for c in r.chunks] for r in records]),
+                refused=refused,
+                digest=digest_of(digests),
                 kept=True,
             )
             events.add("stage finished", stage="heldout", images=images)

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -149,15 +150,27 @@ def _units(config: RunConfig, run_folder: Folder, sources: dict[str, dict[str, A
     """Units of the epochs that are not published yet, each known by its own file: a run may resume in other units."""
     units = []
     for folder, manifest in sources.items():
-        published = set((run_folder / folder / "labels").names("epoch-*/*.parquet"))
         offset = 0
         epochs = config.protocol.epochs_for(manifest["items"])
-        for shard in manifest["shards"]:
-            missing = [e for e in range(epochs) if f"epoch-{e:04d}/{shard['name']}.parquet" not in published]
-            for first, last in _runs(missing, config.labels.epochs_per_unit):
+        names = [shard["name"] for shard in manifest["shards"]]
+        published = _published(run_folder / folder / "labels", names, epochs)
+        for shard, there in zip(manifest["shards"], published, strict=True):
+            for first, last in _runs(np.flatnonzero(~there).tolist(), config.labels.epochs_per_unit):
                 units.append(LabelUnit(folder, shard["name"], offset, shard["images"], first, last))
             offset += shard["images"]
     return units
+
+
+def _published(labels: Folder, shards: list[str], epochs: int) -> npt.NDArray[np.bool_]:
+    """bool [image shards, epochs]: which files are there. Listed an epoch at a time: there may be millions in all."""
+    place = {f"{name}.parquet": i for i, name in enumerate(shards)}
+    found = np.zeros((len(shards), epochs), bool)
+    for folder in labels.names("epoch-*"):
+        epoch = int(folder.removeprefix("epoch-"))
+        if epoch < epochs:
+            there = (place.get(name.rpartition("/")[2]) for name in labels.names(f"{folder}/*.parquet"))
+            found[[i for i in there if i is not None], epoch] = True
+    return found
 
 
 def _runs(numbers: list[int], longest: int) -> list[tuple[int, int]]:

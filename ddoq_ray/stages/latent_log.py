@@ -45,12 +45,19 @@ class LatentLog:
     ) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
         """(class_id, latents float16 [n, D]) of those `classes` that the chunk holds, ascending.
 
+        Args:
+            chunk: A file of the log.
+            classes: An array must be ascending: then the cost is that of the chunk's own classes, however many these.
+
         Raises:
             ValueError: When the file is gone, is not the one that was encoded, has another dimension than the log's,
                 or holds a latent that is not finite.
         """
-        wanted = classes if isinstance(classes, np.ndarray) else np.fromiter(classes, np.int64, len(classes))
-        at = np.flatnonzero(np.isin(chunk.classes.class_ids, wanted))
+        wanted = classes if isinstance(classes, np.ndarray) else np.array(sorted(classes), np.int64)
+        if not len(wanted):
+            return
+        place = np.minimum(np.searchsorted(wanted, chunk.classes.class_ids), len(wanted) - 1)
+        at = np.flatnonzero(wanted[place] == chunk.classes.class_ids)
         if not len(at):
             return
         latents, keys = self._latents(chunk)

@@ -172,8 +172,9 @@ def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Network
 
     for name, images in sizes.items():
         if images and smallest(images, config.protocol.batch) < 2:
-            fits = [b for b in range(2 * world, images + 1) if smallest(images, b) >= 2]
-            near = min(fits, key=lambda b: abs(b - config.protocol.batch)) if fits else None
+            now = config.protocol.batch  # outwards from it: `full` may have millions of images
+            beside = (b for d in range(max(now, images)) for b in (now - d, now + d) if 2 * world <= b <= images)
+            near = next((b for b in beside if smallest(images, b) >= 2), None)
             ranks = f" over {world} ranks" if world > 1 else ""
             raise ValueError(
                 f"protocol.batch={config.protocol.batch} leaves a batch{ranks} with less than two images of "

@@ -18,7 +18,7 @@ import numpy as np
 from ddoq_ray.artifacts import Artifact, Folder, Status
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.records import ClassInfo, ShardInfo
+from ddoq_ray.records import ClassInfo, ShardInfo, shard_lines
 from ddoq_ray.runtime import Events, say
 from ddoq_ray.samples import encode_png, list_shards, read_classes, write_tar
 from ddoq_ray.sources import DIGIT_NAMES, digits, kind_of, open_source
@@ -104,8 +104,9 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
             if shards:  # beside the shards, where another run's dataset.path looks for it
                 data.publish_json(f"{split}/classes.json", rows)
     data.publish_json("source-classes.json", rows)
-    data.publish_json("shards.json", [_relative(s, folder).to_json() for s in packed.train])
-    data.publish_json("val-shards.json", [_relative(s, folder).to_json() for s in packed.val])
+    for name, shards in (("shards.json", packed.train), ("val-shards.json", packed.val)):
+        with data.writing(name) as f:
+            f.writelines(shard_lines(_relative(s, folder) for s in shards))
     counted = summary(packed)
     samples = counted["train"]["images"]
     artifact.finish(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
-from ddoq_ray.records import ClassInfo, ShardInfo, read_shards
+from ddoq_ray.records import ClassInfo, ShardInfo, read_shards, total_counts
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,8 @@ class Data:
     @cached_property
     def counts(self) -> dict[int, int]:
         """class_id -> labelled training images. Counted once: a class-mixed ImageNet-21K has 14 million pairs."""
-        total = np.zeros(1 + max((c.class_id for c in self.classes), default=0), np.int64)
-        for shard in self.train:
-            known = shard.images.class_ids < len(total)
-            total[shard.images.class_ids[known]] += shard.images.counts[known]
-        return {c.class_id: int(total[c.class_id]) for c in self.classes}
+        counts = dict(total_counts(shard.images for shard in self.train).items())
+        return {c.class_id: counts.get(c.class_id, 0) for c in self.classes}
 
     @cached_property
     def digest(self) -> str:
@@ -85,10 +82,8 @@ def summary(packed: Packed) -> dict[str, Any]:
     """What was prepared, in figures: for the manifest, and in words for the terminal."""
     facts: dict[str, Any] = {"classes": len(packed.classes)}
     for split, shards in (("train", packed.train), ("val", packed.val)):
-        counts: Counter[int] = Counter()
-        for shard in shards:
-            counts.update(shard.images)
-        by_class = sorted(counts[c.class_id] for c in packed.classes)
+        counts = dict(total_counts(shard.images for shard in shards).items())
+        by_class = sorted(counts.get(c.class_id, 0) for c in packed.classes)
         facts[split] = {
             "images": sum(by_class),
             "images_a_class": {

@@ -126,7 +126,7 @@ class _Census:
             closes.setdefault(int(self.shards[c][-1]), []).append(c)
         most = now = 0.0
         pending, waiting = Pending(self.samples), 0.0
-        for shard in range(len(self.samples)):
+        for shard in sorted(opens.keys() | closes.keys()):  # between these nothing changes
             now += float(size[opens.get(shard, [])].sum())
             most = max(most, now)
             for c in closes.get(shard, []):

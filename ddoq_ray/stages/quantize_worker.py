@@ -104,6 +104,7 @@ class Quantizer:
             if n == 0:
                 self._part_consumed(p)
         self.waiting: dict[int, list[int]] = {}  # shard -> the classes whose next shard it is
+        self.ready = np.zeros(len(self.samples), bool)  # what was told; no class waits for any of these between calls
         self.snapshot_name = f"snapshots/{min(parts):05d}.arrow"
         self.snapshot_seconds = self.snapshot_at = 0.0
         self.since_snapshot = 0
@@ -167,20 +168,23 @@ class Quantizer:
         return shard
 
     def _advance(self, ready: npt.NDArray[np.uint8]) -> None:
-        queue = [s for s in self.waiting if ready[s]]
+        told = ready[: len(self.ready)].astype(bool)
+        # The news alone: to go through all that is waited for, at each shard's news, would take the square of them.
+        queue = [s for s in np.flatnonzero(told & ~self.ready).tolist() if s in self.waiting]
+        self.ready |= told
         if queue or self.pending.parts:
             self.deaths.work(True)
         heapq.heapify(queue)  # lowest first: a log that is complete opens as few classes as its order allows
         while queue:
             shard = heapq.heappop(queue)
             takers = self.waiting.pop(shard)
-            self._consume(shard, np.array(takers, np.int64))
+            self._consume(shard, np.sort(np.array(takers, np.int64)))
             for c in takers:
                 self.cursor[c] += 1
                 follower = self._wait_for_next(c, self.cursor[c])
                 if follower is None:
                     self._class_consumed(c)
-                elif ready[follower] and len(self.waiting[follower]) == 1:
+                elif self.ready[follower] and len(self.waiting[follower]) == 1:
                     heapq.heappush(queue, follower)
             self.since_snapshot += 1
             if self._worth_finishing():
@@ -205,8 +209,9 @@ class Quantizer:
     def _consume(self, shard: int, takers: npt.NDArray[np.int64]) -> None:
         done = self.log.done(shard)
         if not isinstance(self.algorithm, ClvqConfig):
+            counts = dict(done.classes.items())
             for c in takers.tolist():
-                self.seen[c] += done.classes.get(c, 0)
+                self.seen[c] += counts.get(c, 0)
             return
         for chunk in done.chunks:
             for c, latents in self.log.read(chunk, takers):
@@ -327,9 +332,12 @@ class Quantizer:
 def _index(data: Folder, classes: npt.NDArray[np.int64]) -> tuple[dict[int, np.ndarray], npt.NDArray[np.int64]]:
     """For each class the shards that hold it, and the samples of every shard (int64)."""
     samples, pairs = [], []
+    own = np.zeros(1 + int(classes.max(initial=-1)), bool)
+    own[classes] = True
     for index, shard in enumerate(read_shards(data.read("shards.json"))):
         samples.append(shard.samples)
-        mine = np.intersect1d(shard.images.class_ids, classes, assume_unique=True)
+        ids = shard.images.class_ids[: np.searchsorted(shard.images.class_ids, len(own))]
+        mine = ids[own[ids]]
         pairs.append((mine, np.full(len(mine), index, np.int32)))
     return shards_of(pairs, classes), np.array(samples, np.int64)
 

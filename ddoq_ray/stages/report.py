@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from ddoq_ray.artifacts import Artifact, Folder
@@ -19,35 +20,37 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.records import StudentRow, binary_rows
 from ddoq_ray.runtime import Events, Progress, commit, say
 from ddoq_ray.stages.class_latents import class_latents
-from ddoq_ray.stages.codebook import part_files, read_part
+from ddoq_ray.stages.class_tasks import readings
+from ddoq_ray.stages.codebook import ClassRows, parts_with_classes
 from ddoq_ray.stages.encode import quarantine_reasons
 from ddoq_ray.stages.heldout import Heldout
+from ddoq_ray.stages.latent_index import latent_index
 from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
 
 BASELINE = "random"  # what every method is paired with
 
-Log = tuple[Folder, int]  # a latent log and how many shards it has
+Log = tuple[Folder, npt.NDArray[np.int32]]  # a latent log, and the shards of it that hold what is wanted
 
 
 @ray.remote(num_cpus=0.5)
-def _part_distances(codebook: Folder, part: str, latents: Log, heldout: Log | None) -> list[dict[str, Any]]:
-    """Distortion and exact W2 of each class of a codebook part, by optimal transport on the class's latents."""
+def _distances(
+    codebook: Folder, parts: dict[str, list[int]], latents: Log, heldout: Log | None
+) -> list[dict[str, Any]]:
+    """Distortion and exact W2 of each class of some codebook parts, by optimal transport on the class's latents."""
     os.environ["POT_BACKEND_DISABLE_PYTORCH"] = "1"  # else POT loads torch: seconds and 0.9 GB for nothing
     from ddoq_ray.core.distortion import distortion, scheme_weights, w2_squared
 
-    table = read_part(codebook, part)
-    class_ids = table["class_id"].to_numpy()
-    columns = {name: table[name].to_numpy() for name in ("weight", "distortion", "stream_count")}
-    columns["centroid"] = binary_rows(table["centroid"], "<f4")
-    wanted = sorted(set(class_ids.tolist()))
+    wanted = [c for classes in parts.values() for c in classes]
     noise = noise_of(codebook)
     unseen = dict(class_latents(*heldout, wanted, noise)) if heldout is not None else {}
+    books = ClassRows(codebook, parts)
     rows = []
     for c, x in class_latents(*latents, wanted, noise):
-        mine = {name: column[class_ids == c] for name, column in columns.items()}
-        centroids, weights = mine["centroid"], mine["weight"]
+        table = books.of(c)
+        mine = {name: table[name].to_numpy() for name in ("weight", "distortion", "stream_count")}
+        centroids, weights = binary_rows(table["centroid"], "<f4"), mine["weight"]
         row = {
             "class_id": c,
             "n": len(x),
@@ -70,25 +73,42 @@ def _part_distances(codebook: Folder, part: str, latents: Log, heldout: Log | No
 
 
 def class_distances(
-    run: Folder, folders: dict[str, str], latents: Log, heldout: Log | None, data: Data, ipc: int
+    run: Folder,
+    folders: dict[str, str],
+    latents: tuple[Folder, int],
+    heldout: tuple[Folder, int] | None,
+    data: Data,
+    ipc: int,
 ) -> list[dict[str, Any]]:
     """One row a class of every codebook in `folders`.
 
     Each has method, ipc, class_id, name, n, k, distortion, the W2 of four weights (w2_voronoi, w2_uniform, w2_sqrt,
     and w2_stream where the algorithm kept counts), weight_min and weight_max; where the class has held-out latents
     also heldout_n, heldout_distortion and heldout_w2_voronoi (the codebook's own weights).
+
+    Args:
+        latents: A latent log and how many shards it has.
+        heldout: The same of the held-out latents.
     """
-    jobs = [
-        (method, _part_distances.remote(run / f / "codebook", part, latents, heldout))
-        for method, f in folders.items()
-        for part in part_files(run / f / "codebook")
-    ]
+    index = latent_index(*latents)
+    unseen = latent_index(*heldout) if heldout is not None else None
+    jobs = []
+    for method, f in folders.items():
+        codebook = run / f / "codebook"
+        names, classes, dim = parts_with_classes(codebook)
+        for reading in readings(index, classes, dim):
+            mine = {names[part]: classes[part] for part in reading.parts}
+            log = None
+            if heldout is not None and unseen is not None:
+                log = (heldout[0], unseen.holding([c for part in mine.values() for c in part]))
+            task = _distances.options(**reading.options)
+            jobs.append((method, len(mine), task.remote(codebook, mine, (latents[0], reading.shards), log)))
     rows = []
-    with Progress("report", len(jobs), "codebook parts") as progress:
-        for method, ref in jobs:
+    with Progress("report", sum(parts for _, parts, _ in jobs), "codebook parts") as progress:
+        for method, parts, ref in jobs:
             for row in ray.get(ref):
                 rows.append({"method": method, "ipc": ipc, "name": data.classes[row["class_id"]].name, **row})
-            progress.advance()
+            progress.advance(parts)
     return rows
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import posixpath
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,17 @@ from ddoq_ray.records import binary_rows
 from ddoq_ray.runtime import Events, Progress
 from ddoq_ray.samples import encode_png, read_samples, write_tar
 from ddoq_ray.stages.class_latents import class_latents
-from ddoq_ray.stages.codebook import part_classes, part_files, read_part
-from ddoq_ray.stages.latent_log import LatentLog, noise_of
+from ddoq_ray.stages.class_tasks import Reading, readings
+from ddoq_ray.stages.codebook import ClassRows, part_classes, parts_with_classes
+from ddoq_ray.stages.latent_index import LatentIndex, latent_index
+from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.prepare import Data
 
 METHODS = ("random", "herding", "medoids")
 
 Picks = dict[int, npt.NDArray[np.int64]]  # class_id -> positions among its usable images, in the log's order
 Key = tuple[int, int]  # class_id, rank of the image in its class
+Where = dict[int, list[tuple[int, int, int]]]  # data shard -> (class_id, position there, rank in the class's picks)
 
 
 def draw(config: RunConfig, counts: dict[int, int], draw_index: int) -> Picks:
@@ -76,19 +80,17 @@ def run(
     """
     start = time.time()
     artifact = Artifact(run_folder / folder / "images", "synthesize")
-    facts = _identity(config, run_folder, data, latents, draw_index, method)
+    facts = identity(config, run_folder, data, latents, draw_index, method)
     if artifact.begin(facts, overwrite=config.overwrite) == "done":
         return artifact.require()
-    log = LatentLog(latents)
-    counts: dict[int, int] = {c.class_id: 0 for c in data.classes}
-    for shard in range(len(data.train)):
-        for c, n in log.done(shard).classes.items():
-            counts[c] += n
+    index = latent_index(latents, len(data.train))
+    usable = index.counts.tolist()
+    counts = {c.class_id: usable[c.class_id] if c.class_id < len(usable) else 0 for c in data.classes}
     if method == "random":
         picks = draw(config, counts, draw_index)
     else:
-        picks = _choose(config, run_folder, data, latents, counts, method)
-    shards = _write(config, artifact.folder, data, log, picks, draw_index)
+        picks = _choose(config, run_folder, data, latents, index, counts, method)
+    shards = _write(config, artifact.folder, data, latents, where(index, picks), picks, draw_index)
     manifest = artifact.finish(
         facts,
         seconds=round(time.time() - start, 3),
@@ -102,12 +104,19 @@ def run(
     return manifest
 
 
-def _identity(
+def identity(
     config: RunConfig, run_folder: Folder, data: Data, latents: Folder, draw_index: int, method: str
 ) -> dict[str, Any]:
+    """What an image set of real images depends on: the draw, or the latents and the codebook, and the files' size."""
     assert method in METHODS, method
-    resize = config.encoder.resize
-    facts = {method: draw_index, "seed": config.seed, "ipc": config.ipc, "data": data.digest, "resize": resize}
+    facts = {
+        method: draw_index,
+        "seed": config.seed,
+        "ipc": config.ipc,
+        "data": data.digest,
+        "resize": config.encoder.resize,
+        "shard_images": config.synthesizer.shard_images,
+    }
     if method != "random" or config.small_class != "error":
         facts["small_class"] = config.small_class  # which classes are drawn from, and how many images
     if method != "random":
@@ -118,48 +127,77 @@ def _identity(
 
 
 def _choose(
-    config: RunConfig, run_folder: Folder, data: Data, latents: Folder, counts: dict[int, int], method: str
+    config: RunConfig,
+    run_folder: Folder,
+    data: Data,
+    latents: Folder,
+    index: LatentIndex,
+    counts: dict[int, int],
+    method: str,
 ) -> Picks:
-    """The picks of `herding` or `medoids`, from one task for the classes of each codebook part."""
-    shards = len(data.train)
+    """The picks of `herding` or `medoids`, from tasks for the classes of one codebook part or of several."""
     if method == "herding":
         wanted = wanted_images(config, counts)
         dim = int(np.prod(Artifact(latents, "encode").require()["latent_shape"]))
-        parts = [
-            {c: wanted[c] for c in part if c in wanted} for part in part_classes(len(data.classes), config.ipc, dim)
-        ]
-        refs = [_herding.remote(latents, shards, part) for part in parts if part]
+        classes = [[c for c in part if c in wanted] for part in part_classes(len(data.classes), config.ipc, dim)]
+
+        def submit(reading: Reading) -> Any:
+            mine = {c: wanted[c] for part in reading.parts for c in classes[part]}
+            return _herding.options(**reading.options).remote(latents, reading.shards, mine)
     else:
         codebook = run_folder / "codebook"
-        refs = [_medoids.remote(latents, shards, codebook, part) for part in part_files(codebook)]
+        names, classes, dim = parts_with_classes(codebook)
+
+        def submit(reading: Reading) -> Any:
+            mine = {names[part]: classes[part] for part in reading.parts}
+            return _medoids.options(**reading.options).remote(latents, reading.shards, codebook, mine)
+
+    refs = [(len(reading.parts), submit(reading)) for reading in readings(index, classes, dim)]
     picks: Picks = {}
-    with Progress(method, len(refs), "codebook parts") as progress:
-        for ref in refs:
+    with Progress(method, sum(parts for parts, _ in refs), "codebook parts") as progress:
+        for parts, ref in refs:
             picks |= ray.get(ref)
-            progress.advance()
+            progress.advance(parts)
     return picks
 
 
 @ray.remote(num_cpus=0.5)
-def _herding(latents: Folder, shards: int, wanted: dict[int, int]) -> Picks:
+def _herding(latents: Folder, shards: npt.NDArray[np.int32], wanted: dict[int, int]) -> Picks:
     from ddoq_ray.core.baselines import herding
 
     return {c: herding(x, wanted[c]) for c, x in class_latents(latents, shards, wanted)}
 
 
 @ray.remote(num_cpus=0.5)
-def _medoids(latents: Folder, shards: int, codebook: Folder, part: str) -> Picks:
+def _medoids(latents: Folder, shards: npt.NDArray[np.int32], codebook: Folder, parts: dict[str, list[int]]) -> Picks:
     from ddoq_ray.core.baselines import medoids
 
-    table = read_part(codebook, part)
-    class_ids, centroids = table["class_id"].to_numpy(), binary_rows(table["centroid"], "<f4")
-    wanted = np.unique(class_ids).tolist()
-    found = class_latents(latents, shards, wanted, noise_of(codebook))
-    return {c: medoids(x, centroids[class_ids == c]) for c, x in found}
+    books = ClassRows(codebook, parts)
+    found = class_latents(latents, shards, [c for classes in parts.values() for c in classes], noise_of(codebook))
+    return {c: medoids(x, binary_rows(books.of(c)["centroid"], "<f4")) for c, x in found}
+
+
+def where(index: LatentIndex, picks: Picks) -> Where:
+    """The picked images of each data shard that holds some; linear in the picks, not in what the shards hold.
+
+    >>> from ddoq_ray.records import ClassCounts
+    >>> log = LatentIndex.of([ClassCounts({0: 2}), ClassCounts({0: 3, 1: 1})])
+    >>> where(log, {0: np.array([3, 0]), 1: np.array([0])})
+    {1: [(0, 1, 0), (1, 0, 0)], 0: [(0, 0, 1)]}
+    """
+    found: Where = {}
+    for c in sorted(picks):
+        shards, rows = index.pairs(c)
+        ends = np.cumsum(rows, dtype=np.int64)
+        at = np.searchsorted(ends, picks[c], side="right")
+        inside = picks[c] - (ends - rows)[at]
+        for rank, (shard, position) in enumerate(zip(shards[at].tolist(), inside.tolist(), strict=True)):
+            found.setdefault(shard, []).append((c, position, rank))
+    return found
 
 
 def _write(
-    config: RunConfig, images: Folder, data: Data, log: LatentLog, picks: Picks, draw_index: int
+    config: RunConfig, images: Folder, data: Data, latents: Folder, found: Where, picks: Picks, draw_index: int
 ) -> list[dict[str, Any]]:
     """Publish the picked images as image shards; their records, in order."""
     keys = [(c, rank) for c in sorted(picks) for rank in range(len(picks[c]))]
@@ -167,38 +205,36 @@ def _write(
     image_shard = {key: at // size for at, key in enumerate(keys)}
     extract = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_extract)
     compose = ray.remote(num_cpus=config.cluster.reader.num_cpus)(_compose)
-    found: dict[int, list[Any]] = {}  # image shard -> references to the images that it takes of each data shard
-    before = dict.fromkeys(picks, 0)
-    for shard in range(len(data.train)):
+    passed_over = not_encoded(latents)
+    parts: dict[int, list[Any]] = {}  # image shard -> references to the images that it takes of each data shard
+    for shard in sorted(found):
         rows: dict[int, list[tuple[int, int, int]]] = {}
-        for c, n in log.done(shard).classes.items():
-            if c not in picks:
-                continue
-            positions = picks[c] - before[c]
-            before[c] += n
-            for rank in np.flatnonzero((positions >= 0) & (positions < n)).tolist():
-                rows.setdefault(image_shard[c, rank], []).append((c, int(positions[rank]), rank))
-        if rows:
-            groups = [rows[place] for place in sorted(rows)]
-            url = data.url(data.train[shard])
-            refs = extract.options(num_returns=len(groups)).remote(
-                url, len(data.classes), groups, config.encoder.resize, not_encoded(log.folder, shard)
-            )
-            for place, ref in zip(sorted(rows), refs if len(groups) > 1 else [refs], strict=True):
-                found.setdefault(place, []).append(ref)
+        for c, position, rank in found[shard]:
+            rows.setdefault(image_shard[c, rank], []).append((c, position, rank))
+        places = sorted(rows)
+        url, lost = data.url(data.train[shard]), passed_over.get(shard, frozenset())
+        refs = extract.options(num_returns=len(places)).remote(
+            url, len(data.classes), [rows[place] for place in places], config.encoder.resize, lost
+        )
+        for place, ref in zip(places, refs if len(places) > 1 else [refs], strict=True):
+            parts.setdefault(place, []).append(ref)
     records = []
-    for place in sorted(found):
+    for place in sorted(parts):
         mine = keys[place * size : (place + 1) * size]
         facts = {c: (len(picks[c]), data.classes[c].prompt) for c, _ in mine}
-        records.append(compose.remote(images, place, mine, facts, draw_index, *found[place]))
+        records.append(compose.remote(images, place, mine, facts, draw_index, *parts[place]))
     return ray.get(records)
 
 
-def not_encoded(latents: Folder, shard: int) -> frozenset[str]:
-    """Keys of the pictures of a shard that can be read but have no latent: the log's positions pass them over."""
+def not_encoded(latents: Folder) -> dict[int, frozenset[str]]:
+    """Shard -> keys of its pictures that can be read but have no latent: the log's positions pass them over."""
     quarantine = Folder(posixpath.dirname(latents.uri)) / "quarantine"
-    files = quarantine.names(f"shard-{shard:06d}.latents-*.jsonl")
-    return frozenset(json.loads(line)["key"] for name in files for line in quarantine.read(name).splitlines())
+    found: dict[int, set[str]] = {}
+    for name in quarantine.names("shard-*.latents-*.jsonl"):  # listed once: there may be a file for each shard
+        shard = int(name.partition(".")[0].removeprefix("shard-"))
+        keys = (json.loads(line)["key"] for line in quarantine.read(name).splitlines())
+        found.setdefault(shard, set()).update(keys)
+    return {shard: frozenset(keys) for shard, keys in found.items()}
 
 
 def _extract(
@@ -219,7 +255,7 @@ def _extract(
         For each group (class_id, rank) -> PNG; of a single group its dict alone, as Ray's num_returns wants it.
     """
     wanted = {(c, position): (g, rank) for g, group in enumerate(groups) for c, position, rank in group}
-    seen = dict.fromkeys(range(num_classes), 0)
+    seen: Counter[int] = Counter()
     found: list[dict[Key, bytes]] = [{} for _ in groups]
     for sample in read_samples(url, num_classes, lambda bad: None):  # the encode stage has named each bad one
         if sample.key in passed_over:

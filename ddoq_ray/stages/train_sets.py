@@ -15,6 +15,8 @@ from ddoq_ray.core.labels import make_codec
 from ddoq_ray.samples import BadSample
 from ddoq_ray.stages.label import read_labels
 
+KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
+
 
 @dataclass(frozen=True)
 class Set:
@@ -87,13 +89,16 @@ class SoftLabels:
         self._decoders: dict[str, tuple[Any, Any]] = {}
 
     def read(self, folder: str, epoch: int) -> npt.NDArray[np.uint8]:
-        """uint8 [N, nbytes] of an epoch; kept, since the next seed of the row's set asks for it again."""
+        """uint8 [N, nbytes] of an epoch; kept while there is room, since the next seed of the set asks for it again."""
         if any(name != folder for name, _ in self._read):
             self._read.clear()
         key = (folder, epoch)
-        if key not in self._read:
-            self._read[key] = read_labels(self.run / folder, epoch)
-        return self._read[key]
+        if key in self._read:
+            return self._read[key]
+        found = read_labels(self.run / folder, epoch)
+        if found.nbytes + sum(kept.nbytes for kept in self._read.values()) <= KEPT_BYTES:
+            self._read[key] = found
+        return found
 
     def decode(self, folder: str, packed: npt.NDArray[np.uint8]) -> Any:
         """float32 [B, C] logits on the device, by what is stored beside the labels: no teacher is needed."""

@@ -78,8 +78,9 @@ class Refused:
     def publish(self, run: Folder) -> None:
         """Name each in the run's quarantine; what an earlier reading wrote there goes."""
         quarantine = run / "quarantine"
+        written = {f"val-{shard_name(shard)}.jsonl" for shard in self.shards}
         for name in quarantine.names("val-*.jsonl"):
-            if name not in {f"val-{shard_name(shard)}.jsonl" for shard in self.shards}:
+            if name not in written:
                 quarantine.remove(name)
         for shard, bad in self.shards.items():
             lines = [json.dumps(_line(b)) for b in bad]
@@ -135,7 +136,8 @@ def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UI
     class_ids: list[int] = []
     for image, class_id in scored_images(validation, size, validation.crop, refused):
         if len(class_ids) == len(images):  # more than the index says: a shard that grew since
-            images = np.concatenate([images, np.empty_like(images[:1])])
+            more = max(1, len(images) // 8)  # not one by one, each of which would copy all
+            images = np.concatenate([images, np.empty((more, 3, size, size), np.uint8)])
         images[len(class_ids)] = image
         class_ids.append(class_id)
     return images[: len(class_ids)], np.asarray(class_ids, np.int64)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddoq_ray.config.compose import load_config, to_yaml
+from ddoq_ray.commands.train_prior import TrainPriorConfig, run_by
+from ddoq_ray.config.compose import load_command, load_config, to_yaml
 from ddoq_ray.config.run import run_config
+from ddoq_ray.config.schema import plain
 
 OWN = ["dataset.path=shards", "dataset.val_path=val"]
 NETWORKS = ["prior.path=my-prior", "teacher.path=my-teacher", "student=resnet18-small", "protocol=d4m"]
@@ -74,10 +76,63 @@ def test_a_prior_brings_what_it_is_run_by(tmp_path: Path) -> None:
     for path in (tmp_path, f"file://{tmp_path}"):
         own = load_config([*OWN, *NETWORKS[1:], f"prior.path={path}"]).synthesizer
         assert (own.strength, own.steps, own.guidance) == (0.4, 50, 3.0)
-    for block in ({"synthesizer": {"guidance": None}}, {"synthesizer": None}, {"synthesizer": "guidance"}, []):
+    for block in ({"synthesizer": {"guidance": None}}, {"synthesizer": None}, []):
         (tmp_path / "ddoq_prior.json").write_text(json.dumps(block))
         own = load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).synthesizer
         assert (own.strength, own.guidance) == (0.7, None)
+    for block in ({"synthesizer": "guidance"}, {"synthesizer": {"strength": 7}}, {"encoder": {"resize": "up"}},
+                  {"encoder": {"batch": 3}}):  # fmt: skip
+        (tmp_path / "ddoq_prior.json").write_text(json.dumps(block))
+        with pytest.raises(ValueError, match=r"ddoq_prior\.json"):
+            load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"])
+
+
+def brought(*overrides: str) -> tuple[object, ...]:
+    c = load_config(list(overrides))
+    s = c.synthesizer
+    return s.start, s.strength, s.steps, s.guidance, c.encoder.resize
+
+
+DIGITS, DIT, OTHER = (
+    ("noised", 0.1, 25, 1.0, "squash"), ("noised", 0.7, 50, 4.0, "center-crop"), ("noised", 0.7, 50, None, "squash")
+)  # fmt: skip
+
+
+def test_a_priors_path_brings_the_same_as_its_preset() -> None:
+    for path in ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-256@main", "/models/DiT-XL-2-256"):
+        assert brought(*OWN, *NETWORKS[1:], f"prior.path={path}") == DIT
+    assert brought(*OWN, *NETWORKS[1:], "prior.path=shipped:digits-prior") == DIGITS
+    assert brought(*OWN, *NETWORKS) == brought(*OWN, *NETWORKS, "prior=own") == OTHER
+    # A copy of the hub's that lies elsewhere is run as the preset, or the experiment, says.
+    assert brought(*OWN, *NETWORKS[1:], "prior=dit-xl-2-256", "prior.path=copy") == DIT
+    assert brought(*OWN, "experiment=imagenet-1k-dit", "prior.path=copy") == DIT
+
+
+def test_another_prior_leaves_the_digits_settings_behind(tmp_path: Path) -> None:
+    (tmp_path / "ddoq_prior.json").write_text(json.dumps({"synthesizer": {"steps": 9}, "encoder": {"resize": "pad"}}))
+    for data in ((), ("dataset=digits",), ("experiment=digits",)):
+        assert brought(*data, "prior.path=other") == OTHER
+        assert brought(*data, f"prior.path={tmp_path}") == ("noised", 0.7, 9, None, "pad")
+        assert brought(*data, "prior.path=other", "synthesizer.strength=0.2")[1] == 0.2
+    assert brought("experiment=imagenet-1k-dit", *OWN, f"prior.path={tmp_path}")[2] == 9
+
+
+def test_a_trained_prior_says_what_it_is_run_by(tmp_path: Path) -> None:
+    def told(*overrides: str) -> tuple[object, ...]:
+        block = run_by(load_command(TrainPriorConfig, list(overrides)))
+        (tmp_path / "ddoq_prior.json").write_text(json.dumps(block))
+        return brought(*OWN, *NETWORKS[1:], f"prior.path={tmp_path}")
+
+    photos = ("dataset.path=x", "image_size=32")
+    assert told() == DIGITS
+    assert told(*photos) == ("noised", 0.7, 50, 4.0, "squash")
+    # Without dropped labels the null label has learnt nothing.
+    assert told(*photos, "training.label_dropout=0", "resize=center-crop") == ("noised", 0.7, 50, 1.0, "center-crop")
+
+
+def test_the_main_job_is_what_it_was_to_the_last_key() -> None:
+    """Every value is written out in digits.yaml: none changes unnoticed."""
+    assert plain(load_config()) == yaml.safe_load((Path(__file__).parent / "digits.yaml").read_text())
 
 
 @pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], ["experiment=imagenet-1k-dit", *OWN]])
