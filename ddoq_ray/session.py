@@ -109,25 +109,30 @@ def _join(where: Where, quiet: dict[str, Any]) -> None:
     guard.start()
     try:
         ray.init(address=where.address, **quiet)
-    except AuthenticationError as error:
-        raise ValueError(
-            f"the cluster at {where.address} ({where.source}) refuses this run's token: give RAY_AUTH_MODE and "
-            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as they were given to its `ray start`"
-        ) from error
     except Exception as error:
-        text = " ".join(str(error).split()).removesuffix(".")
-        if "ersion mismatch" in text:
-            raise ValueError(
-                f"the cluster at {where.address} ({where.source}) runs another version than this process: {text}. "
-                "Install the same versions of Ray and Python here and on its nodes"
-            ) from error
-        raise ValueError(
-            f"cannot join the cluster at {where.address} ({where.source}): {type(error).__name__}: {text[:600]}. "
-            "The driver must run on one of its nodes (or be submitted: ray job submit); cluster.address=local starts "
-            "a Ray of this run's own"
-        ) from error
+        raise ValueError(refusal(where, error)) from error
     finally:
         done.set()
+
+
+def refusal(where: Where, error: Exception) -> str:
+    """Why a cluster could not be joined, in words, by what Ray raised."""
+    if isinstance(error, AuthenticationError):
+        return (
+            f"the cluster at {where.address} ({where.source}) refuses this run's token: give RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as they were given to its `ray start`"
+        )
+    text = " ".join(str(error).split()).removesuffix(".")
+    if "ersion mismatch" in text:
+        return (
+            f"the cluster at {where.address} ({where.source}) runs another version than this process: {text}. "
+            "Install the same versions of Ray and Python here and on its nodes"
+        )
+    return (
+        f"cannot join the cluster at {where.address} ({where.source}): {type(error).__name__}: {text[:600]}. "
+        "The driver must run on one of its nodes (or be submitted: ray job submit); cluster.address=local starts "
+        "a Ray of this run's own"
+    )
 
 
 def _bound(where: Where, done: threading.Event) -> None:

@@ -53,7 +53,7 @@ def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
     """
     found: list[str] = []
     # Brackets and braces may be part of a name that is there.
-    for pattern in [path] if "://" not in path and os.path.exists(path) else braceexpand.braceexpand(path):
+    for pattern in [path] if "://" not in path and os.path.exists(path) else _patterns(path, key):
         try:
             names = retried(pattern, partial(_matches, pattern, f"{key}={path}"))
         except ValueError:
@@ -64,6 +64,23 @@ def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
     if not found:
         raise ValueError(f"{key}={path}: no shard matches; expected WebDataset tar shards (*.tar)")
     return list(dict.fromkeys(found))  # patterns may meet in one shard; it is one all the same
+
+
+def _patterns(path: str, key: str) -> list[str]:
+    """The patterns of a brace pattern.
+
+    Raises:
+        ValueError: When it is none, or lists places as other programs do: all but one of them would be lost.
+    """
+    first, several, _ = path.partition("::")
+    if several and ("/" in first or first.endswith(".tar")):  # fsspec's own chains begin with a bare protocol
+        raise ValueError(f"{key}={path}: places are not listed by `::`; write {{first,second}}, or a glob")
+    try:
+        return list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{key}={path} is no brace pattern: {error}; expected such as train-{{0000..0099}}.tar"
+        ) from error
 
 
 def _matches(pattern: str, asked: str) -> list[str]:

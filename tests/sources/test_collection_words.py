@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ddoq_ray.samples import read_classes
+from ddoq_ray.shard_index import train_and_val
+from ddoq_ray.sources.torchvision_sets import TorchvisionSet
 from ddoq_ray.transport import list_shards
 from tests.sources.test_collection_cases import picture, put, rows_of, survey, table, tree
 
@@ -111,3 +115,28 @@ def test_a_class_without_a_name_is_not_called_none(tmp_path: Path) -> None:
     put(tmp_path / "classes.json", b'[{"name": null}, {"name": "dog"}]')
     with pytest.raises(ValueError, match=r"class 0 is.*expected a name"):
         read_classes(str(tmp_path / "classes.json"))
+
+
+def test_lists_of_shards_that_are_no_brace_pattern(tmp_path: Path) -> None:
+    for i in range(2):
+        put(tmp_path / f"s-{i}.tar", b"x")
+    for path, words in (("s-0.tar::{}/s-1.tar", "not listed by `::`"), ("s-{{0..1.tar", "no brace pattern")):
+        with pytest.raises(ValueError, match=words):
+            list_shards(f"{tmp_path}/" + path.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["ValSet-0.tar", "valset_00.tar", "val2017.tar", "ImageNetVal-0.tar", "dev-images.tar"]
+)
+def test_held_out_shards_are_known_by_joined_words(tmp_path: Path, name: str) -> None:
+    for shard in ("train-0.tar", "valley-0.tar", name):
+        put(tmp_path / shard, b"x")
+    train, val = train_and_val(str(tmp_path), None)
+    assert [Path(s).name for s in train] == ["train-0.tar", "valley-0.tar"] and [Path(s).name for s in val] == [name]
+
+
+def test_negative_labels_of_torchvision_are_no_class() -> None:
+    rows = SimpleNamespace(targets=[1, -1, 0], data=np.zeros((3, 2, 2, 3), np.uint8))  # -1 would index the last class
+    listing = TorchvisionSet("CIFAR10", "nowhere", None)._listing(rows, [0, 1])
+    assert listing.class_ids.tolist() == [1, 0] and [r.name for r in listing.refused] == ["000000001"]
+    assert all(r.harmless for r in listing.refused)
