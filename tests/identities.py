@@ -31,8 +31,8 @@ STAGE_OF = {
 MADE_ANEW = {"evaluate", "report", "validation"}
 # Read no configuration, or facts of the networks before any stage begins.
 NO_STAGE = {
-    "__init__", "class_latents", "class_tasks", "codebook", "latent_index", "latent_log", "mapping", "networks",
-    "prepared", "snapshots",
+    "__init__", "class_latents", "class_tasks", "codebook", "constant_images", "latent_index", "latent_log", "mapping",
+    "networks", "prepared", "snapshots",
 }  # fmt: skip
 
 # Stage -> the stages whose digests its identity holds.

@@ -140,6 +140,16 @@ class Autoencoder:
         return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
 
 
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What stands for an autoencoder's config.json in a content digest.
+
+    One with latents_mean and latents_std is marked: versions that overlooked them gave other latents and images of the
+    same files, which must not be taken for these.
+    """
+    by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
+    return config | {"latents": "normalised by channel"} if by_channel else config
+
+
 def load_autoencoder(path: str | os.PathLike[str], **how: Any) -> Autoencoder:
     """Load an autoencoder alone: a prior's, without its denoiser, or one that is saved by itself.
 
@@ -155,7 +165,7 @@ def load_autoencoder(path: str | os.PathLike[str], **how: Any) -> Autoencoder:
     part = "vae" if (folder / "vae").is_dir() else None
     config = read_json(folder / (part or "") / "config.json", "autoencoder")
     network = load_network(network_kind(config, folder), folder, part)
-    return Autoencoder(network, id=content_digest(config, network.state_dict()), **how)
+    return Autoencoder(network, id=content_digest(identity_of(config), network.state_dict()), **how)
 
 
 def network_kind(config: dict[str, Any], folder: Path) -> Any:

@@ -44,7 +44,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         check_teacher(teacher)
     takes_one = True
     if question["student"] is not None:
-        takes_one = check_student(**question["student"])
+        takes_one = check_student(**question["student"], outputs=teacher.num_classes if teacher else 2)
     noise = question["noise"]
     return {
         "prior_id": prior.id,
@@ -109,13 +109,13 @@ def check_teacher(teacher: Classifier) -> None:
         raise ValueError("the teacher answers a grey image with NaN or infinite logits; check teacher.path")
 
 
-def check_student(arch: str, image_size: int) -> bool:
+def check_student(arch: str, image_size: int, outputs: int = 2) -> bool:
     """Run one step's forward and backward of the student; whether it trains on a batch of one image as well.
 
     Raises:
         ValueError: its name is unknown, or it does not fit its image size.
     """
-    student = build_classifier(arch, 2, image_size).train()
+    student = build_classifier(arch, outputs, image_size).train()
     try:
         _step(student, 2, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
-from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, load_network, network_kind
+from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, identity_of, load_network, network_kind
 from ddoq_ray.models.folders import content_digest, read_json
 from ddoq_ray.models.prior import STARTS, NonFiniteImages, Prior, Start
 
@@ -83,7 +83,7 @@ class ClassConditionalPrior(Prior):
         self.classes = classes
         self.latent_shape = (channels, height, width)
         configs = {
-            "vae": dict(vae.config),
+            "vae": identity_of(dict(vae.config)),
             "denoiser": dict(denoiser.config),
             "scheduler": dict(scheduler.config),
         }
@@ -121,7 +121,8 @@ class ClassConditionalPrior(Prior):
             raise ValueError(f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})")
         # The digest covers the files' own configs: a newer diffusers adds defaults to the loaded ones.
         digest = content_digest(
-            {"vae": raw["vae"], "denoiser": raw[part], "scheduler": raw["scheduler"]}, _tensors(vae, denoiser)
+            {"vae": identity_of(raw["vae"]), "denoiser": raw[part], "scheduler": raw["scheduler"]},
+            _tensors(vae, denoiser),
         )
         extra = read_json(folder / PRIOR_JSON, "prior") if (folder / PRIOR_JSON).is_file() else {}
         prior = cls(

@@ -97,6 +97,7 @@ def _headline(results: Mapping[str, Any], lines: list[AccuracyLine], own: str) -
     return {
         "real": count(real),
         "made": count(made),
+        "constant": count(counts.get("constant_images") or None),
         "classes": count(counts.get("classes")),
         "val": count(counts.get("val_images")),
         "val_refused": count(counts.get("val_refused") or None),

@@ -154,7 +154,9 @@ def _ask(question: str, threads: int) -> subprocess.Popen[str]:
 
 
 def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Networks) -> None:
-    """Refuse batches that leave a rank one image where the student's batch norm needs two.
+    """Refuse batches of a single image where the student's batch norm needs two.
+
+    However many ranks share a batch, `ranks.share` leaves none a single image of it, unless it holds only one.
 
     Args:
         sizes: Image sets by name, with their numbers of images.
@@ -164,20 +166,17 @@ def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Network
     """
     if networks.student_takes_one:
         return
-    world = config.cluster.trainer.workers
 
     def smallest(images: int, batch: int) -> int:
-        parts = [min(batch, images)] + ([images % batch] if images % batch else [])
-        return min(part // world for part in parts)  # ranks take every world-th image
+        return min(batch, images, images % batch or batch)
 
     for name, images in sizes.items():
         if images and smallest(images, config.protocol.batch) < 2:
             now = config.protocol.batch  # outwards from it: `full` may have millions of images
-            beside = (b for d in range(max(now, images)) for b in (now - d, now + d) if 2 * world <= b <= images)
+            beside = (b for d in range(max(now, images)) for b in (now - d, now + d) if 2 <= b <= images)
             near = next((b for b in beside if smallest(images, b) >= 2), None)
-            ranks = f" over {world} ranks" if world > 1 else ""
             raise ValueError(
-                f"protocol.batch={config.protocol.batch} leaves a batch{ranks} with less than two images of "
-                f"{name} ({images:,}), and student.arch={config.student.arch} has batch norm, which needs two; "
+                f"protocol.batch={config.protocol.batch} leaves a batch with less than two images of {name} "
+                f"({images:,}), and student.arch={config.student.arch} has batch norm, which needs two; "
                 + (f"use protocol.batch={near}" if near else "use a student without it, such as convnet3")
             )

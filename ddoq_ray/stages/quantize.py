@@ -25,7 +25,7 @@ import ray
 
 from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.quantizer import QuantizerConfig
+from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.records import CodebookWarning
 from ddoq_ray.runtime import Events, Progress, say
@@ -35,10 +35,11 @@ from ddoq_ray.stages.codebook import part_classes, read_record
 from ddoq_ray.stages.latent_log import LatentLog
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
-from ddoq_ray.stages.quantize_memory import ActorDemand, plan_memory, together
+from ddoq_ray.stages.quantize_memory import ActorDemand, log_readings, plan_memory, together
 from ddoq_ray.stages.quantize_worker import Quantizer
 
 WARNINGS_SHOWN = 5
+READINGS_SAID = 8  # of the whole log: more are told before they are begun
 
 
 class Quantizers:
@@ -81,6 +82,8 @@ class Quantizers:
         if config.latents.path and data.train:  # cut by another run: its first shard shows how
             rows = max(c.rows for c in LatentLog(latents).done(0).chunks)
         self.needs = plan_memory(config, algorithm, data, dim, rows, self.parts)
+        if not isinstance(algorithm, ClvqConfig):
+            _say_readings(algorithm, log_readings(data, dim, self.parts))
         settings = Settings(
             ipc=config.ipc,
             seed=config.seed,
@@ -190,6 +193,16 @@ class Quantizers:
         if set(algorithms) - {self.facts["quantizer"]["name"]}:
             events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
         events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
+
+
+def _say_readings(algorithm: QuantizerConfig, times: float) -> None:
+    """A line where an exact algorithm will read the log more often than a user would expect."""
+    if times > READINGS_SAID:
+        say(
+            f"quantize   {algorithm.name} wants whole classes, and the shards hold them mixed: it will read all "
+            f"latents about {times:,.0f} times; quantizer=clvq reads them twice, and dataset.resort=true sorts the "
+            "shards first"
+        )
 
 
 def noise_level(config: RunConfig, algorithm: QuantizerConfig, networks: Networks) -> NoiseLevel | None:

@@ -88,6 +88,25 @@ def plan_memory(
     return needs
 
 
+def log_readings(data: Data, dim: int, actors: Sequence[dict[int, list[int]]]) -> float:
+    """How often the actors of an exact algorithm read the log, in sum: each 512 MiB of their latents by itself.
+
+    In a class-sorted log that is about once. In a class-mixed one it grows with the square of the data: such a run
+    should be told of the ways that do not.
+    """
+    census, read = _Census(data, len(actors), ahead=0), 0
+    for parts in actors:
+        pending = Pending(census.samples)
+        for part, classes in parts.items():
+            for c in classes:
+                if pending.parts and 2 * dim * (pending.own + int(census.images[c])) > READ_BYTES:
+                    read += pending.held
+                    pending.clear()
+                pending.add(part, int(census.images[c]), [census.shards[c]])
+        read += pending.held
+    return read / max(1, int(census.samples.sum()))
+
+
 def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int, gpu: bool) -> float:
     """Working memory, beside its fp16 latents, of a class of n images that an exact algorithm was asked for."""
     kind = algorithm_of(algorithm, n, dim, k, together=gpu)

@@ -217,6 +217,7 @@ def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, 
         "train_images": sum(s.samples for s in data.train),
         "classes": len(data.classes),
         "distilled_images": images["items"] if images else 0,
+        "constant_images": images.get("constant", 0) if images else 0,
         "val_images": rows[0]["val_images"] if rows else indexed,
         "val_refused": rows[0].get("val_refused", 0) if rows else unscored,
     }

@@ -20,11 +20,13 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.core.rng import philox
+from ddoq_ray.distilled import read_images
 from ddoq_ray.elastic import run_elastic
 from ddoq_ray.records import ImageUnit, binary_rows
 from ddoq_ray.runtime import Events, Progress, device, pin_threads
 from ddoq_ray.samples import encode_png, write_tar
 from ddoq_ray.stages.codebook import part_files, read_layout, read_part
+from ddoq_ray.stages.constant_images import check_constant, constant_facts
 from ddoq_ray.stages.latent_log import noise_of
 from ddoq_ray.stages.networks import Networks
 from ddoq_ray.stages.prepare import Data
@@ -100,6 +102,7 @@ class Decoder:
         # Centroids of noised latents are at the strength's level already.
         start = self.options.start if noise_of(self.run_folder / job.folder / "codebook") is None else "given"
         members: list[tuple[str, bytes]] = []
+        pictures: list[np.ndarray] = []
         for first in range(0, len(keys), self.options.batch):
             inner = keys[first : first + self.options.batch]
             z = torch.from_numpy(np.stack([rows[k][0] for k in inner]).reshape(-1, *shape))
@@ -130,8 +133,8 @@ class Decoder:
                     f"{len(error.rows) - 1} more of its batch became NaN or infinite; the prior is damaged, or "
                     "guidance and strength are beyond what it bears: check prior.path, or lower synthesizer.guidance"
                 ) from None
-            pictures = made.numpy()
-            for (c, k), picture in zip(inner, pictures, strict=True):
+            pictures += list(made.numpy())
+            for (c, k), picture in zip(inner, made.numpy(), strict=True):
                 name = f"{c:05d}-{k:04d}"
                 facts = {"centroid_id": k, "weight": rows[c, k][1], "prompt": self.classes[c][1], "seed": self.seed}
                 members += [
@@ -141,7 +144,7 @@ class Decoder:
                 ]
         tar = write_tar(members)
         self.run_folder.publish(f"{job.name}.tar", tar)
-        return _record(unit, tar)
+        return _record(unit, tar) | constant_facts(zip(keys, pictures, strict=True))
 
 
 def _check_finite(z: Any, keys: list[tuple[int, int]], classes: list[tuple[int, str]], what: str) -> None:
@@ -208,6 +211,7 @@ def run(
     for f in todo:
         ordered = [shards[j.name] for j in jobs if j.folder == f]
         images = sum(s["images"] for s in ordered)
+        constant = check_constant(f or "the run", ordered, [c.prompt for c in data.classes])
         artifacts[f].finish(
             facts[f],
             # The sets share the workers; a set's share of the time is its share of the images.
@@ -216,6 +220,7 @@ def run(
             unit="images",
             bytes=sum(s["bytes"] for s in ordered),
             shards=ordered,
+            **constant,
             digest=digest_of([s["sha256"] for s in ordered]),
             environment=networks.environment,
         )
@@ -228,7 +233,8 @@ def _published(run_folder: Folder, job: Job) -> dict[str, Any] | None:
     name = f"{job.name}.tar"
     if not run_folder.exists(name):
         return None
-    return _record(job.unit, run_folder.read(name))
+    pictures = (((i.class_id, i.centroid_id), np.asarray(i.picture)) for i in read_images([run_folder.path(name)]))
+    return _record(job.unit, run_folder.read(name)) | constant_facts(pictures)
 
 
 def _record(unit: ImageUnit, tar: bytes) -> dict[str, Any]:

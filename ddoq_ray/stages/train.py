@@ -19,7 +19,7 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.records import StudentRow
 from ddoq_ray.runtime import Events, Progress, say
 from ddoq_ray.stages.label import check_scored
-from ddoq_ray.stages.networks import Networks
+from ddoq_ray.stages.networks import Networks, check_batches
 from ddoq_ray.stages.prepare import Data
 from ddoq_ray.stages.train_failures import own_words, worth_retrying
 from ddoq_ray.stages.train_worker import Job, train_loop
@@ -86,6 +86,9 @@ def run(
         label = inputs.manifest(folder, "label")
         check_scored(config, run_folder, label)
         _check_labels(run_folder / folder, label, columns, networks)
+    # As they were made: classes with fewer distinct images than centroids leave another last batch than was planned.
+    made = {row.images: inputs.manifest(row.images, "synthesize")["items"] for row in rows if row.images != "data"}
+    check_batches(made, config, networks)
     todo = []
     for row in rows:
         facts = row_identity(config, row, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DModel
 
-from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
+from ddoq_ray.models.autoencoder import Autoencoder, identity_of, load_autoencoder
+from ddoq_ray.models.folders import content_digest
 from ddoq_ray.models.prior import load_prior
 
 
@@ -133,3 +135,18 @@ def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
         load_autoencoder(tmp_path)
     with pytest.raises(ValueError, match="dtype"):
         Autoencoder(tiny_taesd(), dtype="float64")
+
+
+def test_statistics_by_channel_are_part_of_what_an_autoencoder_is(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Earlier versions overlooked them: what they made is not taken for this; what others made stays."""
+    plain = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5}
+    assert identity_of(plain) == plain and identity_of(plain | {"latents_mean": None, "latents_std": None}).keys() == {
+        *plain, "latents_mean", "latents_std",
+    }  # fmt: skip
+    shutil.copytree(folders["kl"], tmp_path / "kl")
+    config = json.loads((tmp_path / "kl/config.json").read_text())
+    assert load_autoencoder(tmp_path / "kl").id == load_autoencoder(folders["kl"]).id
+    config |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    (tmp_path / "kl/config.json").write_text(json.dumps(config))
+    found = load_autoencoder(tmp_path / "kl")
+    assert found.id != content_digest(config, found.network.state_dict())  # what earlier versions called it

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
 from ddoq_ray.models.folders import resolve_folder
 from ddoq_ray.models.inspect import check_student, describe
+from ddoq_ray.models.prior import STARTS
 from ddoq_ray.stages.networks import Inquiry, Networks, check_batches
+from ddoq_ray.stages.ranks import share
 
 
 def question(**changes: Any) -> dict[str, Any]:
@@ -67,6 +71,58 @@ def test_batch_norm_refuses_a_batch_of_one_and_the_run_says_so() -> None:
     ):
         check_batches({"the set": 10}, config, facts)
     check_batches({"the set": 11}, config, facts)
+
+
+@pytest.mark.parametrize(("batch", "images", "works"), [
+    (4, 8, True), (4, 9, False), (4, 11, True), (1, 8, False), (100, 1, False), (100, 2, True), (100, 3, True),
+])  # fmt: skip
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_last_batch_is_the_one_that_training_takes(batch: int, images: int, works: bool, workers: int) -> None:
+    """Refused where, and only where, the ranks' shares of an epoch's batches hold a single image."""
+    facts = Networks("", (4,), 8, None, 10, None, None, None, 0, 0, {}, student_takes_one=False)
+    config = load_config([f"protocol.batch={batch}", f"cluster.trainer.workers={workers}"])
+    batches = [np.arange(images)[first : first + batch] for first in range(0, images, batch)]
+    shares = [len(share(b, rank, workers)) for b in batches for rank in range(workers)]
+    assert works == (1 not in shares)
+    if works:
+        check_batches({"the set": images}, config, facts)
+        return
+    with pytest.raises(ValueError, match="less than two images") as error:
+        check_batches({"the set": images}, config, facts)
+    if "use protocol.batch=" in str(error.value):
+        near = int(str(error.value).rpartition("=")[2])
+        check_batches({"the set": images}, load_config([f"protocol.batch={near}"]), facts)
+    else:
+        assert images == 1
+
+
+def test_the_student_is_tried_with_the_outputs_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+
+    def build(arch: str, outputs: int, size: int) -> Any:
+        built.append(outputs)
+        return build_classifier(arch, outputs, size)
+
+    monkeypatch.setattr(inspect, "build_classifier", build)
+    student = {"arch": "convnet3-w8", "image_size": 16}
+    facts = describe(question(teacher="shipped:digits-teacher", student=student))
+    assert built == [facts["teacher_outputs"]] == [10]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_centroids_of_noised_latents_are_denoised_from_their_own_level_or_refused(start: str) -> None:
+    keys = ["quantizer=gram", "quantizer.noise_level=0.2", f"synthesizer.start={start}"]
+    if start == "noised":
+        config = load_config([*keys, "synthesizer.strength=0.2"])
+        asked = {"start": "given", "strength": 0.2, "steps": config.synthesizer.steps, "guidance": 1.0}
+        noise = [0.2, config.synthesizer.steps]
+        signal, sigma = describe(question(noise=noise, synthesizer=asked))["noise_scales"]
+        assert 0 < sigma < signal < 1
+        keys, start = keys[:-1], "noised"
+    with pytest.raises(
+        ValueError, match=rf"noise_level=0\.2 with synthesizer\.start={start}.*expected .*strength=0\.2"
+    ):
+        load_config([*keys, "synthesizer.strength=0.4"])
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
