@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import statistics
 import tarfile
 from collections import Counter
@@ -18,7 +17,7 @@ import fsspec
 
 from ddoq_ray.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.records import ClassCounts, LabelsOutside, ShardInfo
-from ddoq_ray.split_words import SPLIT_WORDS
+from ddoq_ray.split_words import SPLIT_WORDS, tokens
 from ddoq_ray.tar_samples import DAMAGE, BadSample, labelled, open_samples
 from ddoq_ray.transport import list_shards, open_shard
 
@@ -142,7 +141,7 @@ def split_of(shard: str) -> str | None:
     """`train`, `val` or `test` when a word of a shard's name says so, else a word of its folder's; None without one."""
     folder, _, name = shard.rpartition("/")
     for part in (name, folder.rpartition("/")[2]):
-        said = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_WORDS}
+        said = {SPLIT_WORDS[word] for word in tokens(part) if word in SPLIT_WORDS}
         for split in ("train", "val", "test"):
             if split in said:
                 return split

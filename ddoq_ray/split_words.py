@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SPLIT_WORDS = {
     word: split
     for split, words in {
@@ -11,3 +13,23 @@ SPLIT_WORDS = {
     }.items()
     for word in words.split()
 }
+# What may stand beside such a word without making another thing of it; a "test tube" is no test.
+FILLERS = frozenset((
+    "set", "sets", "image", "images", "img", "imgs", "data", "dataset", "split", "splits", "photo", "photos", "picture",
+    "pictures", "pics", "sample", "samples", "folder", "part", "subset", "full", "small", "raw", "original", "public",
+    "private", "jpg", "jpeg", "png", "files", "the",
+))  # fmt: skip
+_TOKEN = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z]")
+
+
+def tokens(name: str) -> list[str]:
+    """The words of a name in lower case, numbers left out.
+
+    >>> tokens("TrainImages_2017"), tokens("VAL"), tokens("testset-1")
+    (['train', 'images'], ['val'], ['test', 'set'])
+    """
+    out = []
+    for token in map(str.lower, _TOKEN.findall(name)):
+        inner = next((f for f in FILLERS if token.endswith(f) and token[: -len(f)].rstrip("s") in SPLIT_WORDS), None)
+        out += [token] if inner is None or token in SPLIT_WORDS else [token[: -len(inner)], inner]
+    return out

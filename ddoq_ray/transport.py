@@ -12,6 +12,7 @@ The object's own size says where it ends: fewer bytes than that are an error of 
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import os
 import random
@@ -51,7 +52,8 @@ def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
         ValueError: When the path does not exist, cannot be listed, or holds no shard.
     """
     found: list[str] = []
-    for pattern in braceexpand.braceexpand(path):
+    # Brackets and braces may be part of a name that is there.
+    for pattern in [path] if "://" not in path and os.path.exists(path) else _patterns(path, key):
         try:
             names = retried(pattern, partial(_matches, pattern, f"{key}={path}"))
         except ValueError:
@@ -61,7 +63,24 @@ def list_shards(path: str, *, key: str = "dataset.path") -> list[str]:
         found += names
     if not found:
         raise ValueError(f"{key}={path}: no shard matches; expected WebDataset tar shards (*.tar)")
-    return found
+    return list(dict.fromkeys(found))  # patterns may meet in one shard; it is one all the same
+
+
+def _patterns(path: str, key: str) -> list[str]:
+    """The patterns of a brace pattern.
+
+    Raises:
+        ValueError: When it is none, or lists places as other programs do: all but one of them would be lost.
+    """
+    first, several, _ = path.partition("::")
+    if several and ("/" in first or first.endswith(".tar")):  # fsspec's own chains begin with a bare protocol
+        raise ValueError(f"{key}={path}: places are not listed by `::`; write {{first,second}}, or a glob")
+    try:
+        return list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{key}={path} is no brace pattern: {error}; expected such as train-{{0000..0099}}.tar"
+        ) from error
 
 
 def _matches(pattern: str, asked: str) -> list[str]:
@@ -71,12 +90,14 @@ def _matches(pattern: str, asked: str) -> list[str]:
         raise ValueError(f"{asked}: {error}") from error
     fs.invalidate_cache()  # listings of this process, to which others may have added
     try:
-        if any(ch in root for ch in "*?["):
+        there = _is_local(fs) and os.path.exists(root)
+        if not there and any(ch in root for ch in "*?["):
             names = sorted(fs.glob(root))
         elif _is_folder(fs, root):
-            names = sorted(fs.glob(root.rstrip("/") + "/*.tar"))
+            inside = glob.escape(root) if there else root
+            names = sorted(fs.glob(inside.rstrip("/") + "/*.tar"))
             if not names:
-                raise ValueError(f"{asked}: the folder {root} holds no *.tar shard; expected WebDataset shards")
+                raise ValueError(f"{asked}: the folder {root} holds no *.tar shard, and no images or tables")
         else:
             names = [root]
     except (FileNotFoundError, NotADirectoryError) as error:

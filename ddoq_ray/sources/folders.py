@@ -12,7 +12,7 @@ from ddoq_ray.artifacts import Folder
 from ddoq_ray.records import ClassInfo
 from ddoq_ray.sources.classes import class_list, escaped, given_classes, shown, text_of
 from ddoq_ray.sources.contents import not_images, unread_notes
-from ddoq_ray.sources.layout import Layout, check_depth, check_order, check_shelf, find_layout
+from ddoq_ray.sources.layout import Layout, check_depth, check_order, check_shelf, find_layout, no_class_folder
 from ddoq_ray.sources.listing import (
     NO_CLASS_IMAGE,
     NO_LABEL,
@@ -66,10 +66,7 @@ class ImageFolder(Source):
         root, (train, _) = trees["train"].root, by_class["train"]
         hint = table_hint(self.root)
         if not train:
-            raise ValueError(
-                f"dataset.path={root}: no class folder in it; expected <class>/<image files>, train/ and "
-                f"val/ trees of such folders, or a metadata.csv with file_name and a label{hint}"
-            )
+            raise ValueError(f"dataset.path={root}: {no_class_folder(trees['train'].files, hint)}")
         usable = {split: _usable(tree, by_class[split][0]) for split, tree in trees.items()}
         if not usable["train"]:
             raise ValueError(f"dataset.path={root}: no image file in {len(train)} class folders")

@@ -104,6 +104,16 @@ def has_image(root: str) -> bool:
     return any(image_extension(name) is not None for _, _, files in walk(root) for name, _ in files)
 
 
+def no_class_folder(files: Collection[str], hint: str = "") -> str:
+    """What to say of a folder without a folder in it: its images may lie there by themselves."""
+    flat = sorted(name for name in files if "/" not in name and image_extension(name) is not None)
+    there = f"{len(flat):,} images directly in it ({shown(flat, 3)}), and " if flat else ""
+    return (
+        f"{there}no class folder; expected <class>/<image files>, train/ and val/ trees of such folders, or a "
+        f"metadata.csv with file_name and a label{hint}"
+    )
+
+
 def check_depth(root: str, images: Sequence[str], key: str = "dataset.path", hint: str = "") -> None:
     """Ask about a single class folder: its folders may be the classes, or splits, or there are no classes at all.
 

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
+from ddoq_ray.split_words import FILLERS, tokens
 from ddoq_ray.split_words import SPLIT_WORDS as _WORDS
-
-# What may stand beside such a word without making another thing of it; a "test tube" is no test.
-_FILLERS = frozenset((
-    "set", "sets", "image", "images", "img", "imgs", "data", "dataset", "split", "splits", "photo", "photos", "picture",
-    "pictures", "pics", "sample", "samples", "folder", "part", "subset", "full", "small", "raw", "original", "public",
-    "private", "jpg", "jpeg", "png", "files", "the",
-))  # fmt: skip
-_TOKEN = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z]")
-
-
-def _tokens(name: str) -> list[str]:
-    """The words of a name in lower case, numbers left out.
-
-    >>> _tokens("TrainImages_2017"), _tokens("VAL"), _tokens("testset-1")
-    (['train', 'images'], ['val'], ['test', 'set'])
-    """
-    out = []
-    for token in map(str.lower, _TOKEN.findall(name)):
-        inner = next((f for f in _FILLERS if token.endswith(f) and token[: -len(f)].rstrip("s") in _WORDS), None)
-        out += [token] if inner is None or token in _WORDS else [token[: -len(inner)], inner]
-    return out
 
 
 def _reading(name: str) -> tuple[str | None, tuple[str, ...]]:
     """(the split that a name has a word of, its words that say something else)."""
-    tokens = _tokens(name)
-    found = {_WORDS[t] for t in tokens if t in _WORDS}
+    words = tokens(name)
+    found = {_WORDS[t] for t in words if t in _WORDS}
     if found == {"train", "val"}:  # train_val: all that is not for the test
         found = {"train"}
-    rest = tuple(t for t in tokens if t not in _WORDS and t not in _FILLERS)
+    rest = tuple(t for t in words if t not in _WORDS and t not in FILLERS)
     return (found.pop() if len(found) == 1 else None), rest
 
 

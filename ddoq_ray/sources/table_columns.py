@@ -109,7 +109,7 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
             f"{file}: which column is the image? Candidates: {shown(images) or 'none'}; expected a column of "
             "struct{bytes, path} or binary; say which by dataset.image_column=NAME"
         )
-    able = [n for n, kind in fields.items() if _may_be_label(kind)]
+    able = [n for n, kind in fields.items() if _may_be_label(kind) and not n.startswith("__")]
     labels = [n for n in fields if kinds.get(n) == "ClassLabel"]
     for choice in (["label"], _LABELS, [n for n in able if not pa.types.is_floating(fields[n])], able):
         labels = labels or [n for n in able if n.lower() in choice or n in choice]

@@ -28,7 +28,10 @@ def is_table(name: str) -> bool:
 def tables_below(root: str) -> list[str]:
     """Names of the table files in a folder, relative to it, sorted.
 
-    Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant.
+    Where there is a state.json, as save_to_disk writes it, only the files that it lists are meant, and all of them.
+
+    Raises:
+        ValueError: When some of those are not there, or it was saved with rows chosen or in another order.
     """
     found: list[str] = []
     for here, folders, files in walk(root):
@@ -37,6 +40,12 @@ def tables_below(root: str) -> list[str]:
         names = [posixpath.join(here, name) for name, _ in files if is_table(name)]
         if any(name == "state.json" for name, _ in files):
             meant = _listed(posixpath.join(root, here, "state.json"))
+            lost = sorted(meant - {name for name, _ in files})
+            if lost:
+                raise ValueError(
+                    f"{posixpath.join(root, here)}: {len(lost)} of the {len(meant)} files that its state.json lists "
+                    f"are not there: {shown(lost, 3)}; bring them back, or save the data set anew"
+                )
             names = [n for n in names if not meant or posixpath.basename(n) in meant]
             missing = sorted(meant - {name for name, _ in files})
             if missing:

@@ -63,6 +63,10 @@ def _walk_disk(
     for entry in there:
         try:
             found = entry.stat()
+        except PermissionError as error:
+            raise ValueError(
+                f"no permission to look into {here}; mend its permissions, or move it out of the source"
+            ) from error
         except OSError:  # a link to nothing: reading it will say so
             files.append((entry.name, 0))
             continue
