@@ -67,7 +67,7 @@ def read_classes(path: str) -> list[ClassInfo]:
         if isinstance(row, str):
             name = unicodedata.normalize("NFC", row)  # Macs write names in another form than others
             classes.append(ClassInfo(i, name, name))
-        elif isinstance(row, dict) and isinstance(row.get("name"), str):
+        elif isinstance(row, dict) and "name" in row:
             unknown = set(row) - {"class_id", "name", "prompt", "teacher_index", "prior_label"}
             if unknown:
                 raise ValueError(

@@ -78,5 +78,5 @@ def test_what_ray_has_no_room_for_is_read_from_it(ray_here: None) -> None:
     ],
 )
 def test_a_cluster_that_refuses_is_told_in_words(error: Exception, words: list[str]) -> None:
-    told = session.refusal(Where("head:6379", "RAY_ADDRESS"), error)
+    told = session.refused_words(Where("head:6379", "RAY_ADDRESS"), error)
     assert all(w in told for w in ["head:6379", "RAY_ADDRESS", *words])

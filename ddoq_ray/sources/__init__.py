@@ -10,14 +10,11 @@ from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.sources.archives import refuse_archive
 from ddoq_ray.sources.contents import not_images
 from ddoq_ray.sources.digits import DIGIT_NAMES, DIGIT_SPLITS, digits
-from ddoq_ray.sources.layout import no_class_folder
 from ddoq_ray.sources.listing import Source, absolute, image_extension
 from ddoq_ray.sources.metadata import is_metadata
 from ddoq_ray.sources.table_files import is_table
 from ddoq_ray.sources.tree import leftover, top, walk
 from ddoq_ray.sources.unread_places import refuse_unread
-
-_LOOKED_INTO = 20  # folders, for what they hold instead of images
 
 __all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source"]
 

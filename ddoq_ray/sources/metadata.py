@@ -9,14 +9,12 @@ import math
 import posixpath
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import fsspec
-import pyarrow as pa
 
 from ddoq_ray.picture_kinds import LFS_POINTER
 from ddoq_ray.records import ClassInfo

@@ -109,13 +109,6 @@ class Parquet(Containers):
             inside = {n for n in numbers if n >= 0 and (count is None or n < count)}
             classes = numbered_classes(inside, names, given, self.path)
             return classes, {n: n for n in inside}
-        numbers, words = ([v for v in every if isinstance(v, kind)] for kind in (int, str))
-        if numbers and words:
-            raise ValueError(
-                f"dataset.path={self.path}: some files have numbers for labels ({shown(sorted(numbers), 3)}), others "
-                f"names ({shown(sorted(words), 3)}), and which number is which name is not said; write them alike, or "
-                "give the files of one kind by a pattern"
-            )
         texts = {split: {None if v is None else str(v) for v in part} for split, part in labels.items()}
         meant = usable_labels(set().union(*texts.values()), self.path)
         used = {split: {meant[t] for t in part} for split, part in texts.items()}

@@ -58,7 +58,6 @@ def survey_tables(
             f"{shown(missing)} has no metadata.csv or metadata.jsonl, but the other split has one; give each its "
             "own, or one above both with the splits in its file names"
         )
-    _check_names(root, found)
     notes: list[str] = []
     parts = _by_split(root, trees, found, notes)
     meant = usable_labels({r.label for rows in parts.values() for r in rows.values()}, root)
@@ -97,16 +96,6 @@ def survey_tables(
     if val is not None and not val.names:
         train.refused, val = [*train.refused, *val.refused], None
     return Survey(classes, train, val, notes)
-
-
-def _check_names(root: str, found: dict[str, _Labels]) -> None:
-    """Refuse tables that name none of the files: they are another's, or write the names in a form of their own."""
-    absent = [name for labels in found.values() for name in labels.absent]
-    if absent and not any(labels.rows for labels in found.values()):
-        raise ValueError(
-            f"{root}: none of the {len(absent):,} files that its metadata names is there, such as {shown(absent, 2)}; "
-            "expected in file_name the path of each image from the table's folder, with its ending"
-        )
 
 
 def _read(tree: Tree, label_column: str | None) -> _Labels:

@@ -22,10 +22,10 @@ from tests.sources.test_collection_cases import picture, put, rows_of, survey, t
 @pytest.mark.parametrize("names", [("1.png", "2.png"), ("cat.1.png", "dog.1.png")])
 def test_images_in_no_class_folder_are_not_called_missing(tmp_path: Path, names: tuple[str, ...]) -> None:
     tree(tmp_path / "a", *names)
-    with pytest.raises(ValueError, match=r"2 images directly in it.*no class folder"):
+    with pytest.raises(ValueError, match=r"holds 2 images in no class folder"):
         survey(tmp_path / "a")
     tree(tmp_path / "b", "train/cat/1.png", "train/dog/1.png", *(f"val/{n}" for n in names))
-    with pytest.raises(ValueError, match=r"2 images directly in it.*no class folder.*dataset.heldout"):
+    with pytest.raises(ValueError, match=r"holds 2 images in no class folder.*dataset.heldout"):
         survey(tmp_path / "b")
 
 
@@ -47,14 +47,14 @@ def test_a_column_of_splits_that_says_no_split_of_some_rows(tmp_path: Path, valu
     tree(tmp_path, *(f"images/{i}.png" for i in range(6)))
     rows = "".join(f"images/{i}.png,{['cat', 'dog'][i % 2]},{values[i % 3]}\n" for i in range(6))
     (tmp_path / "metadata.csv").write_text("file_name,label,split\n" + rows)
-    with pytest.raises(ValueError, match=r"2 of 6 rows have split="):
+    with pytest.raises(ValueError, match=r"2 of 6 rows have a split"):
         survey(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["{}", "../elsewhere/{}.png", "images/{}"])
 def test_a_table_of_other_names_is_told_apart_from_one_without_labels(tmp_path: Path, form: str) -> None:
     tree(tmp_path, *(f"images/{i}.png" for i in range(4)))
-    with pytest.raises(ValueError, match=r"none of the 4 files that its metadata names is there"):
+    with pytest.raises(ValueError, match=r"none of the 4 images that its metadata names is there"):
         survey(table(tmp_path, [(form.format(i), ["cat", "dog"][i % 2]) for i in range(4)]))
 
 
@@ -64,7 +64,7 @@ def test_tables_without_rows_or_damaged(tmp_path: Path) -> None:
         survey(table(tmp_path, []))
     (tmp_path / "metadata.csv").unlink()
     put(tmp_path / "metadata.parquet", b"PAR1xxxx")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
+    with pytest.raises(ValueError, match="is not a parquet file, or is damaged"):
         survey(tmp_path)
 
 
@@ -79,7 +79,7 @@ def saved(root: Path, state: dict) -> Path:
 
 def test_a_saved_dataset_of_which_a_part_is_gone_or_rows_were_chosen(tmp_path: Path) -> None:
     files = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
-    with pytest.raises(ValueError, match=r"1 of the 2 files.*data-00001-of-00002\.arrow"):
+    with pytest.raises(ValueError, match=r"names 1 files that are not there.*data-00001-of-00002\.arrow"):
         survey(saved(tmp_path / "a", {"_data_files": files}))
     with pytest.raises(ValueError, match="flatten_indices"):
         survey(saved(tmp_path / "b", {"_data_files": files[:1], "_indices_files": [{"filename": "i.arrow"}]}))
@@ -90,7 +90,7 @@ def test_parquet_labels_that_are_none(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     pq.write_table(rows_of([0, 1]), tmp_path / "mixed/train-0.parquet")
     pq.write_table(rows_of(["cat", "dog"]), tmp_path / "mixed/train-1.parquet")
-    with pytest.raises(ValueError, match=r"numbers for labels.*others names"):
+    with pytest.raises(ValueError, match=r"labels are numbers here and names there"):
         survey(tmp_path / "mixed")
     rows = rows_of(list(range(12)))
     pq.write_table(rows.rename_columns(["image", "id"]), tmp_path / "id/train-0.parquet")
@@ -113,7 +113,7 @@ def test_brackets_and_braces_in_a_shard_folder_and_a_shard_listed_twice(tmp_path
 
 def test_a_class_without_a_name_is_not_called_none(tmp_path: Path) -> None:
     put(tmp_path / "classes.json", b'[{"name": null}, {"name": "dog"}]')
-    with pytest.raises(ValueError, match=r"class 0 is.*expected a name"):
+    with pytest.raises(ValueError, match=r"class 0 has name=None; expected a text"):
         read_classes(str(tmp_path / "classes.json"))
 
 
