@@ -171,6 +171,11 @@ def _dispatch(command: str, args: list[str]) -> None:
     elif command == "run" or command in STAGES:
         from ddoq_ray.config.compose import load_config
 
+        for odd in (a for a in args if any("\ud800" <= ch <= "\udfff" for ch in a)):  # Ray records the command as text
+            raise ValueError(
+                f"{odd.encode('utf-8', 'backslashreplace').decode()} is no UTF-8: set LC_ALL=C.UTF-8 (or PYTHONUTF8=1) "
+                "where the terminal has another; a folder whose name is no UTF-8 needs a link with a plain name"
+            )
         if command != "run":
             if any(a.startswith("stages=") for a in args):
                 raise ValueError(f"`ddoq-ray {command}` is one stage; leave stages= out, or leave the command out")

@@ -80,3 +80,9 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert (out.returncode, out.stdout) == (2, "")
     assert "ipcc" in out.stderr and "Traceback" not in out.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_an_argument_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["stages=[prepare]", "dataset.path=/caf\udce9"]) == 2
+    err = capsys.readouterr().err
+    assert "dataset.path=/caf\\udce9 is no UTF-8" in err and "LC_ALL=C.UTF-8" in err

@@ -74,8 +74,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{what}: expected the file {path.name} in {path.parent}, found none") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{what}: {path} is not valid JSON ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{what}: {path} cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected a JSON object in {path}, got {type(value).__name__}")
     return value
