@@ -16,6 +16,7 @@ from ddoq_ray.stages.latent_index import LatentIndex
 
 PART = 0.25  # of a node's memory that the latents of one task may take
 BASE_BYTES = 256 << 20  # of the worker's process
+ROUND_BYTES = 128 << 20  # so that most tasks ask for the same: Ray keeps a queue for each kind of demand
 UNKNOWN_BYTES = 2 * GIB  # of latents, where no node says what memory it has
 
 
@@ -53,6 +54,7 @@ def readings(
         sizes = [int(counts[c]) for part in group for c in parts[part] if c < len(counts)]
         # In fp16, once more while a class's pieces are joined, that class in float32 and in float64, and one file.
         need = BASE_BYTES + 2 * FILE_BYTES + 2 * dim * sum(sizes) + 14 * dim * max(sizes, default=0)
+        need += -need % ROUND_BYTES
         shards = index.holding([c for part in group for c in parts[part]])
         made.append(Reading(tuple(group), shards, {"memory": int(min(need, least))} if least else {}))
     return made
