@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import pickle
 import tempfile
@@ -109,10 +110,17 @@ def put(folder: Folder, name: str, data: bytes = b"") -> None:
     path.write_bytes(data)
 
 
-def make_world(run: Folder, order: str, shards: int, classes: int, samples: int, ipc: int) -> World:
-    """The records that stages leave behind: shards, quarantine, done records, codebook parts, manifests, labels."""
+@functools.cache
+def settings(ipc: int) -> tuple[RunConfig, QuantizerConfig]:
+    """The run's settings, and an algorithm that reads no latents while it keeps its books."""
     chosen = ("baselines=[]", "small_class=cap", "protocol.steps=null", "protocol.epochs=300", "num_seeds=5")
     config = load_config([f"ipc={ipc}", f"quantizer.num_shards={ACTORS}", *chosen])
+    return config, load_config(["quantizer=gram", "baselines=[]"]).quantizer
+
+
+def make_world(run: Folder, order: str, shards: int, classes: int, samples: int, ipc: int) -> World:
+    """The records that stages leave behind: shards, quarantine, done records, codebook parts, manifests, labels."""
+    config, exact = settings(ipc)
     infos = []
     for shard, counts in enumerate(class_counts(order, shards, classes, samples)):
         put(run, f"shards/{shard:06d}.tar")
@@ -136,7 +144,6 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
     for epoch in range(LABELLED):
         for shard in shown:
             put(run / "labels", f"epoch-{epoch:04d}/{shard['name']}.parquet")
-    exact = load_config(["quantizer=gram", "baselines=[]"]).quantizer
     return World(run, config, listed, infos, infos[: -(-shards // 20)], networks, exact)
 
 
@@ -233,8 +240,8 @@ class Bookkeeper(Quantizer.__ray_actor_class__):  # type: ignore[misc]
 def keep_books(w: World) -> None:
     """One of the actors, told of each shard as it is done. No part of the driver, but as often as the driver speaks."""
     keys = {"ipc": w.config.ipc, "seed": 0, "small_class": "cap", "prior_id": "prior", "identity": "books"}
-    settings = Settings(threads=1, latent_shape=SHAPE, num_actors=ACTORS, **keys)  # type: ignore[arg-type]
-    actor = Bookkeeper(w.run / "books", w.latents, w.run / "data", w.quantizers.parts[0], w.exact, settings)
+    told = Settings(threads=1, latent_shape=SHAPE, num_actors=ACTORS, **keys)  # type: ignore[arg-type]
+    actor = Bookkeeper(w.run / "books", w.latents, w.run / "data", w.quantizers.parts[0], w.exact, told)
     done = np.zeros(len(w.train), np.uint8)
     for shard in range(len(w.train)):
         done[shard] = 1
