@@ -269,7 +269,7 @@ def draw_images(w: World) -> None:
 
 def plan_images(w: World) -> None:
     jobs = synthesize.image_jobs(w.run, "", w.config.synthesizer.shard_images)
-    assert all(synthesize._published(w.run, job) is None for job in jobs)
+    assert not synthesize._published(w.run, jobs)
     records = {j.name: synthesize._record(j.unit, b"") for j in jobs}
     digest_of([records[j.name]["sha256"] for j in jobs])
 

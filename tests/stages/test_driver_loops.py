@@ -90,6 +90,7 @@ def test_twice_the_shards_and_classes_are_twice_the_work(tmp_path: Path, order: 
         assert seen["done records"] in (0, size) or what.startswith("quantize: books"), (what, seen)
     assert small["latent index"]["done records"] == small["encode: done records, manifest"]["done records"] == size
     assert small["prepare: shards.json and class list read"]["shard rows"] == size + -(-size // 20)
+    assert not small["synthesize: image shards planned"]["exists"]  # a request for each, where a listing says it
     told = small["train: what workers are told"]
     assert told["read"] == 2 and not told["shard rows"], told  # five students, one manifest of images and one of labels
 
