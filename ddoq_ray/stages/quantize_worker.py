@@ -230,11 +230,7 @@ class Quantizer:
         """Give each pending class its centroids and its exact assignment pass; write and free each part."""
         pending = sorted(self.pending.parts)
         wanted = [c for p in pending for c in self.parts[p] if self._wanted(c)]
-        if isinstance(self.algorithm, ClvqConfig):
-            books = assign_grids({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
-        else:
-            whole = WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of)
-            books = whole.codebooks(wanted)
+        books = self._books(wanted)
         for part in pending:
             classes = self.parts[part]
             self._publish(part, classes, [next(books) for c in classes if self._wanted(c)])
@@ -245,6 +241,12 @@ class Quantizer:
                 del self.cursor[c], self.seen[c], self.shards[c], self.part_of[c]
             del self.open[part]
         self.pending.clear()
+
+    def _books(self, wanted: list[int]) -> Iterator[Codebook]:
+        """The codebooks of consumed classes, in their order."""
+        if isinstance(self.algorithm, ClvqConfig):
+            return assign_grids({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
+        return WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of).codebooks(wanted)
 
     def _wanted(self, c: int) -> bool:
         """Whether a consumed class gets centroids.
