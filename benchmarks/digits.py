@@ -15,7 +15,7 @@ from benchmarks.provenance import finish, parser
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.metrics import mean_std, paired_difference
-from ddoq_ray.session import ray_session
+from ddoq_ray.execution.session import ray_session
 
 
 def summarize(rows: Sequence[dict[str, Any]], against: Sequence[str] = ("random", "d4m")) -> list[dict[str, Any]]:

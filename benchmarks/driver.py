@@ -30,32 +30,38 @@ from typing import Any
 import numpy as np
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.artifacts import Artifact, Folder, digest_of
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.quantizer import QuantizerConfig
 from ddoq_ray.core.sizing import GIB
+from ddoq_ray.data.collections.listing import Listing, Survey
+from ddoq_ray.data.samples import encode_png, read_classes
+from ddoq_ray.execution.class_tasks import readings
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.page import render_page
 from ddoq_ray.pipeline import plan_methods, student_rows
-from ddoq_ray.records import ChunkRecord, ClassCounts, ClassInfo, Codebook, ShardDone, ShardInfo, shard_lines
-from ddoq_ray.runtime import Events, say
-from ddoq_ray.samples import encode_png, read_classes
-from ddoq_ray.sources.listing import Listing, Survey
-from ddoq_ray.stages import encode, heldout, label, mapping, report, select, synthesize
-from ddoq_ray.stages.class_quantizers import Settings
-from ddoq_ray.stages.class_tasks import readings
-from ddoq_ray.stages.codebook import part_classes, parts_with_classes, write_part
-from ddoq_ray.stages.given_shards import check_unchanged
-from ddoq_ray.stages.latent_index import LatentIndex, done_records, latent_index
-from ddoq_ray.stages.networks import Networks
-from ddoq_ray.stages.pack import make_plans
-from ddoq_ray.stages.prepare import check_small_classes
-from ddoq_ray.stages.prepared import Data, Packed, summary
-from ddoq_ray.stages.quantize import Quantizers
-from ddoq_ray.stages.quantize_worker import Quantizer
-from ddoq_ray.stages.train import Inputs, row_identity
-from ddoq_ray.stages.train_worker import Job
-from ddoq_ray.stages.validation import Validation, teacher_columns
+from ddoq_ray.stages.encode import heldout
+from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
+from ddoq_ray.stages.label import step as label
+from ddoq_ray.stages.prepare import mapping
+from ddoq_ray.stages.prepare.given_shards import check_unchanged
+from ddoq_ray.stages.prepare.pack import make_plans
+from ddoq_ray.stages.prepare.step import check_small_classes
+from ddoq_ray.stages.quantize.class_quantizers import Settings
+from ddoq_ray.stages.quantize.step import Quantizers
+from ddoq_ray.stages.quantize.worker import Quantizer
+from ddoq_ray.stages.report import step as report
+from ddoq_ray.stages.synthesize import select
+from ddoq_ray.stages.synthesize import step as synthesize
+from ddoq_ray.stages.train.step import Inputs, row_identity
+from ddoq_ray.stages.train.worker import Job
+from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.codebook import part_classes, parts_with_classes, write_part
+from ddoq_ray.storage.latent_index import LatentIndex, done_records, latent_index
+from ddoq_ray.storage.prepared import Data, Packed, summary
+from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ClassInfo, Codebook, ShardDone, ShardInfo, shard_lines
 
 SHAPE = (4, 32, 32)  # of a latent at 256 px: 4,096 values, so that a codebook has 270 parts
 ACTORS = 8

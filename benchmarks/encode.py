@@ -63,9 +63,10 @@ def stage(folder: Path, encoder: Path, batch: int) -> dict[str, float]:
     """One run of the encode stage in this process's Ray."""
     import ray
 
-    from ddoq_ray.artifacts import Folder
-    from ddoq_ray.runtime import Events
-    from ddoq_ray.stages import encode, prepare
+    from ddoq_ray.execution.workers import Events
+    from ddoq_ray.stages.encode import step as encode
+    from ddoq_ray.stages.prepare import step as prepare
+    from ddoq_ray.storage.artifact import Folder
 
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))
     gpu = ["cluster.encoder.num_gpus=1"] if ray.cluster_resources().get("GPU") else []

@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.samples import write_tar
+from ddoq_ray.data.samples import write_tar
 
 SIZE = 256
 MEMORY_SIZE, MEMORY_SHARDS = 64, 160  # pixels a side, and shards of 100 images at 1x
@@ -77,7 +77,7 @@ def webdataset_process(urls: list[str], chunk: int) -> None:
     """One bare process: ready, go (a line on stdin), and the number of images on stdout."""
     import webdataset  # noqa: F401 (before the clock starts)
 
-    import ddoq_ray.pictures  # noqa: F401
+    import ddoq_ray.data.pictures  # noqa: F401
 
     warm = Path(urls[0]).parent / "warm" / "made-0000.tar"
     webdataset_read([str(warm)], chunk)  # it imports and chooses decoders at its first samples
@@ -90,7 +90,7 @@ def webdataset_read(urls: list[str], chunk: int) -> int:
     """Read, decode, resize and stack; the number of images."""
     import webdataset as wds
 
-    from ddoq_ray.pictures import to_square
+    from ddoq_ray.data.pictures import to_square
 
     count = 0
     for url in urls:
@@ -111,7 +111,7 @@ def webdataset_read(urls: list[str], chunk: int) -> int:
 
 def reader_read(urls: list[str], chunk: int, quarantine: Any) -> int:
     """The same by `read_chunks`, without Ray."""
-    from ddoq_ray.stages.encode_reader import read_chunks
+    from ddoq_ray.stages.encode.reader import read_chunks
 
     reading = {"quarantine": quarantine, "num_classes": CLASSES, "image_size": SIZE, "chunk_samples": chunk}
     return sum(
@@ -123,7 +123,7 @@ def reader_read(urls: list[str], chunk: int, quarantine: Any) -> int:
 
 def processor_time(urls: list[str], chunk: int, turns: int) -> dict[str, float]:
     """Microseconds of processor an image, in this process: what other work on the machine changes least."""
-    from ddoq_ray.artifacts import Folder
+    from ddoq_ray.storage.artifact import Folder
 
     taken: dict[str, list[float]] = {"webdataset": [], "ray": []}
     for turn in range(turns + 1):
@@ -178,8 +178,8 @@ def settings(folder: Path, *more: str) -> Any:
 
 def ray_rate(folder: Path, passes: int) -> float:
     """Images a second through Ray Data, counted where the chunks reach the object store."""
-    from ddoq_ray.artifacts import Folder
-    from ddoq_ray.stages import encode
+    from ddoq_ray.stages.encode import step as encode
+    from ddoq_ray.storage.artifact import Folder
 
     config = settings(folder, "cluster.reader.num_cpus=1")
     shards = sorted(folder.glob("*.tar")) * passes
@@ -224,7 +224,7 @@ def start_ray(processes: int, store_bytes: int | None = None) -> None:
         address="local", num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         object_store_memory=store_bytes,
     )  # fmt: skip
-    from ddoq_ray.session import _quiet_ray_data
+    from ddoq_ray.execution.session import _quiet_ray_data
 
     _quiet_ray_data()
 
@@ -243,16 +243,17 @@ def save_encoder(folder: Path, width: int) -> None:
 
 
 def facts(size: int) -> Any:
-    from ddoq_ray.stages.networks import Networks
+    from ddoq_ray.execution.networks import Networks
 
     return Networks("synthetic", (4, size // 8, size // 8), size, None, 0, None, None, None, 0, 0, {}, "random")
 
 
 def memory(folder: Path, encoder: Path, processes: int) -> dict[str, Any]:
     """The encode stage over a folder of shards: peaks of this process and of the workers."""
-    from ddoq_ray.artifacts import Folder
-    from ddoq_ray.runtime import Events
-    from ddoq_ray.stages import encode, prepare
+    from ddoq_ray.execution.workers import Events
+    from ddoq_ray.stages.encode import step as encode
+    from ddoq_ray.stages.prepare import step as prepare
+    from ddoq_ray.storage.artifact import Folder
 
     start_ray(processes, STORE_BYTES)
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))
@@ -302,7 +303,7 @@ def main() -> None:
         folder = scratch / "shards"
         write_shards(folder, given.images, given.shards)
         write_shards(folder / "warm", 16, 1)
-        from ddoq_ray.stages.encode_reader import chunk_rows
+        from ddoq_ray.stages.encode.reader import chunk_rows
 
         chunk = chunk_rows(settings(folder), SIZE, settings(folder).encoder.batch)
         cpu = processor_time(sorted(str(p) for p in folder.glob("*.tar"))[:1], chunk, 2 * given.turns)

@@ -33,8 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.artifacts import Artifact, Folder, digest_of
-from ddoq_ray.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
+from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
 
 POOL = 16_384
 
@@ -85,9 +85,9 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
     """The same work in one bare process: a class is freed as soon as it is written, if the log's order allows."""
     from ddoq_ray.core.clvq import Clvq
     from ddoq_ray.core.distortion import assign
-    from ddoq_ray.records import Codebook, read_shards
-    from ddoq_ray.stages.codebook import write_part
-    from ddoq_ray.stages.latent_log import LatentLog
+    from ddoq_ray.storage.codebook import write_part
+    from ddoq_ray.storage.latent_log import LatentLog
+    from ddoq_ray.storage.records import Codebook, read_shards
 
     shards = list(read_shards((run / "data").read("shards.json")))
     total: Counter[int] = Counter()
@@ -145,11 +145,11 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     import ray
 
     from ddoq_ray.config.compose import load_config
-    from ddoq_ray.runtime import Events
-    from ddoq_ray.stages.networks import Networks
-    from ddoq_ray.stages.prepare import Data
-    from ddoq_ray.stages.quantize import Quantizers
-    from ddoq_ray.stages.quantize_memory import check_memory
+    from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.workers import Events
+    from ddoq_ray.stages.prepare.step import Data
+    from ddoq_ray.stages.quantize.memory import check_memory
+    from ddoq_ray.stages.quantize.step import Quantizers
 
     config = load_config(
         [

@@ -14,11 +14,11 @@ from typing import Any
 from benchmarks.digits import summarize
 from benchmarks.provenance import finish, parser
 from ddoq_ray import pipeline
-from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.session import ray_session
-from ddoq_ray.sources import DIGIT_NAMES
-from ddoq_ray.stages.prepare import digit_shards
+from ddoq_ray.data.collections import DIGIT_NAMES
+from ddoq_ray.execution.session import ray_session
+from ddoq_ray.stages.prepare.step import digit_shards
+from ddoq_ray.storage.artifact import Folder
 
 
 def write_selection(folder: str) -> list[str]:

@@ -13,10 +13,10 @@ __all__ = ["Codebook", "DistilledDataset", "__version__", "distill", "load"]
 
 # Lazy (PEP 562), so that `import ddoq_ray.core` on a bare GPU machine does not drag Ray in.
 _PLACES = {
-    "Codebook": "ddoq_ray.records",
-    "DistilledDataset": "ddoq_ray.distilled",
+    "Codebook": "ddoq_ray.storage.records",
+    "DistilledDataset": "ddoq_ray.data.image_set",
     "distill": "ddoq_ray.pipeline",
-    "load": "ddoq_ray.distilled",
+    "load": "ddoq_ray.data.image_set",
 }
 
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ddoq_ray
-from ddoq_ray import signals
 from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.streams import emit, open_all
+from ddoq_ray.execution import signals
+from ddoq_ray.execution.streams import emit, open_all
 
 _INTRO = """\
 ddoq-ray distils a labelled image dataset into a few weighted synthetic images per class,
@@ -155,7 +155,7 @@ def _interrupted(command: str) -> int:
 
 def _lost() -> str:
     """What is known of a lost cluster, when Ray was in use at all."""
-    session = sys.modules.get("ddoq_ray.session")
+    session = sys.modules.get("ddoq_ray.execution.session")
     return str(session.lost()) if session is not None else ""
 
 

@@ -16,32 +16,31 @@ from dataclasses import dataclass
 
 import ray
 
-from ddoq_ray import __version__, demands, lease, places, signals
-from ddoq_ray.artifacts import Artifact, Folder
+from ddoq_ray import __version__
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
-from ddoq_ray.progress import doing
-from ddoq_ray.records import StudentRow
-from ddoq_ray.runtime import Events, commit, say
-from ddoq_ray.session import locate, may_grow, own_node, ray_session
-from ddoq_ray.stages import (
-    encode,
-    evaluate,
-    heldout,
-    label,
-    mapping,
-    networks,
-    prepare,
-    quantize,
-    report,
-    select,
-    synthesize,
-    teacher_check,
-    train,
-)
-from ddoq_ray.stages.quantize_memory import check_memory
-from ddoq_ray.stages.train_memory import check_full
+from ddoq_ray.execution import lease, networks, places, signals
+from ddoq_ray.execution.console import doing
+from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
+from ddoq_ray.execution.workers import Events, commit, say
+from ddoq_ray.stages import demands
+from ddoq_ray.stages.encode import heldout
+from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.evaluate import step as evaluate
+from ddoq_ray.stages.label import step as label
+from ddoq_ray.stages.label import teacher_check
+from ddoq_ray.stages.prepare import mapping
+from ddoq_ray.stages.prepare import step as prepare
+from ddoq_ray.stages.quantize import step as quantize
+from ddoq_ray.stages.quantize.memory import check_memory
+from ddoq_ray.stages.report import step as report
+from ddoq_ray.stages.synthesize import select
+from ddoq_ray.stages.synthesize import step as synthesize
+from ddoq_ray.stages.train import step as train
+from ddoq_ray.stages.train.memory import check_full
+from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.records import StudentRow
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddoq_ray.samples import encode_png, write_tar
-from ddoq_ray.sources import DIGIT_NAMES, digits
+from ddoq_ray.data.collections import DIGIT_NAMES, digits
+from ddoq_ray.data.samples import encode_png, write_tar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

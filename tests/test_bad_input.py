@@ -20,12 +20,12 @@ import pytest
 
 import ddoq_ray
 from ddoq_ray import pipeline
-from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.samples import encode_png, write_tar
-from ddoq_ray.sources import digits
-from ddoq_ray.stages.encode import quarantine_reasons
-from ddoq_ray.stages.prepare import Data
+from ddoq_ray.data.collections import digits
+from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.stages.encode.step import quarantine_reasons
+from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.storage.artifact import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 NAMES = ["zero", "one", "two"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from identities import ANYWHERE, DECLARED, MADE_ANEW, NO_STAGE, STAGE_OF, leaves, left_out
-from recording import recording
+from support.identities import ANYWHERE, DECLARED, MADE_ANEW, NO_STAGE, STAGE_OF, leaves, left_out
+from support.recording import recording
 
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config

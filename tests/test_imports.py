@@ -1,4 +1,4 @@
-"""What imports what: core/ and models/ without Ray, and imports one way through the layers."""
+"""What imports what: one way through the rooms, without a circle, and without Ray below execution/."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ import ddoq_ray
 
 ROOT = Path(ddoq_ray.__file__).parent
 SOURCES = sorted(p for p in ROOT.rglob("*.py"))
-# A module may import its own layer and those below it. Longest prefix wins.
-LAYERS = {
-    "core": 0, "records": 1, "config": 1, "artifacts": 1, "pictures": 1, "picture_kinds": 1, "split_words": 1,
-    "tar_headers": 1, "transport": 1, "streams": 1,
-    "signals": 1, "progress": 1, "cluster_address": 1, "tar_samples": 2, "shard_index": 2, "samples": 2, "sources": 2,
-    "distilled": 2, "models": 2, "lease": 2, "runtime": 3, "session": 3, "elastic": 3, "page": 3, "places": 4,
-    "stages": 4, "demands": 4, "commands": 4, "pipeline": 5, "cli": 6, "__main__": 7,
+# A module may import its own room and those below it.
+ROOMS = {
+    "core": 0, "config": 0, "storage": 1, "data": 2, "models": 3, "page": 3, "execution": 4, "stages": 5,
+    "pipeline": 6, "commands": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
+WITHOUT_RAY = ("core", "config", "storage", "data", "models", "page")
 
 
 def module_of(path: Path) -> str:
@@ -42,22 +40,33 @@ def imported(path: Path) -> set[str]:
 
 def layer(module: str) -> int | None:
     parts = module.split(".")
-    return LAYERS.get(parts[1]) if parts[0] == "ddoq_ray" and len(parts) > 1 else None
+    return ROOMS.get(parts[1]) if parts[0] == "ddoq_ray" and len(parts) > 1 else None
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p != ROOT / "__init__.py"], ids=module_of)
 def test_imports_go_one_way(path: Path) -> None:
     here = layer(module_of(path))
-    assert here is not None, f"{path} is in no layer: add it to LAYERS"
+    assert here is not None, f"{path} is in no room: add it to ROOMS"
     wrong = sorted(m for m in imported(path) if (there := layer(m)) is not None and there > here)
-    assert not wrong, f"{module_of(path)} (layer {here}) imports {wrong}"
+    assert not wrong, f"{module_of(path)} (room {here}) imports {wrong}"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("core", "models", "config")], ids=module_of
-)
-def test_core_models_and_config_never_name_ray(path: Path) -> None:
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in WITHOUT_RAY], ids=module_of)
+def test_rooms_below_execution_never_name_ray(path: Path) -> None:
     assert not {m for m in imported(path) if m.split(".")[0] == "ray"}
+
+
+def test_no_circle() -> None:
+    """Modules in an order in which each imports only those before it."""
+    names = {module_of(p): p for p in SOURCES}
+    needs = {name: {m for m in imported(path) if m in names and m != name} for name, path in names.items()}
+    while ready := [name for name, wanted in needs.items() if not wanted & needs.keys()]:
+        for name in ready:
+            del needs[name]
+    while unused := needs.keys() - set().union(*needs.values()):  # what only imports a circle is in none
+        for name in unused:
+            del needs[name]
+    assert not needs, f"these import each other: {sorted(needs)}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "core").glob("*.py")), ids=module_of)
@@ -69,12 +78,8 @@ def test_core_is_pure(path: Path) -> None:
     assert not {m for m in imported(path) if m.startswith("ddoq_ray.") and not m.startswith("ddoq_ray.core")}
 
 
-def test_core_and_models_run_where_there_is_no_ray() -> None:
-    modules = [module_of(p) for p in SOURCES if p.relative_to(ROOT).parts[0] in ("core", "models")] + [
-        "ddoq_ray.distilled",
-        "ddoq_ray.samples",
-        "ddoq_ray.config.compose",
-    ]
+def test_rooms_below_execution_run_where_there_is_no_ray() -> None:
+    modules = [module_of(p) for p in SOURCES if p.relative_to(ROOT).parts[0] in WITHOUT_RAY]
     code = f"""
 import importlib, sys
 class NoRay:

@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from identities import left_out
-from recording import recording
+from support.identities import left_out
+from support.recording import recording
 
 from ddoq_ray import pipeline
-from ddoq_ray.artifacts import Folder
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import LogitsCodec
 from ddoq_ray.core.views import batch_views
-from ddoq_ray.distilled import load_image_arrays
+from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.models.classifiers import load_classifier
-from ddoq_ray.stages.label import read_labels, view_spec
+from ddoq_ray.stages.label.step import read_labels, view_spec
+from ddoq_ray.storage.artifact import Folder
 
 SMALL = [
     "ipc=2",

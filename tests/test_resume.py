@@ -216,12 +216,12 @@ def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, refe
 def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) -> None:
     import dataclasses
 
-    from ddoq_ray.artifacts import Folder
     from ddoq_ray.config.compose import load_config
-    from ddoq_ray.runtime import Events
-    from ddoq_ray.stages.networks import Networks
-    from ddoq_ray.stages.prepare import Data
-    from ddoq_ray.stages.quantize import Quantizers
+    from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.workers import Events
+    from ddoq_ray.stages.prepare.step import Data
+    from ddoq_ray.stages.quantize.step import Quantizers
+    from ddoq_ray.storage.artifact import Folder
 
     run = Folder(str(reference))
     encoded = run.read_json("latents/manifest.json")

@@ -10,8 +10,8 @@ from ddoq_ray.commands.training import DIGITS_SIDE, TrainingCommand, train
 from ddoq_ray.config.compose import load_command, load_config
 from ddoq_ray.config.presets import BROUGHT
 from ddoq_ray.config.schema import option
-from ddoq_ray.models.prior import PUBLISHED_GUIDANCE
-from ddoq_ray.models.train_prior import PriorTraining, train_prior
+from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
+from ddoq_ray.models.training.prior import PriorTraining, train_prior
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ddoq_ray.commands.training import TrainingCommand, train
 from ddoq_ray.config.compose import load_command
 from ddoq_ray.config.schema import option
-from ddoq_ray.models.train_teacher import TeacherTraining, train_teacher
+from ddoq_ray.models.training.teacher import TeacherTraining, train_teacher
 
 
 @dataclass(frozen=True)

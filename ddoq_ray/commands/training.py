@@ -12,11 +12,11 @@ from PIL import Image
 
 from ddoq_ray.config.dataset import PACKED, DatasetConfig
 from ddoq_ray.config.schema import option, require
-from ddoq_ray.pictures import Resize
-from ddoq_ray.places import check_lasting
-from ddoq_ray.runtime import Progress, say
-from ddoq_ray.samples import BadSample, list_shards, load_arrays, read_classes, to_square
-from ddoq_ray.sources import DIGIT_NAMES, digits
+from ddoq_ray.data.collections import DIGIT_NAMES, digits
+from ddoq_ray.data.pictures import Resize
+from ddoq_ray.data.samples import BadSample, list_shards, load_arrays, read_classes, to_square
+from ddoq_ray.execution.places import check_lasting
+from ddoq_ray.execution.workers import Progress, say
 
 Split = tuple[np.ndarray, np.ndarray]
 DIGITS_SIDE = 16

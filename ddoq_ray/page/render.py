@@ -18,15 +18,7 @@ from PIL import Image
 
 from ddoq_ray.page.charts import Series, dot_whisker, legend_sample, line_chart
 from ddoq_ray.page.codebook import codebook_section
-from ddoq_ray.page.tables import (
-    METHODS,
-    AccuracyLine,
-    accuracy_lines,
-    count,
-    method_order,
-    method_slots,
-    number,
-)
+from ddoq_ray.page.tables import METHODS, AccuracyLine, accuracy_lines, count, method_order, method_slots, number
 
 SHOWN_SIDE = 128  # CSS pixels; larger images are shown at most this large
 ENLARGED_SIDE = 64  # smaller images are enlarged by a whole factor to about this

@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddoq_ray import sources
+from ddoq_ray.data import collections as sources
+from ddoq_ray.data.samples import to_square
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier, save_classifier
-from ddoq_ray.models.train_teacher import accuracy
-from ddoq_ray.samples import to_square
+from ddoq_ray.models.training.teacher import accuracy
 
 SMALL = ["convnet3", "convnet3-w8", "resnet18-small", "resnet18-small-w8"]
 

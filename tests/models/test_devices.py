@@ -19,7 +19,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from pretended_gpu import OnGpu, pretended_gpu
+from support.pretended_gpu import OnGpu, pretended_gpu
 from test_autoencoder import tiny_kl, tiny_taesd
 from test_prior import tiny_dit, tiny_unet, tiny_vae
 
@@ -28,10 +28,10 @@ from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views import ViewSpec, batch_views
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
-from ddoq_ray.models.prior import STARTS
-from ddoq_ray.models.prior_class_conditional import ClassConditionalPrior
-from ddoq_ray.stages.evaluate import accuracy
-from ddoq_ray.stages.teacher import for_teacher
+from ddoq_ray.models.priors.base import STARTS
+from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.stages.evaluate.step import accuracy
+from ddoq_ray.stages.label.teacher import for_teacher
 
 SCHEDULERS: tuple[Any, ...] = (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,

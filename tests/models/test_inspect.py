@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.execution.networks import Inquiry, Networks, check_batches
 from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
 from ddoq_ray.models.folders import resolve_folder
 from ddoq_ray.models.inspect import check_student, describe
-from ddoq_ray.stages.networks import Inquiry, Networks, check_batches
-from ddoq_ray.stages.ranks import share
+from ddoq_ray.stages.train.ranks import share
 
 
 def question(**changes: Any) -> dict[str, Any]:

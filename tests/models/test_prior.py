@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddoq_ray.models.priors.load import load_prior
 from diffusers import (
     AutoencoderKL,
     DDIMInverseScheduler,
@@ -21,11 +22,10 @@ from diffusers import (
 )
 from PIL import Image
 
-from ddoq_ray import sources
+from ddoq_ray.data import collections as sources
+from ddoq_ray.data.samples import to_square
 from ddoq_ray.models.classifiers import load_classifier
-from ddoq_ray.models.prior import load_prior
-from ddoq_ray.models.prior_class_conditional import ClassConditionalPrior
-from ddoq_ray.samples import to_square
+from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 
 CLASSES = ["cat", "dog", "fish"]
 STEPS = 10

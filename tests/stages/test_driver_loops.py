@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.driver import LOOPS, make_world
-from ddoq_ray.artifacts import Folder
-from ddoq_ray.records import ShardDone, ShardInfo
+from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.records import ShardDone, ShardInfo
 
 SIZES = (32, 64, 128)
 SAMPLES, IPC = 12, 1

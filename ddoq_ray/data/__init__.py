@@ -1,0 +1,1 @@
+"""Pictures and tars: samples, image sets, collections; no Ray."""

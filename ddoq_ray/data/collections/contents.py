@@ -1,0 +1,82 @@
+"""Which of the files below a place are images: by their endings, else by their first bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Sequence
+
+import fsspec
+
+from ddoq_ray.data.collections.classes import shown
+from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, Refused, image_extension
+from ddoq_ray.data.collections.tree import Entry, leftover
+from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, UNREAD, WAYS_OUT, signature, unread_words
+
+# Endings of what is no picture: not looked into, as each look into a store is a request.
+_OTHERS = frozenset((
+    "txt", "csv", "tsv", "json", "jsonl", "xml", "html", "htm", "md", "rst", "yaml", "yml", "toml", "ini", "cfg", "log",
+    "py", "ipynb", "sh", "js", "css", "zip", "tar", "gz", "tgz", "bz2", "xz", "7z", "rar", "pdf", "doc", "docx", "xls",
+    "xlsx", "ppt", "pptx", "npy", "npz", "mat", "pkl", "pt", "pth", "h5", "hdf5", "parquet", "arrow", "db", "sqlite",
+    "mp4", "avi", "mov", "mkv", "mp3", "wav", "lnk", "url", "bak", "tmp", "part", "crdownload",
+))  # fmt: skip
+
+
+def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
+    """name -> why it is no image that is read, of those below a root that are none."""
+    why: dict[str, str] = {}
+    unknown: list[str] = []
+    for name, size in files:
+        if leftover(name):
+            why[name] = LEFTOVER
+        elif image_extension(name) is None:
+            ending = posixpath.basename(name).rpartition(".")[2].lower() if "." in name else ""
+            if ending in UNREAD:
+                why[name] = unread_words(UNREAD[ending])
+            elif not size and "://" not in root and _leads_nowhere(os.path.join(root, name)):
+                why[name] = "a link to nothing"
+            elif ending in _OTHERS or not size:
+                why[name] = NO_IMAGE
+            else:
+                unknown.append(name)
+    for name, head in zip(unknown, _heads(root, unknown), strict=True):
+        kind = signature(head)
+        if kind in WAYS_OUT:
+            why[name] = unread_words(str(kind))
+        elif kind not in READ:
+            why[name] = NO_IMAGE
+    return why
+
+
+def _leads_nowhere(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _heads(root: str, names: Sequence[str]) -> list[bytes]:
+    """The first bytes of files; none of those that cannot be read, which reading will tell."""
+    if "://" not in root:
+        out = []
+        for name in names:
+            head = b""
+            with contextlib.suppress(OSError), open(os.path.join(root, name), "rb") as f:
+                head = f.read(HEAD_BYTES)
+            out.append(head)
+        return out
+    fs, place = fsspec.core.url_to_fs(root)
+    found: list[bytes] = []
+    for start in range(0, len(names), 1000):
+        paths = [posixpath.join(place, name) for name in names[start : start + 1000]]
+        heads = fs.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths), on_error="return")
+        found += [h if isinstance(h, bytes) else b"" for h in heads]
+    return found
+
+
+def unread_notes(refused: Sequence[Refused]) -> list[str]:
+    """A line for each kind of picture that is not read: how many, which, and what to do."""
+    by_words: dict[str, list[str]] = defaultdict(list)
+    for r in refused:
+        if " pictures are not read: " in r.reason:
+            by_words[r.reason].append(r.name)
+    return [f"{len(names):,} {words} ({shown(names, 3)})" for words, names in by_words.items()]

@@ -1,0 +1,219 @@
+"""A tree of image files: class folders (nested as deep as one likes), train/ and val/ trees, or metadata tables."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import fsspec
+
+from ddoq_ray.data.collections.classes import class_list, escaped, given_classes, shown, text_of
+from ddoq_ray.data.collections.contents import not_images, unread_notes
+from ddoq_ray.data.collections.layout import Layout, check_depth, check_order, check_shelf, find_layout, no_class_folder
+from ddoq_ray.data.collections.listing import (
+    NO_CLASS_IMAGE,
+    NO_LABEL,
+    Listing,
+    Picture,
+    Refused,
+    Source,
+    Survey,
+    absolute,
+    image_extension,
+    sorted_listing,
+)
+from ddoq_ray.data.collections.metadata import is_metadata
+from ddoq_ray.data.collections.table_labels import Tree, survey_tables
+from ddoq_ray.data.collections.tree import Entry, top, walk
+from ddoq_ray.data.collections.unread_places import table_hint
+from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.transport import retried
+
+
+class ImageFolder(Source):
+    """Files in class folders, or with metadata tables that have a label column (as Hugging Face's)."""
+
+    def __init__(self, path: str, val_path: str | None, classes: str | None, label_column: str | None) -> None:
+        self.root = absolute(path)
+        self.val_path = None if val_path is None else absolute(val_path)
+        self.classes = classes
+        self.label_column = label_column
+
+    def survey(self) -> Survey:
+        given, layout = self._layout()
+        trees = {"train": _tree(layout.train)}
+        if layout.val is not None:
+            trees["val"] = _tree(layout.val)
+        above = [] if layout.train == self.root else [n for n in top(self.root)[1] if is_metadata(n)]
+        if above or any(tree.tables for tree in trees.values()):
+            survey = survey_tables(self.root, trees, above, self.label_column, given)
+        elif self.label_column is not None:
+            raise ValueError(f"{self.root}: dataset.label_column has no effect without a metadata.csv or .jsonl there")
+        else:
+            survey = self._survey_folders(trees, given)
+        refused = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]
+        survey.notes += [*layout.notes, *unread_notes(refused)]
+        return survey
+
+    def _layout(self) -> tuple[list[ClassInfo] | None, Layout]:
+        given = given_classes(self.classes, posixpath.join(self.root, "classes.json"))
+        return given, find_layout(self.root, self.val_path, {c.name for c in given or []})
+
+    def _survey_folders(self, trees: dict[str, Tree], given: list[ClassInfo] | None) -> Survey:
+        by_class = {split: _by_class(tree) for split, tree in trees.items()}
+        root, (train, _) = trees["train"].root, by_class["train"]
+        hint = table_hint(self.root)
+        if not train:
+            raise ValueError(f"dataset.path={root}: {no_class_folder(trees['train'].files, hint)}")
+        usable = {split: _usable(tree, by_class[split][0]) for split, tree in trees.items()}
+        if not usable["train"]:
+            raise ValueError(f"dataset.path={root}: no image file in {len(train)} class folders")
+        filled = sorted(usable["train"])
+        for split, tree in trees.items():
+            names = [n for files in usable[split].values() for n in files]
+            if len(usable[split]) == 1 and (given is None or text_of(filled[0]) not in {c.name for c in given}):
+                check_depth(tree.root, names, "dataset.path" if split == "train" else "dataset.val_path", hint)
+            check_order(tree.root, names)
+            if len(usable[split]) > 1:
+                check_shelf(tree.root, list(usable[split]), names, {c.name for c in given or []})
+        notes = []
+        if "val" in trees:
+            _same_classes(trees, usable, {split: set(found[0]) for split, found in by_class.items()})
+        for split, tree in trees.items():
+            empty = sorted(set(by_class[split][0]) - set(usable[split]))
+            if empty:
+                notes.append(f"{len(empty):,} class folders of {tree.root} hold no image: {shown(empty)}")
+        odd = [escaped(n) for n in filled if escaped(n) != n]
+        if odd:
+            notes.append(f"{len(odd):,} class folders have names that are no UTF-8; they are written {shown(odd)}")
+        classes = class_list(_one_form(filled, root, notes), given, self.root)
+        listings = {split: _listing(*by_class[split], trees[split], classes) for split in trees}
+        return Survey(classes, listings["train"], listings.get("val"), notes)
+
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+        _, layout = self._layout()
+        root = layout.val if split == "val" and layout.val is not None else layout.train
+        return read_files(root, names)
+
+
+def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refused]:
+    """The files with these names below a root, with the bytes that they have."""
+    fs, place = fsspec.core.url_to_fs(root)
+    for name in names:
+        path = posixpath.join(place, name)
+        try:
+            data = fs.cat_file(path) if "://" not in root else retried(f"{root}/{name}", partial(fs.cat_file, path))
+        except OSError as error:
+            yield Refused(name, f"unreadable: {error.strerror or type(error).__name__}")
+        else:
+            yield Picture(data, image_extension(name))
+
+
+def list_files(root: str) -> tuple[list[Entry], list[str]]:
+    """Every file below a root with its size, and every folder; names relative to the root.
+
+    Raises:
+        ValueError: When the root is no folder.
+    """
+    fs, place = fsspec.core.url_to_fs(root)
+    if not fs.isdir(place):
+        raise ValueError(f"{root} does not exist, or is no folder; expected a folder of images")
+    files: list[Entry] = []
+    folders: list[str] = []
+    for here, _, entries in walk(root):
+        if here:
+            folders.append(here)
+        files += [(posixpath.join(here, name), size) for name, size in entries]
+    return files, folders
+
+
+def _tree(root: str) -> Tree:
+    files, folders = list_files(root)
+    tables = [name for name, _ in files if is_metadata(name)]
+    others = [f for f in files if f[0] != "classes.json" and f[0] not in tables]
+    return Tree(root, dict(others), folders, not_images(root, others), tables)
+
+
+def _by_class(tree: Tree) -> tuple[dict[str, list[Entry]], list[Entry]]:
+    """(class folder -> its files, files in no class folder); a folder named -1 holds images without a label."""
+    names = {f.split("/")[0] for f in tree.folders}
+    classes: dict[str, list[Entry]] = {name: [] for name in sorted(names) if name != "-1"}
+    stray = []
+    for name, size in tree.files.items():
+        folder, slash, _ = name.partition("/")
+        if slash and folder in classes:
+            classes[folder].append((name, size))
+        else:
+            stray.append((name, size))
+    return classes, stray
+
+
+def _usable(tree: Tree, folders: dict[str, list[Entry]]) -> dict[str, list[str]]:
+    """Class folder -> its images, of those that have any."""
+    images = {f: [n for n, _ in files if n not in tree.no_image] for f, files in folders.items()}
+    return {f: names for f, names in images.items() if names}
+
+
+def _one_form(folders: list[str], root: str, notes: list[str]) -> list[str]:
+    """The names of classes: folders whose names are one text in two Unicode forms are one class."""
+    names: dict[str, list[str]] = {}
+    for folder in folders:
+        names.setdefault(text_of(folder), []).append(folder)
+    notes += [
+        f"{len(same)} folders of {root} are one class, {name}: they differ in the Unicode form of their names only"
+        for name, same in names.items()
+        if len(same) > 1
+    ]
+    return sorted(names)
+
+
+def _listing(folders: dict[str, list[Entry]], stray: list[Entry], tree: Tree, classes: list[ClassInfo]) -> Listing:
+    class_ids = {c.name: c.class_id for c in classes}
+    names, ids, sizes, refused = [], [], [], []
+    for name, _ in stray:
+        outside = NO_LABEL if name.startswith("-1/") else "image outside a class folder"
+        refused.append(Refused(name, tree.no_image.get(name, outside)))
+    for folder, files in folders.items():
+        label = text_of(folder)
+        if all(name in tree.no_image for name, _ in files):
+            refused.append(Refused(f"{folder}/", NO_CLASS_IMAGE))
+        for name, size in files:
+            if name in tree.no_image:
+                refused.append(Refused(name, tree.no_image[name]))
+            elif label not in class_ids:
+                refused.append(Refused(name, "its class has no training image"))
+            else:
+                names.append(name)
+                ids.append(class_ids[label])
+                sizes.append(size)
+    return sorted_listing(names, ids, sizes, refused)
+
+
+def _same_classes(trees: dict[str, Tree], usable: dict[str, dict[str, list[str]]], there: dict[str, set[str]]) -> None:
+    """Refuse validation images that are not of the training images' classes, or none of them at all."""
+    folders = {split: {text_of(f) for f in names} for split, names in there.items()}
+    filled = {split: {text_of(f) for f in names} for split, names in usable.items()}
+    train, val = trees["train"].root, trees["val"].root
+    stray = [name for name in trees["val"].files if name not in trees["val"].no_image]
+    if not filled["val"] and stray:
+        raise ValueError(
+            f"{val} holds {len(stray):,} images in no class folder (such as {escaped(stray[0])}), so they cannot be "
+            f"used to measure: expected {val}/<class>/ with the names of {train}, or a metadata.csv with file_name and "
+            "label beside them; without their classes, move them away, or give the training folder itself, and hold "
+            f"some training images out (dataset.path={train} dataset.heldout=0.1)"
+        )
+    if not filled["val"]:
+        raise ValueError(
+            f"{val} holds no image ({len(folders['val'])} class folders): fill it, or move it away and hold some "
+            "training images out (dataset.heldout=0.1), or give another dataset.val_path"
+        )
+    only_train = sorted(filled["train"] - folders["val"])
+    only_val = sorted((filled["val"] | folders["val"] - folders["train"]) - filled["train"])
+    if only_train or only_val:
+        raise ValueError(
+            f"{train} and {val} have different classes: only in training: "
+            f"{shown(only_train) or 'none'}; only in validation: {shown(only_val) or 'none'}; give both the same class "
+            "folders"
+        )

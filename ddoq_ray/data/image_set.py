@@ -1,0 +1,200 @@
+"""A distilled dataset on disk, read back: images, labels and weights.
+
+The folder is a plain WebDataset (``<class_id>-<centroid_id>.{png,cls,json}``), so that the webdataset library and
+Hugging Face datasets read it too; this module is the short way.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from ddoq_ray.data.pictures import RefusedPicture
+from ddoq_ray.data.samples import decode_rgb, list_shards, to_square
+from ddoq_ray.storage.artifact import Folder
+
+
+@dataclass(frozen=True)
+class DistilledImage:
+    """One image of a distilled set; `weight` is the mass of its Voronoi cell and sums to 1 in a class."""
+
+    key: str
+    class_id: int
+    centroid_id: int
+    weight: float
+    prompt: str
+    data: bytes
+    shard: str = ""
+
+    @property
+    def picture(self) -> Image.Image:
+        """The decoded picture, RGB.
+
+        Raises:
+            ValueError: It cannot be decoded. A set is made whole: leaving a picture out would move all that follow.
+        """
+        try:
+            return decode_rgb(self.data)
+        except RefusedPicture as error:
+            raise ValueError(
+                f"{self.shard}: the picture of {self.key} cannot be read ({error}); an image set is used whole: remove "
+                "that file and the manifest.json beside it, and run again the stage that made it (synthesize)"
+            ) from None
+
+
+def read_images(shards: list[str]) -> Iterator[DistilledImage]:
+    """The images of image shards, in order.
+
+    Raises:
+        ValueError: When a shard is not one that `synthesize` (or a baseline) wrote.
+    """
+    for shard in shards:
+        try:
+            yield from _read_shard(shard)
+        except tarfile.ReadError as error:
+            raise ValueError(f"{shard}: {error}; expected a whole tar of images, made by synthesize") from error
+
+
+def _read_shard(shard: str) -> Iterator[DistilledImage]:
+    with fsspec.open(shard, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+        members: dict[str, bytes] = {}
+        key = ""
+        for info in tar:
+            stem, _, extension = info.name.partition(".")
+            if stem != key and members:
+                yield _image(shard, key, members)
+                members = {}
+            key = stem
+            member = tar.extractfile(info)
+            members[extension] = member.read() if member else b""
+        if members:
+            yield _image(shard, key, members)
+
+
+def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
+    picture = next((members[e] for e in members if e not in ("cls", "json")), None)
+    if picture is None or "json" not in members or "cls" not in members:
+        raise ValueError(
+            f"{shard}: sample {key} has {sorted(members)}; a distilled sample has an image, a .cls and a .json"
+        )
+    try:
+        facts, class_id = json.loads(members["json"]), int(members["cls"])
+    except ValueError as error:
+        raise ValueError(f"{shard}: the .json or .cls of {key} cannot be read ({error})") from None
+    if not isinstance(facts, dict) or "centroid_id" not in facts or "weight" not in facts:
+        raise ValueError(f"{shard}: {key}.json has {sorted(facts)}; a distilled sample has centroid_id and weight")
+    number, weight = int(facts["centroid_id"]), float(facts["weight"])
+    if not 0 <= weight <= 1:  # false for NaN too
+        raise ValueError(f"{shard}: {key}.json has weight {weight}; expected the mass of a Voronoi cell, 0 to 1")
+    return DistilledImage(key, class_id, number, weight, facts.get("prompt", ""), picture, shard)
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """An image set in memory.
+
+    Attributes:
+        images: uint8 [N, 3, H, W].
+        class_ids: int64 [N].
+        weights: float64 [N], companion weights; they sum to 1 within each class.
+    """
+
+    images: np.ndarray
+    class_ids: np.ndarray
+    weights: np.ndarray
+
+
+def load_image_arrays(shards: list[str], size: int, side: int | None = None) -> ImageArrays:
+    """Decode a distilled set once: 3 x H x W bytes an image.
+
+    Views are cut from what is stored, so that nothing is shrunk before it is cropped: pictures that are all of one size
+    keep it, unless they are smaller than the views: then they are enlarged once, here. Where sizes differ, as those of
+    picked real images may, each picture becomes a square of `side`.
+
+    Args:
+        size: Side of the views that are cut.
+        side: See above; by default `size`.
+
+    Raises:
+        ValueError: When there is no image, or one cannot be read.
+    """
+    pictures: list[np.ndarray | None] = []  # uint8 [H, W, 3]
+    class_ids, weights = [], []
+    shape: tuple[int, int] | None = None  # of all, so far
+    square = size if side is None else side
+    for item in read_images(shards):
+        picture = item.picture
+        if not pictures:
+            shape = picture.size
+        elif shape is not None and shape != picture.size:
+            shape = None
+            pictures = _squares(pictures, square)  # those before: all of one size
+        pictures.append(np.asarray(picture) if shape is not None else to_square(picture, square))
+        class_ids.append(item.class_id)
+        weights.append(item.weight)
+    if not pictures:
+        raise ValueError(f"no image in {shards[:3]}; expected image shards made by synthesize")
+    if shape is not None and min(shape) < size:
+        pictures, shape = _squares(pictures, size), (size, size)
+    width, height = shape or (square, square)
+    images = np.empty((len(pictures), 3, height, width), np.uint8)
+    for i, kept in enumerate(pictures):
+        assert kept is not None
+        images[i] = kept.transpose(2, 0, 1)
+        pictures[i] = None  # else the set is in memory twice
+    return ImageArrays(images, np.asarray(class_ids, np.int64), np.asarray(weights, np.float64))
+
+
+def _squares(pictures: list[np.ndarray | None], side: int) -> list[np.ndarray | None]:
+    return [to_square(Image.fromarray(p), side) for p in pictures if p is not None]
+
+
+class DistilledDataset:
+    """A torch map-style dataset of (image, label, weight).
+
+    `image` is a uint8 tensor [3, H, W] (or what `transform` makes of the PIL picture), `label` the class_id,
+    `weight` K times the mass of the image's Voronoi cell: mean 1 in a class, ready to multiply a loss
+    (Algorithm 4, line 3).
+    """
+
+    def __init__(self, shards: list[str], transform: Callable[[Any], Any] | None = None) -> None:
+        self.items = list(read_images(shards))
+        self.transform = transform
+        per_class: dict[int, int] = {}
+        for item in self.items:
+            per_class[item.class_id] = per_class.get(item.class_id, 0) + 1
+        self.ipc = per_class
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, float]:
+        import torch
+
+        item = self.items[index]
+        picture = item.picture
+        image = self.transform(picture) if self.transform else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return image, item.class_id, item.weight * self.ipc[item.class_id]
+
+
+def load(path: str, transform: Callable[[Any], Any] | None = None) -> DistilledDataset:
+    """Load a distilled dataset.
+
+    Args:
+        path: A run directory, its images/ folder, or a glob of image shards; local or a URL.
+        transform: Applied to each PIL picture; by default it becomes a uint8 tensor [3, H, W].
+
+    Raises:
+        ValueError: When there are no image shards.
+    """
+    folder = Folder(path)
+    if folder.names("images/*.tar"):
+        path = folder.path("images")
+    return DistilledDataset(list_shards(path, key="path"), transform)

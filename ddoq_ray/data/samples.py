@@ -1,0 +1,178 @@
+"""Labelled samples in WebDataset shards: decoded one by one, written.
+
+No Ray here: the encode stage, the training commands and the evaluation all read through this file.
+A sample that cannot be used is never dropped silently: it is handed to `on_bad` with its key, its byte
+offset and the reason. What a sample is: `tar_samples`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from ddoq_ray.data.pictures import RefusedPicture, Resize, decode_rgb, encode_png, to_square
+from ddoq_ray.data.tar_samples import BadSample, OnBad, labelled, open_samples
+from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.transport import list_shards, open_shard, retried
+
+__all__ = [
+    "BadSample", "Sample", "decode_rgb", "encode_png", "list_shards", "load_arrays", "read_classes",
+    "read_samples", "to_square", "write_tar",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample: key, class_id, RGB picture, byte offset of its first member."""
+
+    key: str
+    class_id: int
+    image: Image.Image
+    offset: int
+
+
+def read_classes(path: str) -> list[ClassInfo]:
+    """Read ``classes.json``: a list of names, or of objects with the fields of `ClassInfo`.
+
+    Raises:
+        ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        rows = json.loads(retried(path, lambda: fs.cat_file(root)))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
+            '(or of objects with "class_id", "name", "prompt", "teacher_index", "prior_label"); '
+            "set dataset.classes to yours"
+        ) from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"cannot read the class list {path}: {why}; set dataset.classes to a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
+    if not isinstance(rows, list) or not rows:
+        came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
+        raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
+    classes = []
+    for i, row in enumerate(rows):
+        if isinstance(row, str):
+            name = unicodedata.normalize("NFC", row)  # Macs write names in another form than others
+            classes.append(ClassInfo(i, name, name))
+        elif isinstance(row, dict) and "name" in row:
+            unknown = set(row) - {"class_id", "name", "prompt", "teacher_index", "prior_label"}
+            if unknown:
+                raise ValueError(
+                    f"{path}: class {i} has unknown fields {sorted(unknown)}; expected some of class_id, name, prompt, "
+                    "teacher_index, prior_label"
+                )
+            for field in ("class_id", "teacher_index", "prior_label"):
+                value = row.get(field)
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                    raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a whole number")
+            for field in ("name", "prompt"):
+                value = row.get(field)
+                if not isinstance(value, str) and (field == "name" or value is not None):
+                    raise ValueError(f"{path}: class {i} has {field}={value!r}; expected a text")
+            name = unicodedata.normalize("NFC", row["name"])
+            classes.append(
+                ClassInfo(
+                    i if row.get("class_id") is None else row["class_id"],
+                    name,
+                    name if row.get("prompt") is None else row["prompt"],
+                    row.get("teacher_index"),
+                    row.get("prior_label"),
+                )
+            )
+        else:
+            raise ValueError(f"{path}: class {i} is {row!r}; expected a name, or an object with a name")
+    ids = [c.class_id for c in classes]
+    if ids != list(range(len(ids))):
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        raise ValueError(f"{path}: expected class_id 0 to {len(ids) - 1} in order, got {shown}; mend the list")
+    return classes
+
+
+def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample]:
+    """Read and decode one shard sample by sample, in the tar's order.
+
+    Args:
+        shard: Path or URL of a tar.
+        num_classes: Labels must be 0 to num_classes - 1.
+        on_bad: Called for each refused sample; reading goes on with the next one. Not always in the tar's order: what
+            a key lacks is known only at the end.
+
+    Raises:
+        ValueError: When the shard cannot be read at all, now or from some byte on: that says nothing about its samples.
+    """
+    with open_shard(shard) as f:
+        tar = open_samples(f, on_bad)
+        for group, class_id in labelled(tar, on_bad) if tar is not None else ():
+            if not 0 <= class_id < num_classes:
+                reason = f"label is outside the class list (0 to {num_classes - 1}): {class_id}"
+                on_bad(BadSample(group.key, group.offset, reason))
+                continue
+            data = group.members[group.images[0]]
+            assert data is not None
+            try:
+                image = decode_rgb(data)
+            except RefusedPicture as error:
+                on_bad(BadSample(group.key, group.offset, str(error)))
+            else:
+                yield Sample(group.key, class_id, image, group.offset)
+
+
+def load_arrays(
+    shards: Iterable[str], size: int, num_classes: int, on_bad: OnBad | None = None, resize: Resize = "squash"
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Decode whole shards into memory: 3 x size^2 bytes an image.
+
+    Args:
+        on_bad: Called for each refused sample; without it the first one is an error, so that none is lost unseen.
+
+    Returns:
+        images uint8 [N, 3, size, size], class_ids int64 [N], keys (N strings), in shard order.
+
+    Raises:
+        ValueError: When a shard cannot be read, or a sample is refused and `on_bad` was not given.
+    """
+    images: list[np.ndarray | None] = []
+    class_ids, keys = [], []
+    for shard in shards:
+        for sample in read_samples(shard, num_classes, on_bad or _refuse(shard)):
+            images.append(to_square(sample.image, size, resize))
+            class_ids.append(sample.class_id)
+            keys.append(sample.key)
+    stacked = np.empty((len(images), 3, size, size), np.uint8)
+    for i, image in enumerate(images):
+        assert image is not None
+        stacked[i] = image.transpose(2, 0, 1)
+        images[i] = None  # else they are in memory twice
+    return stacked, np.asarray(class_ids, np.int64), keys
+
+
+def _refuse(shard: str) -> OnBad:
+    def on_bad(bad: BadSample) -> None:
+        raise ValueError(f"{shard}: sample {bad.key or f'at byte {bad.offset}'} cannot be used: {bad.reason}")
+
+    return on_bad
+
+
+def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar whose bytes depend on names and contents only (no times, owners or modes of this machine)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.mode = 0o644
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""How work is run on Ray: session, pool, workers, console; what a stage computes is not here."""

@@ -1,0 +1,145 @@
+"""What a run says while it works: lines, bars, and what it waits for when nothing moves."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from ddoq_ray.execution.streams import emit
+
+LINE_SECONDS = 10.0  # between two lines of an advance, at least
+SILENCE_SECONDS = 30.0  # without a word, at most
+
+# What is waited for, in words; empty when nothing is. The Ray session sets it.
+waits: list[Callable[[], str]] = []
+
+_doing: list[_Activity] = []
+_lock = threading.Lock()
+_ticker: threading.Thread | None = None
+_spoken = time.monotonic()
+
+
+def say(text: str) -> None:
+    """One line for the person who runs it; on stderr, so that stdout holds the result only."""
+    global _spoken
+    _spoken = time.monotonic()
+    tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else emit(text, sys.stderr)
+
+
+class _Activity:
+    """Something that takes time; the newest one speaks when all have been silent for long."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.start = time.monotonic()
+        _begin(self)
+
+    def counted(self) -> str:
+        return ""
+
+    def remind(self, why: str) -> None:
+        seconds = time.monotonic() - self.start
+        say(f"{self.stage:<10} {self.counted()}{seconds:.0f} s: {why}")
+
+
+class Progress(_Activity):
+    """A bar on a terminal; elsewhere (a log, a Ray job) one line at most every ten seconds, and one at the end.
+
+    When nothing advances it says by time how far it is and what is waited for.
+    """
+
+    def __init__(self, stage: str, total: int | None, unit: str) -> None:
+        self.total, self.unit = total, unit
+        self.done = 0
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, desc=f"{stage:<10}", unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
+        super().__init__(stage)
+        self.last = self.moved = self.start
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        if n:
+            self.moved = time.monotonic()
+        if self.bar is not None:
+            if note or n:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.last >= LINE_SECONDS:
+            self._line(note)
+
+    def _line(self, note: str = "") -> None:
+        self.last = time.monotonic()
+        seconds = self.last - self.start
+        of = f" of {self.total:,}" if self.total else ""
+        rate = f", {self.done / seconds:,.1f} a second" if seconds > 0.5 and self.done else ""
+        note = f" ({note})" if note else ""
+        say(f"{self.stage:<10} {self.done:,}{of} {self.unit}{rate}, {seconds:.0f} s{note}")
+
+    def counted(self) -> str:
+        return f"{self.done:,}{f' of {self.total:,}' if self.total else ''} {self.unit}, "
+
+    def remind(self, why: str) -> None:
+        if self.bar is None:
+            super().remind(why)
+        elif time.monotonic() - self.moved >= SILENCE_SECONDS:
+            global _spoken
+            _spoken = time.monotonic()
+            self.bar.set_postfix_str(why)
+
+    def close(self, note: str = "") -> None:
+        _end(self)
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line(note)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close("stopped" if kind is not None else "")
+
+
+@contextmanager
+def doing(stage: str) -> Iterator[None]:
+    """A part of the run that may wait without a count of its own: it is not left silent either."""
+    activity = _Activity(stage)
+    try:
+        yield
+    finally:
+        _end(activity)
+
+
+def _begin(activity: _Activity) -> None:
+    global _ticker
+    with _lock:
+        _doing.append(activity)
+        if _ticker is None or not _ticker.is_alive():
+            _ticker = threading.Thread(target=_tick, name="progress", daemon=True)
+            _ticker.start()
+
+
+def _end(activity: _Activity) -> None:
+    with _lock:
+        if activity in _doing:
+            _doing.remove(activity)
+
+
+def _tick() -> None:
+    while True:
+        time.sleep(min(1.0, SILENCE_SECONDS / 4))
+        with _lock:
+            activity = _doing[-1] if _doing else None
+        if activity is None or time.monotonic() - max(_spoken, activity.start) < SILENCE_SECONDS:
+            continue
+        try:
+            why = next(filter(None, (words() for words in waits)), "") or "at work"
+        except Exception:  # Ray may be going: the words are for comfort only
+            why = "at work"
+        activity.remind(why)

@@ -1,0 +1,227 @@
+"""One run holds a run directory: ``lease.json`` there, with who holds it and when it was last renewed.
+
+A second run would sweep the first one's temporary files and share Ray Train's folder with it. On a local disk the file
+appears by a hard link, which only one of two can make; an object store has no such step, so there it is written and,
+a moment later, read again. It belongs to no artifact, and it goes when the run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ddoq_ray.execution.console import say
+from ddoq_ray.execution.signals import last_resort
+from ddoq_ray.storage.artifact import TEMPORARY, Folder
+
+NAME = "lease.json"
+RENEW_SECONDS = 15.0
+STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
+SETTLE_SECONDS = 1.0  # between writing and reading again on an object store
+
+
+def _started(process: int) -> str:
+    """When a process of this machine started, as its kernel says; empty when it is gone (or a zombie)."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        with contextlib.suppress(OSError):  # a system without /proc
+            os.kill(process, 0)
+            return "unknown"
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _machine() -> str:
+    """This machine since its start, and this container: where a process number means a process."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+class Lease:
+    """A run's hold on its directory.
+
+    Attributes:
+        token: What makes this hold another one than the next run's of the same process.
+        lost: Who holds the directory now, when this run no longer does; empty while it does.
+    """
+
+    def __init__(self, run: Folder) -> None:
+        self.run = run
+        self.token = uuid.uuid4().hex
+        self.lost = ""
+        self.facts: dict[str, Any] = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "process": _started(os.getpid()),
+            "since": time.time(),
+        }
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the directory, or refuse.
+
+        Raises:
+            ValueError: When a living run holds it.
+        """
+        for _ in range(3):
+            there = self._read()
+            if there is not None and there["token"] != self.token:
+                gone = why_stale(there)
+                if not gone:
+                    raise ValueError(_refusal(self.run, there))
+                if not self._remove(there):
+                    continue
+                say(f"lease      {self.run.uri} was held by {_holder(there)}; {gone}: this run takes it over")
+            if self._create():
+                self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+                self._thread.start()
+                return
+        raise ValueError(f"{self.run.uri} is taken by other runs at this moment; try again, or use another run_dir")
+
+    def check(self) -> None:
+        """Raise ValueError when another run has taken the directory meanwhile."""
+        if self.lost:
+            raise ValueError(
+                f"{self.run.uri} was taken over by {self.lost} while this run could not renew its lease: this run "
+                "stops, and what it has published stays. Let the other one end, or use another run_dir"
+            )
+
+    def release(self) -> None:
+        """Give the directory back; harmless when it is no longer held."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+        with contextlib.suppress(Exception):
+            there = self._read()
+            if there is not None and there["token"] == self.token:
+                self.run.remove(NAME)
+
+    def _content(self) -> bytes:
+        return (json.dumps(self.facts | {"renewed": time.time()}, indent=1) + "\n").encode()
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(self.run.read(NAME)))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, TypeError, ValueError):  # not whole: no run that follows these rules wrote it
+            return {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
+
+    def _create(self) -> bool:
+        if not self.run.local:
+            self.run.publish(NAME, self._content())
+            time.sleep(SETTLE_SECONDS)
+            there = self._read()
+            return there is not None and there["token"] == self.token
+        path = self.run.path(NAME)
+        os.makedirs(self.run.uri, exist_ok=True)
+        temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
+        Path(temporary).write_bytes(self._content())
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(path, "xb") as f:
+                    f.write(self._content())
+                return True
+            except FileExistsError:
+                return False
+        finally:
+            os.unlink(temporary)
+
+    def _remove(self, stale: dict[str, Any]) -> bool:
+        """Take a stale lease away, by a rename that one of two can make; False when it is another's by now."""
+        if not self.run.local:
+            return True  # _create writes over it
+        aside = self.run.path(f"{NAME}.{self.token[:8]}{TEMPORARY}")
+        try:
+            os.rename(self.run.path(NAME), aside)
+        except FileNotFoundError:
+            return False
+        try:
+            with contextlib.suppress(ValueError):
+                if json.loads(Path(aside).read_bytes())["token"] != stale["token"]:
+                    with contextlib.suppress(OSError):
+                        os.link(aside, self.run.path(NAME))  # a new one: it goes back
+                    return False
+            return True
+        finally:
+            os.unlink(aside)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_SECONDS):
+            try:
+                there = self._read()
+                if there is not None and there["token"] != self.token:
+                    self.lost = _holder(there)
+                    if threading.main_thread() is not threading.current_thread():
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+                if not self._stop.is_set():
+                    self.run.publish(NAME, self._content())
+            except Exception:  # a full disk, a store that is away: the next time may do
+                continue
+
+
+def why_stale(facts: dict[str, Any], now: float | None = None) -> str:
+    """Why a lease's holder is taken for gone; empty when it may be alive."""
+    if facts["machine"] == _machine():
+        if _started(int(facts["pid"])) != facts["process"] or not facts["process"]:
+            return "that process is gone"
+        return ""
+    silent = (time.time() if now is None else now) - facts["renewed"]
+    return f"not renewed for {silent:,.0f} s" if silent > STALE_SECONDS else ""
+
+
+def _holder(facts: dict[str, Any]) -> str:
+    since = datetime.fromtimestamp(facts["since"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    return f"process {facts['pid']} on {facts['host']}, since {since}"
+
+
+def _refusal(run: Folder, there: dict[str, Any]) -> str:
+    renewed = max(0.0, time.time() - there["renewed"])
+    return (
+        f"another run holds {run.uri}: {_holder(there)}, last renewed {renewed:.0f} s ago. Wait until it ends or stop "
+        f"it, or use another run_dir. (If it was killed on another machine, its lease runs out {STALE_SECONDS:.0f} s "
+        f"after its last renewal, and the same command takes over; {run.path(NAME)} is the lease)"
+    )
+
+
+@contextlib.contextmanager
+def held(run: Folder) -> Iterator[Lease]:
+    """The directory is this run's for the duration of the block.
+
+    Raises:
+        ValueError: When another run holds it, or takes it meanwhile.
+    """
+    lease = Lease(run)
+    lease.acquire()
+    try:
+        with last_resort(lease.release):
+            yield lease
+    except BaseException:
+        lease.check()  # words for the interruption that the loss caused
+        raise
+    finally:
+        lease.release()

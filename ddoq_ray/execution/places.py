@@ -1,0 +1,185 @@
+"""Where results and inputs are: not where Ray deletes them, and seen by every node that works."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.data.collections import kind_of
+from ddoq_ray.execution.console import doing, say
+from ddoq_ray.execution.workers import DEATHS
+from ddoq_ray.storage.artifact import Folder
+
+LOOK_SECONDS = 60.0  # for a node to answer
+_PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
+_SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
+
+Named = tuple[str, str]  # configuration key, local path
+
+
+def check_lasting(path: str, key: str) -> None:
+    """Refuse a local folder that goes when the job ends.
+
+    Args:
+        path: Where results will be written.
+        key: The key that says so, for the message.
+
+    Raises:
+        ValueError: When it is inside a Ray job's working copy or a Ray session's own files.
+    """
+    folder = Folder(path)
+    if not folder.local:
+        return
+    real = Path(os.path.realpath(folder.uri))
+    parts = set(real.parts)
+    copy = os.environ.get("RAY_RUNTIME_ENV_CREATE_WORKING_DIR")
+    inside = "runtime_resources" in parts and bool(parts & _PACKAGES)
+    inside = inside or (bool(copy) and real.is_relative_to(os.path.realpath(str(copy))))
+    if inside:
+        what = "the working copy of a Ray job, which Ray deletes when the job has ended"
+    elif any(_SESSION.fullmatch(part) for part in real.parts):
+        what = "a Ray session's own files, which are deleted with it"
+    else:
+        return
+    raise ValueError(
+        f"{key}={path} is {real}, inside {what}: give {key} as a whole path that lasts and that all nodes see, such as "
+        f"{key}=/shared/{PurePosixPath(path).name or 'run'} or s3://bucket/{PurePosixPath(path).name or 'run'}"
+    )
+
+
+def check_apart(config: RunConfig) -> None:
+    """Refuse a run directory and data that lie so in one another that one would be taken, or swept, for the other.
+
+    Raises:
+        ValueError: When what the run writes would be found among the images, or the images lie where it writes.
+    """
+    run = Folder(config.folder)
+    if not run.local:
+        return
+    mine = Path(os.path.realpath(run.uri))
+    walked = config.dataset.path is not None and kind_of(config.dataset) in ("imagefolder", "parquet")
+    for key, path in (("dataset.path", config.dataset.path), ("dataset.val_path", config.dataset.val_path)):
+        folder = None if path is None else Folder(fixed_part(path))
+        if folder is None or not folder.local:
+            continue
+        place = Path(os.path.realpath(folder.uri))
+        if walked and mine.is_relative_to(place) and not (mine / "data/manifest.json").exists():
+            raise ValueError(
+                f"run_dir={config.folder} lies inside {key}={path}, where what the run writes would be taken for "
+                "images: choose a run_dir outside"
+            )
+        if place.is_relative_to(mine / "data"):
+            raise ValueError(
+                f"{key}={path} lies in data/ of run_dir={config.folder}, where this run writes its own: choose another "
+                "run_dir"
+            )
+
+
+def named_paths(config: RunConfig) -> list[Named]:
+    """The local inputs that the configuration names, as far as they are there on this machine."""
+    given = {
+        "dataset.path": config.dataset.path,
+        "dataset.val_path": config.dataset.val_path,
+        "dataset.classes": config.dataset.classes,
+        "latents.path": config.latents.path,
+        "prior.path": config.prior.path,
+        "encoder.path": config.encoder.path,
+        "teacher.path": config.teacher.path,
+    }
+    found = []
+    for key, path in given.items():
+        if path is None or "://" in path:
+            continue
+        place = os.path.abspath(fixed_part(path))
+        if os.path.exists(place):  # else it is a hub id, shipped:NAME, or a mistake that has words of its own
+            found.append((key, place))
+    return found
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder in front of a glob or brace pattern.
+
+    >>> fixed_part("/data/train-{0000..0009}.tar"), fixed_part("/data/a.tar")
+    ('/data', '/data/a.tar')
+    """
+    parts = list(PurePosixPath(pattern).parts)
+    for i, part in enumerate(parts):
+        if set(part) & set("*?[{"):
+            return str(PurePosixPath(*parts[:i])) if i else "."
+    return pattern
+
+
+def unseen(run: Folder, token: str, named: Sequence[Named]) -> list[Named]:
+    """What this machine does not see: the run directory (the file `token` in it), and the inputs."""
+    missing = [(key, path) for key, path in named if not os.path.exists(path)]
+    try:
+        seen = run.exists(token)
+    except Exception:  # a store that this machine cannot reach or read
+        seen = False
+    return missing if seen else [("run_dir", run.uri), *missing]
+
+
+def complaint(found: Iterable[tuple[str, Sequence[Named]]]) -> str:
+    """Words for the nodes that miss something; empty when none does."""
+    words = [
+        f"node {node} does not see {' and '.join(f'{key} ({path})' for key, path in missing)}"
+        for node, missing in found
+        if missing
+    ]
+    if not words:
+        return ""
+    more = f"; so do {len(words) - 4} more nodes" if len(words) > 4 else ""
+    return (
+        f"{'; '.join(words[:4])}{more}. Every node must see these under the same path: put them on a shared file "
+        "system or an object store (s3://, gs://), or leave that node out of the cluster"
+    )
+
+
+def check_nodes(run: Folder, named: Sequence[Named]) -> None:
+    """On a cluster of several nodes, one small task a node sees whether what the run needs is there.
+
+    Raises:
+        ValueError: Naming the nodes that do not see the run directory or an input.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    workers = [n for n in nodes if n["Resources"].get("CPU", 0) > 0]
+    if len(nodes) < 2:
+        return
+    token = f".seen-{os.getpid()}-{time.time_ns()}"
+    run.publish(token, b"")
+    try:
+        with doing("nodes"):
+            complaints = complaint(_ask(workers, run, token, named))
+    finally:
+        run.remove(token)
+    if complaints:
+        raise ValueError(complaints)
+
+
+def _ask(nodes: Sequence[dict[str, Any]], run: Folder, token: str, named: Sequence[Named]) -> list[Any]:
+    look = ray.remote(num_cpus=0, max_retries=0)(unseen)
+    refs = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
+            run, token, named
+        ): f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})"
+        for n in nodes
+    }
+    ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=LOOK_SECONDS)
+    for ref in late:
+        say(f"nodes      {refs[ref]} has not said in {LOOK_SECONDS:.0f} s whether it sees {run.uri}; the run goes on")
+        ray.cancel(ref)
+    found = []
+    for ref in ready:
+        try:
+            found.append((refs[ref], ray.get(ref)))
+        except (*DEATHS, ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            continue  # it has just left
+    return found

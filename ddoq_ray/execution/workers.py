@@ -1,0 +1,125 @@
+"""What every stage shares of Ray: survivable deaths, tasks, the event log, threads and devices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import threadpoolctl
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
+from ddoq_ray.execution.console import say as say
+from ddoq_ray.storage.artifact import Folder
+
+# Deaths that a stage survives by doing the unit again elsewhere. RayTaskError is not among them: it carries an
+# exception of our own code, and a bug must surface.
+DEATHS: tuple[type[BaseException], ...] = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
+
+
+def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:
+    """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
+
+    Raises:
+        ValueError: A worker's, for the person; the other tasks are cancelled.
+    """
+    waiting: dict[Any, int] = {}
+    left = deque(enumerate(jobs))
+    while left or waiting:
+        while left and len(waiting) < at_once:
+            number, submit = left.popleft()
+            waiting[submit()] = number
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        number = waiting.pop(ready[0])
+        try:
+            yield number, ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            for ref in waiting:  # one answer is enough; Ray would print the others' errors
+                ray.cancel(ref)
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    ray.get(ref)
+            raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+
+
+class Events:
+    """``events.jsonl`` of the run: node lost, unit requeued, stage finished. The driver alone writes it."""
+
+    def __init__(self, run: Folder) -> None:
+        self.run = run
+        self._lines: list[str] | None = None
+
+    def add(self, event: str, **facts: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str) + "\n"
+        if self.run.local:
+            os.makedirs(self.run.uri, exist_ok=True)
+            with open(self.run.path("events.jsonl"), "a") as f:
+                f.write(line)
+            return
+        if self._lines is None:  # an object store cannot append: publish the (short) log again
+            there = self.run.read("events.jsonl").decode() if self.run.exists("events.jsonl") else ""
+            self._lines = there.splitlines(True)
+        self._lines.append(line)
+        self.run.publish("events.jsonl", "".join(self._lines).encode())
+
+
+def pin_blas_threads(threads: int) -> None:
+    """Fix the threads of numpy's BLAS, and of the OpenMP libraries that are loaded later (scikit-learn, faiss)."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    threadpoolctl.threadpool_limits(threads)
+
+
+def pin_threads(threads: int) -> None:
+    """Fix torch's threads in an actor: the bits of a CPU forward pass depend on their number."""
+    import torch
+
+    pin_blas_threads(threads)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+
+
+def device() -> str:
+    """The device of this process: its GPU when Ray gave it one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What bit-identity depends on beside the configuration; recorded in every manifest."""
+    import diffusers
+    import numpy
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": numpy.__version__,
+        "ray": ray.__version__,
+        "threads": threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+    }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, if it runs from its own checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # installed inside another project's checkout it is not tracked
+        return git("rev-parse", "--short=12", "HEAD").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""Latent diffusion: a module a kind of prior, and the table that loads them."""

@@ -1,0 +1,399 @@
+"""Class-conditional latent diffusion: an autoencoder + UNet2DModel or DiTTransformer2DModel + a scheduler.
+
+Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor
+
+from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, identity_of, load_network, network_kind
+from ddoq_ray.models.folders import content_digest, read_json
+from ddoq_ray.models.priors.base import STARTS, NonFiniteImages, Prior, Start
+
+PRIOR_JSON = "ddoq_prior.json"
+# DiT's published folders were saved before the class had its own name.
+_DENOISERS = {
+    "UNet2DModel": UNet2DModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    "Transformer2DModel": DiTTransformer2DModel,
+}
+
+
+class ClassConditionalPrior(Prior):
+    """See `Prior`. The null label of classifier-free guidance is num_classes, DiT's convention."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        denoiser: UNet2DModel | DiTTransformer2DModel,
+        scheduler: Any,
+        *,
+        classes: list[str] | None = None,
+        num_classes: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+        id: str | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            vae: the autoencoder; its config holds scaling_factor and perhaps shift_factor.
+            denoiser: class-conditional, latents in, noise (or noise and variance) out.
+            scheduler: any diffusers scheduler with add_noise and step.
+            classes: names in label order.
+            num_classes: their number where no names tell it.
+            device: where both networks run.
+            dtype: their arithmetic.
+            id: the content digest if known; computed otherwise.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"prior: expected a dtype of {sorted(DTYPES)}, got {dtype!r}")
+        size = denoiser.config["sample_size"]
+        if size is None:
+            raise ValueError("prior: the denoiser's config has no sample_size, so the latents' size is unknown")
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = denoiser.config["in_channels"]
+        if vae.config["latent_channels"] != channels:
+            raise ValueError(
+                f"prior: the autoencoder makes {vae.config['latent_channels']} latent channels, "
+                f"the denoiser expects {channels}; the two folders belong to different models"
+            )
+        out_channels = denoiser.config["out_channels"] or channels
+        if out_channels not in (channels, 2 * channels):
+            raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
+        if not hasattr(scheduler, "add_noise"):
+            raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
+        if height != width:
+            raise ValueError(f"prior: expected square latents, got {height} x {width}")
+        self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
+        self.classes = classes
+        self.latent_shape = (channels, height, width)
+        configs = {
+            "vae": identity_of(dict(vae.config)),
+            "denoiser": dict(denoiser.config),
+            "scheduler": dict(scheduler.config),
+        }
+        self.id = id or content_digest(configs, _tensors(vae, denoiser))
+        self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
+        self.autoencoder = Autoencoder(vae, device=device, dtype=dtype)
+        self.vae = self.autoencoder.network
+        self.image_size = height * self.autoencoder.factor
+        self.denoiser = cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        index: dict[str, Any],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+    ) -> ClassConditionalPrior:
+        """Read a folder as `load_prior` describes it; `index` is its model_index.json."""
+        part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
+        if part is None:
+            raise ValueError(f"prior: expected a subfolder unet/ or transformer/ in {folder}, found neither")
+        raw = {name: read_json(folder / name / "config.json", "prior") for name in ("vae", part)}
+        raw["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json", "prior")
+        kind = raw[part].get("_class_name")
+        if kind not in _DENOISERS:
+            raise ValueError(f"prior: expected a denoiser of {sorted(_DENOISERS)}, got {kind} in {folder}")
+        vae = load_network(network_kind(raw["vae"], folder), folder, "vae")
+        denoiser = load_network(_DENOISERS[kind], folder, part)
+        scheduler_class = getattr(diffusers, str(raw["scheduler"].get("_class_name")), None)
+        if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
+            raise ValueError(f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})")
+        # The digest covers the files' own configs: a newer diffusers adds defaults to the loaded ones.
+        digest = content_digest(
+            {"vae": identity_of(raw["vae"]), "denoiser": raw[part], "scheduler": raw["scheduler"]},
+            _tensors(vae, denoiser),
+        )
+        extra = read_json(folder / PRIOR_JSON, "prior") if (folder / PRIOR_JSON).is_file() else {}
+        prior = cls(
+            vae,
+            denoiser,
+            scheduler_class.from_config(raw["scheduler"]),
+            classes=_class_names(index, extra),
+            num_classes=extra.get("num_classes"),
+            device=device,
+            dtype=dtype,
+            id=digest,
+        )
+        if extra.get("image_size", prior.image_size) != prior.image_size:
+            raise ValueError(
+                f"prior: {PRIOR_JSON} says image_size {extra['image_size']}, but the networks in {folder} "
+                f"make {prior.image_size} px images"
+            )
+        return prior
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"prior.encode: expected images [B, {expected}], got {tuple(images.shape)}")
+        return self.autoencoder.encode(images, noise)
+
+    @torch.inference_mode()
+    def synthesize(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        start: Start = "noised",
+        strength: float,
+        steps: int,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        run = self._check(latents, labels, noise, generators, start, strength, steps, guidance)
+        z = latents.to(self.device, torch.float32)
+        y = labels.to(self.device)
+        if run == 0:
+            return self._decode(z)
+        scheduler, timesteps = self._schedule(run, steps)
+        e = noise.to(self.device, torch.float32)
+        if start == "noise":
+            z = e * scheduler.init_noise_sigma
+        elif start == "inversion":
+            z = self._invert(z, y, timesteps)
+        elif start == "noised":
+            z = scheduler.add_noise(z, e, timesteps[:1].expand(len(z)))
+        options = _step_options(scheduler, generators)
+        for t in timesteps:
+            output = self._predict(scheduler.scale_model_input(z, t), t, y, guidance)
+            z = scheduler.step(output, t, z, **options).prev_sample
+        return self._decode(z)
+
+    def noise_scales(self, strength: float, steps: int) -> tuple[float, float]:
+        run = _steps_run(strength, steps)
+        if run == 0:
+            raise ValueError(f"prior: expected a strength above 0, got {strength}")
+        scheduler, timesteps = self._schedule(run, steps)
+        zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        scales = [scheduler.add_noise(a, b, timesteps[:1].cpu()) for a, b in ((one, zero), (zero, one))]
+        return float(scales[0]), float(scales[1])
+
+    def _schedule(self, run: int, steps: int) -> tuple[Any, Tensor]:
+        """A scheduler at the start of the last `run` of `steps` timesteps, and these timesteps."""
+        # A fresh one a call: multistep ones carry state, which a retried unit must not see.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        first = max(steps - run, 0) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return scheduler, scheduler.timesteps[first:]
+
+    def save(self, out: Path, extra: dict[str, Any], *, dtype: str = "float32") -> None:
+        """Write the parts into the folder `out` in diffusers' format; `extra` goes into ddoq_prior.json."""
+        from ddoq_ray.models.folders import write_json
+
+        part = "unet" if isinstance(self.denoiser, UNet2DModel) else "transformer"
+        index: dict[str, Any] = {
+            # diffusers has no pipeline of these parts with a class-conditional UNet; they load one by one.
+            "_class_name": "DiTPipeline" if part == "transformer" else "DiffusionPipeline",
+            "_diffusers_version": diffusers.__version__,
+            part: ["diffusers", type(self.denoiser).__name__],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "vae": ["diffusers", type(self.vae).__name__],
+        }
+        if self.classes is not None and part == "transformer":
+            index["id2label"] = {str(label): name for label, name in enumerate(self.classes)}
+        write_json(out / "model_index.json", index)
+        for name, network in (("vae", self.vae), (part, self.denoiser)):
+            stored = copy.deepcopy(network)  # not cast in place: this prior stays what it was
+            cast(stored, self.device, DTYPES[dtype]).save_pretrained(out / name)
+        self.scheduler.save_pretrained(out / "scheduler")
+        write_json(
+            out / PRIOR_JSON,
+            {"kind": "class_conditional", "classes": self.classes, "image_size": self.image_size, **extra},
+        )
+
+    def _decode(self, z: Tensor) -> Tensor:
+        pixels = self.autoencoder.decode(z)
+        # uint8 would make black of them. No row is named here: callers know whose they are.
+        bad = [i for i, row in enumerate(pixels) if not bool(torch.isfinite(row).all())]
+        if bad:
+            raise NonFiniteImages(bad)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def _predict(self, z: Tensor, t: Tensor, y: Tensor, guidance: float) -> Tensor:
+        """The denoiser's output at z, guided; more than C channels only for a learned variance."""
+        channels = self.latent_shape[0]
+        guided = guidance != 1.0
+        if guided:
+            z = torch.cat([z, z])
+            y = torch.cat([y, torch.full_like(y, self.num_classes)])
+        times = t.to(self.device).expand(len(z))
+        output = self.denoiser(z.to(self.dtype), timestep=times, class_labels=y).sample.float()
+        eps, rest = output[:, :channels], output[:, channels:]
+        if guided:
+            conditional, unconditional = eps.chunk(2)
+            eps = unconditional + guidance * (conditional - unconditional)
+            rest = rest.chunk(2)[0]
+        if rest.shape[1] and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+            return torch.cat([eps, rest], dim=1)
+        return eps
+
+    def _invert(self, z: Tensor, y: Tensor, timesteps: Tensor) -> Tensor:
+        """Deterministic DDIM inversion of z up to the noise level of timesteps[0], without guidance.
+
+        Each step is DDIM's formula read upwards, the noise being predicted at the level that is reached; the
+        levels are those the denoising passes, so that small steps bring z back.
+        Source: Song et al., Denoising Diffusion Implicit Models, Eq. 12; diffusers' DDIMInverseScheduler.
+        """
+        alphas = self.scheduler.alphas_cumprod.to(self.device)
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        alpha = torch.as_tensor(getattr(self.scheduler, "final_alpha_cumprod", 1.0), device=self.device)
+        for t in timesteps.flip(0):
+            output = self._predict(z, t, y, 1.0)[:, : self.latent_shape[0]]
+            signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+            if kind == "epsilon":
+                eps = output
+                clean = (z - sigma * eps) / signal
+            elif kind == "v_prediction":
+                clean, eps = signal * z - sigma * output, signal * output + sigma * z
+            else:
+                raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
+            alpha = alphas[t]
+            z = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps
+        return z
+
+    def _check(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator] | None,
+        start: Start,
+        strength: float,
+        steps: int,
+        guidance: float,
+    ) -> int:
+        """The number of steps to run, once every argument has been found to fit."""
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(f"prior: expected latents [B, {self.latent_shape}], got {tuple(latents.shape)}")
+        if noise.shape != latents.shape:
+            raise ValueError(f"prior: expected noise {tuple(latents.shape)}, got {tuple(noise.shape)}")
+        if labels.shape != latents.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"prior: expected int64 labels [{len(latents)}], got {labels.dtype} {tuple(labels.shape)}")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"prior: labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
+                f"{int(labels.max())}; check prior_label in classes.json"
+            )
+        if generators is not None and len(generators) != len(latents):
+            raise ValueError(f"prior: expected {len(latents)} generators, one a row, got {len(generators)}")
+        if start not in STARTS:
+            raise ValueError(f"prior: expected a start of {list(STARTS)}, got {start!r}")
+        return self.check_settings(start, strength, steps, guidance)
+
+    def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:
+        trained = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= trained:
+            raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {steps}")
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"prior: strength must lie in [0, 1], got {strength}")
+        if guidance != 1.0 and not self.has_null:
+            raise ValueError(f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1")
+        if start == "inversion" and not (
+            hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0
+        ):
+            raise ValueError(
+                f"prior: start=inversion needs a variance-preserving scheduler such as DDIM, "
+                f"not {type(self.scheduler).__name__}"
+            )
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if start == "inversion" and kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
+        run = steps if start == "noise" else _steps_run(strength, steps)
+        if run:
+            try:
+                self._schedule(run, steps)
+            except (AssertionError, IndexError, TypeError, ZeroDivisionError) as error:
+                raise ValueError(
+                    f"prior: {type(self.scheduler).__name__} cannot do synthesizer.steps={steps} "
+                    f"({error}); choose another number, or a DDIMScheduler in the prior's scheduler folder"
+                ) from error
+        return run
+
+
+def _steps_run(strength: float, steps: int) -> int:
+    """How many of the last timesteps a strength runs."""
+    run = min(int(steps * strength + 1e-9), steps)  # 0.29 * 100 is 28.999... in binary
+    if run == 0 and strength > 0:
+        raise ValueError(
+            f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
+            f"decode or at least {math.ceil(1e4 / steps) / 1e4:g}, or more steps"
+        )
+    return run
+
+
+def _tensors(vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
+    networks = {"vae": vae, "denoiser": denoiser}
+    return {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
+
+
+def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | None:
+    """Names from ddoq_prior.json, else from DiTPipeline's id2label."""
+    if extra.get("classes") is not None:
+        return [str(name) for name in extra["classes"]]
+    id2label = index.get("id2label")
+    if not id2label:
+        return None
+    names = {int(label): str(name) for label, name in id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError("prior: id2label in model_index.json must name the labels 0, 1, 2, ... without a gap")
+    return [names[label] for label in range(len(names))]
+
+
+def _class_count(
+    denoiser: UNet2DModel | DiTTransformer2DModel, classes: list[str] | None, given: int | None
+) -> tuple[int, bool]:
+    """(num_classes, has a null label). A UNet's table does not tell if its last row is the null."""
+    if isinstance(denoiser, DiTTransformer2DModel):
+        count = int(denoiser.config["num_embeds_ada_norm"])
+        if classes is not None and len(classes) != count:
+            raise ValueError(f"prior: {len(classes)} class names for a transformer of {count} classes")
+        return count, True
+    rows = denoiser.config["num_class_embeds"]
+    if not rows or denoiser.config["class_embed_type"] is not None:
+        raise ValueError(
+            "prior: the UNet has no table of class embeddings (num_class_embeds); it is not class-conditional"
+        )
+    count = len(classes) if classes is not None else given
+    if count is None:
+        raise ValueError(
+            f"prior: the UNet has {rows} class embeddings and nothing says whether the last is the null label: {rows} "
+            f'classes or {rows - 1}? Write {{"num_classes": {rows - 1}}} (or {rows}), or the names as '
+            f'{{"classes": [...]}}, into {PRIOR_JSON} in its folder'
+        )
+    if rows - count not in (0, 1):
+        raise ValueError(
+            f"prior: {count} classes for a UNet with {rows} class embeddings; expected {rows - 1} "
+            f"(and the null label) or {rows}"
+        )
+    return count, rows == count + 1
+
+
+def _step_options(scheduler: Any, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
+    """The step noise's source. Without generators it is a fixed one of the batch, never the global one."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": list(generators) if generators is not None else torch.Generator().manual_seed(0)}

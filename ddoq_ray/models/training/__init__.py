@@ -1,0 +1,1 @@
+"""Training of the networks that a run takes: priors and teachers."""

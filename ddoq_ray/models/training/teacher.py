@@ -1,0 +1,200 @@
+"""Train a classifier on real images, as teacher or as the full-data baseline, in one process.
+
+Teachers label views, so they are trained on the kind of views that `core.views` renders (crop, flip, CutMix).
+
+Shape suffixes: N images, B batch, C classes, S image size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddoq_ray.core.views import ViewSpec, batch_views
+from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
+from ddoq_ray.models.folders import check_free
+from ddoq_ray.models.training.prior import Progress, batches, canonical_order, check_images, one_cycle
+
+_REPORT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TeacherTraining:
+    """How `train_teacher` trains.
+
+    Attributes:
+        seed: of initialisation, batches and views.
+        arch: as `build_classifier` names it.
+        epochs, batch: passes over the images; the last incomplete batch of a pass opens the next one.
+        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
+        lr, weight_decay: cosine schedule with a short warm-up.
+        label_smoothing: of the cross-entropy.
+        min_scale, flip, cutmix: the views (see core.views.ViewSpec).
+        dtype: of the saved weights, "float32" or "float16".
+    """
+
+    seed: int = 0
+    arch: str = "resnet18-small-w16"
+    epochs: int = 60
+    batch: int = 64
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    label_smoothing: float = 0.0
+    min_scale: float = 0.5
+    flip: bool = True
+    cutmix: bool = False
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        if self.epochs < 1 or self.batch < 2:
+            raise ValueError(f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"teacher training: optimizer must be adamw or sgd, got {self.optimizer!r}")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"teacher training: dtype must be float32 or float16, got {self.dtype!r}")
+
+
+def train_teacher(
+    images: np.ndarray,
+    class_ids: np.ndarray,
+    classes: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    config: TeacherTraining | None = None,
+    held_out: tuple[np.ndarray, np.ndarray] | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Progress | None = None,
+    overwrite: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a classifier and publish it as the folder `out`, which `load_classifier` reads.
+
+    Args:
+        images: uint8 [N, 3, S, S].
+        class_ids: int64 [N], labels 0 .. len(classes) - 1.
+        classes: names in label order.
+        out: folder to write, whole or not at all.
+        config: see `TeacherTraining`.
+        held_out: (images, class_ids) to report an accuracy on, once, after training; nothing is chosen by it.
+        device: where to train.
+        on_progress: called with ("teacher", step, steps, loss) now and then.
+        overwrite: replace an existing folder.
+        extra: kept in config.json, such as the data's name.
+
+    Returns:
+        What config.json records under "training".
+
+    Raises:
+        ValueError: images and labels that do not fit, or an existing `out`.
+    """
+    config = config or TeacherTraining()
+    check_free(out, overwrite=overwrite)
+    check_images(images, class_ids, classes)
+    if held_out is not None:
+        check_images(*held_out, classes)
+    order = canonical_order(images, class_ids)
+    images, class_ids = images[order], class_ids[order]
+    device = torch.device(device)
+    size = images.shape[-1]
+    # One channel at a time: float64 copies of all images at once would be eight times the set.
+    moments = [(float(images[:, c].mean() / 255), float(images[:, c].std() / 255)) for c in range(3)]
+    model = build_classifier(
+        config.arch,
+        len(classes),
+        size,
+        [round(mean, 7) for mean, _ in moments],
+        [round(max(std, 1e-3), 7) for _, std in moments],
+        seed=config.seed,
+        classes=classes,
+    ).to(device)
+    loss = _train(model, images, class_ids, config, device, on_progress)
+    record: dict[str, Any] = {
+        "options": asdict(config),
+        "images": len(images),
+        "loss": loss,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **(extra or {}),
+    }
+    if held_out is not None:
+        record["held_out_images"] = len(held_out[0])
+        record["held_out_accuracy"] = accuracy(model, *held_out)
+    save_classifier(model, out, extra={"training": record}, dtype=config.dtype, overwrite=overwrite)
+    return record
+
+
+def _train(
+    model: Classifier,
+    images: np.ndarray,
+    class_ids: np.ndarray,
+    config: TeacherTraining,
+    device: torch.device,
+    on_progress: Progress | None,
+) -> float:
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    labels = torch.from_numpy(np.ascontiguousarray(class_ids)).long().to(device)
+    steps = max(2, config.epochs * len(pixels) // min(config.batch, len(pixels)))
+    lr, decay, parameters = config.lr, config.weight_decay, model.parameters()
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=0.9, nesterov=True)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    schedule = one_cycle(optimizer, config.lr, steps, warm_up=0.1)
+    spec = ViewSpec(size=images.shape[-1], min_scale=config.min_scale, flip=config.flip, cutmix=config.cutmix)
+    generator = torch.Generator().manual_seed(config.seed)
+    running = 0.0
+    model.train()
+    for step, index in enumerate(batches(len(pixels), config.batch, steps, generator), start=1):
+        # The step stands for the epoch: a batch may straddle two passes, and no view may come twice.
+        x, partner, kept = batch_views(pixels, index.numpy(), spec, config.seed, step)
+        logits = model(x)
+        loss = _cross_entropy(logits, labels[index.to(device)], config.label_smoothing)
+        if config.cutmix:
+            share = torch.as_tensor(kept, dtype=torch.float32, device=device)
+            other = torch.as_tensor(partner, device=device).clamp_min(0)
+            loss = share * loss + (1 - share) * _cross_entropy(logits, labels[other], config.label_smoothing)
+        loss = loss.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        if on_progress is not None and (step % _REPORT_EVERY == 0 or step == steps):
+            on_progress("teacher", step, steps, running)
+    model.eval()
+    return running
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+
+
+@torch.inference_mode()
+def accuracy(model: Classifier, images: np.ndarray, class_ids: np.ndarray, *, batch: int = 256) -> float:
+    """Top-1 accuracy in percent on uint8 images [N, 3, S, S], uncropped; the model's mode is kept.
+
+    Args:
+        model: in eval mode.
+        images: uint8 [N, 3, S, S].
+        class_ids: int64 [N].
+        batch: images a forward pass.
+
+    Returns:
+        Percent correct.
+    """
+    correct = 0
+    for begin in range(0, len(images), batch):
+        x = torch.from_numpy(np.ascontiguousarray(images[begin : begin + batch])).to(model.mean.device).float() / 255
+        predicted = model(x).argmax(1).cpu().numpy()
+        correct += int((predicted == class_ids[begin : begin + batch]).sum())
+    return 100.0 * correct / len(images)

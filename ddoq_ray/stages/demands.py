@@ -1,0 +1,226 @@
+"""What each stage holds of the cluster at the same time, at least: a table made from the configuration alone.
+
+Ray lets what does not fit wait for ever. So before work starts the table is laid beside the nodes: a pool that has a
+range or a count is made smaller on this machine's own Ray, and what cannot fit is refused with the key to change; on a
+cluster, which may grow, it is said what will be waited for. Nothing here changes a byte of any output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.cluster import TrainerResources, WorkerResources
+from ddoq_ray.stages.encode.reader import READER_BYTES
+
+UNITS = {"CPU": "CPU", "GPU": "GPU", "memory": "GiB of memory"}
+SELECTIONS = ("random", "herding", "medoids")
+
+Room = Mapping[str, float]  # what a node has, by Ray's names: CPU, GPU, memory (bytes)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """`count` workers of one kind, each with its resources on one node.
+
+    Attributes:
+        what: The workers, in words.
+        key: The configuration's group whose num_cpus and num_gpus each of them asks for; empty where it is fixed.
+        pool: The key that says how many there are; empty where that is fixed.
+        least: How many the stage can do with.
+    """
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+    memory: float = 0.0
+    key: str = ""
+    pool: str = ""
+    least: int = 1
+
+    @property
+    def room(self) -> dict[str, float]:
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+
+
+def table(config: RunConfig, codebooks: int = 1) -> dict[str, list[Ask]]:
+    """stage -> what it holds at the same time, of the stages that the run wants.
+
+    Args:
+        codebooks: Codebooks that are quantized at once, each with `quantizer.num_shards` actors.
+    """
+    c, wanted = config.cluster, set(config.stages)
+    found: dict[str, list[Ask]] = {}
+
+    def ask(what: str, count: int, of: WorkerResources | TrainerResources, key: str, pool: str, least: int = 1) -> Ask:
+        return Ask(what, count, of.num_cpus, of.num_gpus, key=f"cluster.{key}", pool=pool, least=least)
+
+    found["prepare"] = [Ask("task that reads the data", 1, 1.0)]
+    quantizers = []
+    if "quantize" in wanted:
+        count = codebooks * config.quantizer.num_shards
+        quantizers = [ask("quantizer", count, c.quantizer, "quantizer", "quantizer.num_shards", codebooks)]
+    if "encode" in wanted and config.latents.path is None:
+        reader = dataclasses.replace(ask("reader", 1, c.reader, "reader", ""), memory=READER_BYTES)
+        found["encode"] = [ask("encoder", config.encoder.workers, c.encoder, "encoder", "encoder.workers"), reader]
+        found["encode"] += quantizers  # they take the latents while encoders write them
+    elif quantizers:
+        found["quantize"] = quantizers
+    if "synthesize" in wanted:
+        found["synthesize"] = [
+            ask("decoder", config.synthesizer.max_workers, c.decoder, "decoder", "synthesizer.max_workers")
+        ]
+        if set(config.methods) & set(SELECTIONS):
+            found["select"] = [ask("reader", 1, c.reader, "reader", "")]
+    if "label" in wanted:
+        count = 1 if config.labels.mode == "online" else config.labels.workers
+        found["label"] = [ask("teacher", count, c.teacher, "teacher", "labels.workers")]
+    if "train" in wanted:  # its controller asks for nothing
+        workers = c.trainer.workers
+        found["train"] = [ask("trainer", workers, c.trainer, "trainer", "cluster.trainer.workers", workers)]
+    if "evaluate" in wanted:
+        found["evaluate"] = [ask("evaluation task", 1, c.teacher, "teacher", "")]
+    if "report" in wanted:
+        found["report"] = [Ask("task that measures codebooks", 1, 0.5)]
+        if config.report.heldout_images:
+            found["heldout"] = [ask("encoder", 1, c.encoder, "encoder", "")]
+    return found
+
+
+def fits(asks: Iterable[Ask], nodes: Sequence[Room]) -> bool:
+    """Whether all workers find room at once; the largest are placed first, GPUs before CPUs."""
+    free = [dict(node) for node in nodes]
+    for ask in sorted(asks, key=lambda a: (a.gpus, a.cpus, a.memory), reverse=True):
+        at = 0
+        for _ in range(ask.count):
+            while at < len(free) and not _has(free[at], ask.room):
+                at += 1
+            if at == len(free):
+                return False
+            for name, amount in ask.room.items():
+                free[at][name] = free[at].get(name, 0.0) - amount
+    return True
+
+
+def _has(node: Room, room: Room) -> bool:
+    return all(amount <= node.get(name, 0.0) + 1e-6 for name, amount in room.items() if amount)
+
+
+def fitted(asks: Sequence[Ask], nodes: Sequence[Room]) -> list[Ask] | None:
+    """The largest pools that fit, the first ask shrunk last; None when not even the least do."""
+    now = [dataclasses.replace(ask, count=ask.least) for ask in asks]
+    if not fits(now, nodes):
+        return None
+    for i in reversed(range(len(asks))):
+        low, high = now[i].count, asks[i].count
+        step = low if asks[i].pool == "quantizer.num_shards" else 1  # as many for each codebook
+        while low < high:
+            middle = low + step * max(1, (high - low + step - 1) // (2 * step))
+            if fits([*now[:i], dataclasses.replace(asks[i], count=middle), *now[i + 1 :]], nodes):
+                low = middle
+            else:
+                high = middle - step
+        now[i] = dataclasses.replace(now[i], count=low)
+    return now
+
+
+def shrink(config: RunConfig, asks: Sequence[Ask]) -> tuple[RunConfig, list[str]]:
+    """The configuration with the pools of `asks`, and a line for each that became smaller."""
+    words = []
+    for ask in asks:
+        count, before = ask.count, 0
+        if ask.pool == "encoder.workers":
+            before = config.encoder.workers
+            top = min(config.encoder.max_workers, count) if config.encoder.max_workers else 0
+            config = _with(config, "encoder", workers=count, max_workers=top)
+        elif ask.pool == "synthesizer.max_workers":
+            before = config.synthesizer.max_workers
+            low = min(config.synthesizer.min_workers, count)
+            config = _with(config, "synthesizer", min_workers=low, max_workers=count)
+        elif ask.pool == "labels.workers" and config.labels.mode != "online":
+            before = config.labels.workers
+            config = _with(config, "labels", workers=count)
+        elif ask.pool == "quantizer.num_shards":
+            count, before = ask.count // ask.least, config.quantizer.num_shards
+            config = _with(config, "quantizer", num_shards=count)
+        if count < before:
+            words.append(f"{ask.pool}={before} has room for {count}")
+    return config, words
+
+
+def _with(config: RunConfig, group: str, **values: int) -> RunConfig:
+    made: dict[str, object] = {group: dataclasses.replace(getattr(config, group), **values)}
+    return dataclasses.replace(config, **made)  # type: ignore[arg-type]
+
+
+def misfit(stage: str, asks: Sequence[Ask], nodes: Sequence[Room]) -> str:
+    """Why the least demand of a stage does not fit, and which key to change."""
+    least = [dataclasses.replace(ask, count=ask.least) for ask in asks]
+    needs = " and ".join(f"{a.count} {a.what}{'s' * (a.count > 1)} of {_amount(a.room)}" for a in least)
+    together = {name: sum(a.count * a.room[name] for a in least) for name in UNITS}
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in UNITS}
+    scarce = next((n for n in ("GPU", "CPU", "memory") if together[n] > have[n] + 1e-6), None)
+    alone = next((a for a in least if not any(_has(node, a.room) for node in nodes)), None)
+    if scarce is not None:
+        there = f"there are {_amount({scarce: have[scarce]})} in all"
+        causes = [a for a in least if a.room[scarce]]
+    elif alone is not None:
+        there = f"no single node has {_amount(alone.room)} ({_nodes(nodes)})"
+        causes, scarce = [alone], "GPU" if alone.gpus else "CPU"
+    else:
+        there, causes, scarce = f"they do not fit side by side on {_nodes(nodes)}", least, "CPU"
+    return f"{stage} needs at the same time {needs}; {there}; {_change(causes, scarce)}"
+
+
+def _change(causes: Sequence[Ask], scarce: str) -> str:
+    keys = [a.pool for a in causes if a.pool and a.least > 1 and a.pool != "quantizer.num_shards"]
+    if scarce != "memory":
+        keys += [f"{a.key}.num_{scarce.lower()}s" for a in causes if a.key and a.room[scarce]]
+    way = f"lower {' or '.join(dict.fromkeys(keys))}" if keys else "use a larger machine"
+    if scarce == "CPU":
+        way += ", or raise cluster.num_cpus"
+    if any(a.pool == "quantizer.num_shards" for a in causes):
+        way += ", or quantize in a run of its own (stages=[prepare,encode], then stages=[quantize])"
+    return way
+
+
+def _nodes(nodes: Sequence[Room]) -> str:
+    shown = ", ".join(_amount({"CPU": n.get("CPU", 0.0), "GPU": n.get("GPU", 0.0)}) for n in nodes[:4])
+    return f"{len(nodes)} node{'s' * (len(nodes) != 1)}: {shown}{', ...' if len(nodes) > 4 else ''}"
+
+
+def _amount(room: Room) -> str:
+    """Resources in words: 0.5 CPU and 1 GPU."""
+    scaled = {name: amount / 2**30 if name == "memory" else amount for name, amount in room.items()}
+    some = {n: a for n, a in scaled.items() if a} or {next(iter(room)): 0.0}
+    return " and ".join(f"{round(a, 2):g} {UNITS.get(n, n)}" for n, a in some.items())
+
+
+def plan(config: RunConfig, codebooks: int, nodes: Sequence[Room], *, may_grow: bool) -> tuple[RunConfig, list[str]]:
+    """The configuration whose pools fit these nodes, and lines to say.
+
+    Args:
+        may_grow: On a cluster nothing is made smaller or refused: nodes may join, and a pending worker is the demand
+            that an autoscaler sees.
+
+    Raises:
+        ValueError: When a stage cannot fit, naming it, what it needs, what there is, and the key to change.
+    """
+    words: list[str] = []
+    refused: list[str] = []
+    for stage, asks in table(config, codebooks).items():
+        if fits(asks, nodes):
+            continue
+        pools = fitted(asks, nodes)
+        if pools is None:
+            refused.append(misfit(stage, asks, nodes))
+        elif not may_grow:
+            config, told = shrink(config, pools)
+            words += [f"{stage:<10} {t} on {_nodes(nodes)}; that many are started" for t in told]
+    if refused and not may_grow:
+        raise ValueError("; ".join(refused))
+    words += [f"waiting    {text}: it will wait until nodes join" for text in refused]
+    return config, words

@@ -1,0 +1,1 @@
+"""Shards to the latent log, and the validation images to theirs."""

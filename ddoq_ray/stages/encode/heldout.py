@@ -1,0 +1,187 @@
+"""heldout: latents of validation images, on which the report measures the codebooks that were fitted to others.
+
+``<run>/heldout/`` has the form of the latent log: a folder a validation shard, with at most `report.heldout_images`
+images of each class over all of them (the first ones, in the order of the shards), encoded with the settings of the
+training images' log. It is an artifact of its own, so a second report finds it done. Encoding needs nothing of the
+stages between, so it goes on in tasks while students train; the report waits for it. Each task keeps the prior for its
+share of the shards; one that dies is retried by Ray and skips the shards that are published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import numpy as np
+import ray
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.workers import Events, Progress
+from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.encode.reader import chunk_rows, read_chunks
+from ddoq_ray.stages.encode.step import done_shards
+from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, shard_name
+from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.latent_index import done_records
+from ddoq_ray.storage.records import ChunkRecord
+
+Share = tuple[int, str, dict[int, int]]  # validation shard, its URL, class_id -> images to take
+
+
+def shares(data: Data, limit: int) -> list[Share]:
+    """What each validation shard contributes, so that no class has more than `limit` images in all."""
+    left = {c.class_id: limit for c in data.classes}
+    found = []
+    for shard, (info, url) in enumerate(zip(data.val, data.val_urls, strict=True)):
+        mine = {c: min(n, left[c]) for c, n in info.images.items() if left.get(c, 0) > 0}
+        for c, n in mine.items():
+            left[c] -= n
+        found.append((shard, url, mine))
+    return found
+
+
+def identity(config: RunConfig, data: Data, networks: Networks) -> dict[str, Any]:
+    """What the held-out latents depend on; `config.encoder` are the settings that the training images' log has."""
+    return encode.identity(config, None, networks) | {
+        "val": digest_of([s.digest for s in data.val])[:32],
+        "classes": len(data.classes),
+        "heldout_images": config.report.heldout_images,
+    }
+
+
+class Heldout:
+    """The driver's handle: encoding starts with it, `wait` ends it.
+
+    Attributes:
+        folder: The log of held-out latents.
+        missing: Why there is none; empty when there is one.
+    """
+
+    def __init__(self, config: RunConfig, run_folder: Folder, data: Data, networks: Networks, latents: Folder) -> None:
+        self.folder = run_folder / "heldout"
+        self.shards = len(data.val)
+        self.limit = config.report.heldout_images
+        self._latent_bytes = 2 * int(np.prod(networks.latent_shape))
+        self._artifact = Artifact(self.folder, "heldout")
+        self._refs: list[Any] = []
+        self.missing = self._why_not(data, networks, latents)
+        if self.missing:
+            return
+        config = dataclasses.replace(config, encoder=encode.made_with(latents, config.encoder))
+        self._facts = identity(config, data, networks)
+        if self._artifact.begin(self._facts, overwrite=config.overwrite) == "done":
+            if self._artifact.require()["kept"]:
+                return
+            self.folder.remove()  # the latents of a run with latents.keep=false went with it
+            self._artifact.begin(self._facts)
+        finished = done_shards(self.folder)
+        todo = [share for share in shares(data, self.limit) if share[0] not in finished]
+        tasks = max(1, min(config.encoder.workers, len(todo)))  # none to do is a log without its manifest
+        resources = config.cluster.encoder
+        batch = encode.inner_batch(config, networks, self.folder, latents)
+        settings = EncoderSettings.of(config, networks, batch)
+        reading = {
+            "num_classes": len(data.classes),
+            "image_size": networks.image_size,
+            "chunk_samples": chunk_rows(config, networks.image_size, batch),
+            "resize": config.encoder.resize,
+        }
+        task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+        self._refs = [task.remote(self.folder, todo[i::tasks], settings, reading) for i in range(tasks)]
+
+    def _why_not(self, data: Data, networks: Networks, latents: Folder) -> str:
+        if self.limit == 0:
+            return "report.heldout_images is 0"
+        if not any(s.samples for s in data.val):
+            return "the data has no held-out split (dataset.val_path)"
+        encoded = Artifact(latents, "encode").manifest()
+        if encoded is None or not encoded.get("kept", True):
+            return "the latents of the training images are not stored"
+        if encoded["identity"]["prior"] != networks.prior_id:
+            return "the latents were made by another prior than this one"
+        if encoded["identity"]["encoder"]["path"] != networks.encoder_id:
+            return "the latents were made by another autoencoder than this one (encoder.path)"
+        return ""
+
+    def wait(self, events: Events) -> dict[str, Any]:
+        """The facts of the held-out latents for ``results.json``, once they are all there.
+
+        Raises:
+            RayTaskError: When our own code fails in a task.
+        """
+        facts: dict[str, Any] = {"images_per_class": self.limit, "images": 0, "missing": self.missing}
+        if self._refs:
+            with Progress("heldout", len(self._refs), "encoders") as progress:
+                seconds = 0.0
+                for ref in self._refs:
+                    seconds = max(seconds, ray.get(ref))
+                    progress.advance()
+            images = refused = 0
+            digests = []
+            for done in done_records(self.folder, sorted(done_shards(self.folder))):
+                images += done.classes.total
+                refused += done.refused
+                digests.append([c.sha256 for c in done.chunks])
+            self._artifact.finish(
+                self._facts,
+                seconds=round(seconds, 3),
+                items=images,
+                unit="images",
+                bytes=images * self._latent_bytes,
+                refused=refused,
+                digest=digest_of(digests),
+                kept=True,
+            )
+            events.add("stage finished", stage="heldout", images=images)
+        if not self.missing:
+            facts["images"] = self._artifact.require()["items"]
+        return facts
+
+
+@ray.remote
+def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: dict[str, Any]) -> float:
+    """Encode one task's share of the validation shards; the seconds it took."""
+    start = time.monotonic()
+    encoder = None
+    for shard, url, left in todo:
+        if log.exists(f"{shard_name(shard)}/done.json"):  # by this task, before it was retried
+            continue
+        if encoder is None:
+            encoder = Encoder(settings, log)
+        chunks: list[ChunkRecord] = []
+        refused = not_finite = 0
+        rows = read_chunks(
+            {"shard": np.array([shard]), "url": np.array([url])},
+            quarantine=log / "quarantine",
+            **reading,
+        )
+        for row in rows:
+            refused = row["refused"][0]
+            if _keep(row, left):
+                record, lost = encoder.publish(row, f"{shard_name(shard)}/chunk-{len(chunks):05d}.parquet")
+                chunks.append(record)
+                not_finite += len(lost)
+            if not any(left.values()):
+                break
+        log.publish(f"{shard_name(shard)}/done.json", encode.shard_done(shard, chunks, refused + not_finite).dumps())
+    return time.monotonic() - start
+
+
+def _keep(row: dict[str, list[Any]], left: dict[int, int]) -> int:
+    """Cut a chunk of `read_chunks` down to the images that are `left` to take of each class; how many it holds now."""
+    class_ids = np.frombuffer(row["class_ids"][0], np.int32)
+    kept = []
+    for i, c in enumerate(class_ids.tolist()):
+        if left.get(c, 0) > 0:
+            left[c] -= 1
+            kept.append(i)
+    keys = json.loads(row["keys"][0])
+    pixels = np.frombuffer(row["pixels"][0], np.uint8).reshape(len(class_ids), -1)
+    row["keys"] = [json.dumps([keys[i] for i in kept])]
+    row["class_ids"] = [class_ids[kept].tobytes()]
+    row["pixels"] = [pixels[kept].tobytes()]
+    return len(kept)

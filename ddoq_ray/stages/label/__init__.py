@@ -1,0 +1,1 @@
+"""Soft labels of the images by a teacher that is checked first."""

@@ -1,0 +1,215 @@
+"""A teacher actor: it labels units of views, and names real images for the check that comes first."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.training import ProtocolConfig
+from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.views import ViewSpec
+from ddoq_ray.data.image_set import load_image_arrays
+from ddoq_ray.execution.workers import device, pin_threads
+from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
+from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.records import fixed_binary, label_schema
+
+TORCHVISION = "torchvision:"
+
+
+@dataclass(frozen=True)
+class LabelUnit:
+    """Epochs first..last-1 of one image shard: rows offset..offset+images-1 of the set."""
+
+    folder: str
+    name: str
+    offset: int
+    images: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a teacher calls the validation images that could be scored.
+
+    Attributes:
+        class_ids: int64 [N].
+        chosen: int64 [N], the class of the data whose output is largest.
+        outputs: int64 [N], the largest of all outputs.
+        not_finite: Images of which an output is NaN or infinite.
+        refused: Images that could not be read.
+        reasons: Why, in words.
+    """
+
+    class_ids: npt.NDArray[np.int64]
+    chosen: npt.NDArray[np.int64]
+    outputs: npt.NDArray[np.int64]
+    not_finite: int
+    refused: int
+    reasons: str
+
+
+def view_spec(protocol: ProtocolConfig, size: int) -> ViewSpec:
+    """The views of a protocol; label, train and the online teacher must agree on them."""
+    return ViewSpec(size=size, min_scale=protocol.min_scale, flip=protocol.flip, cutmix=protocol.cutmix)
+
+
+def for_teacher(pixels: Any, size: int) -> Any:
+    """A view at the teacher's own resolution; unchanged when the student's is the same."""
+    import torch
+
+    if pixels.shape[-1] == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+
+
+def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
+    """The middle crop that a teacher is scored with: that of its own recipe for torchvision's, else the protocol's."""
+    if not path.startswith(TORCHVISION):
+        return protocol.val_crop
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(path.removeprefix(TORCHVISION))["DEFAULT"]
+    recipe = weights.transforms()
+    crop, side = (v[0] if isinstance(v, (list, tuple)) else v for v in (recipe.crop_size, recipe.resize_size))
+    return float(min(1.0, crop / side))
+
+
+@ray.remote
+class Teacher:
+    """Holds the teacher, and one image set at a time."""
+
+    def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
+        from ddoq_ray.models.classifiers import load_classifier
+
+        pin_threads(config.cluster.threads)
+        self.device = device()
+        self.model = load_classifier(path, self.device)
+        self.run_folder, self.config = run, config
+        self.codec = make_codec(codec, self.model.num_classes, self.model.head.in_features)
+        self.codec_name = codec
+        self._set: tuple[str, Any] | None = None
+
+    def run(self, unit: LabelUnit) -> dict[str, int]:
+        """Label one unit: one file an epoch."""
+        labels = self.run_folder / unit.folder / "labels"
+        ids = np.arange(unit.offset, unit.offset + unit.images)
+        total = 0
+        for epoch in range(unit.first, unit.last):
+            rows = np.concatenate([self._labels(unit.folder, part, epoch) for part in self._batches(ids)])
+            table = pa.Table.from_arrays(
+                [pa.array(ids), pa.array(np.full(len(ids), epoch, np.int32)), fixed_binary(rows)],
+                schema=label_schema(self.codec_name, self.codec.nbytes),
+            )
+            out = io.BytesIO()
+            # Checksums: a byte that a disk turns is then an error with a name, not another label.
+            pq.write_table(
+                table, out, compression="NONE", use_dictionary=False, write_statistics=False, write_page_checksum=True
+            )
+            labels.publish(f"epoch-{epoch:04d}/{unit.name}.parquet", out.getvalue())
+            total += len(out.getvalue())
+        return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
+
+    def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:
+        import torch
+
+        from ddoq_ray.core.views import batch_views
+
+        spec = view_spec(self.config.protocol, self.config.student.image_size)
+        pixels, _, _ = batch_views(self._images(folder), index, spec, self.config.seed, epoch)
+        with torch.inference_mode():
+            pixels = for_teacher(pixels, self.model.image_size)
+            out = self.model(pixels) if self.codec_name == "logits" else self.model.features(pixels)
+            return self.codec.encode(out)
+
+    def _batches(self, items: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+        step = self.config.teacher.batch
+        return (items[first : first + step] for first in range(0, len(items), step))
+
+    def _images(self, folder: str) -> Any:
+        import torch
+
+        if self._set is None or self._set[0] != folder:
+            images = self.run_folder / folder / "images"
+            shards = [images.path(n) for n in images.names("images-*.tar")]
+            size = self.config.student.image_size
+            arrays = load_image_arrays(shards, size, self.config.protocol.stored_side(size))
+            self._set = (folder, torch.from_numpy(arrays.images).to(self.device))
+        return self._set[1]
+
+    def save_head(self, folder: str) -> None:
+        """The linear head beside the features, so that a label can be decoded without the teacher."""
+        import safetensors.torch
+
+        head = {k: v.cpu().contiguous() for k, v in self.model.head.state_dict().items()}
+        (self.run_folder / folder / "labels").publish("head.safetensors", safetensors.torch.save(head))
+
+    def name_images(self, validation: Validation, columns: tuple[int, ...]) -> Named:
+        """What the real validation images are called; those that cannot be read are named in quarantine."""
+        import torch
+
+        refused = Refused()
+        crop = teacher_crop(self.config.teacher.path, self.config.protocol)
+        outputs_of = torch.tensor(columns)
+        class_ids: list[int] = []
+        chosen, outputs, broken = [], [], 0
+        images = scored_images(validation, self.model.image_size, crop, refused)
+        for pixels, ids in _in_batches(images, self.config.teacher.batch):
+            with torch.inference_mode():
+                logits = self.model(torch.from_numpy(pixels).to(self.device).float() / 255).cpu()
+            broken += int((~logits.isfinite().all(1)).sum())
+            chosen.append(logits[:, outputs_of].argmax(1).numpy())
+            outputs.append(logits.argmax(1).numpy())
+            class_ids += ids
+        refused.publish(self.run_folder)
+        empty = [np.empty(0, np.int64)]
+        return Named(
+            np.asarray(class_ids, np.int64),
+            np.concatenate(chosen or empty),
+            np.concatenate(outputs or empty),
+            broken,
+            refused.total,
+            refused.reasons,
+        )
+
+    def class_names(self) -> list[str] | None:
+        """The names of the teacher's outputs, where it has them."""
+        return self.model.classes
+
+
+def _in_batches(
+    images: Iterable[tuple[npt.NDArray[np.uint8], int]], size: int
+) -> Iterator[tuple[npt.NDArray[np.uint8], list[int]]]:
+    """Images one by one become batches; memory is one batch, however many images there are."""
+    pixels: list[npt.NDArray[np.uint8]] = []
+    ids: list[int] = []
+    for image, class_id in images:
+        pixels.append(image)
+        ids.append(class_id)
+        if len(ids) == size:
+            yield np.stack(pixels), ids
+            pixels, ids = [], []
+    if ids:
+        yield np.stack(pixels), ids
+
+
+def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Any:
+    """What makes a teacher actor."""
+    resources = config.cluster.teacher
+
+    def spawn() -> Any:
+        return Teacher.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
+            config.teacher.path, run_folder, config, codec
+        )
+
+    return spawn

@@ -1,0 +1,127 @@
+"""The teacher is checked on real validation images before anything is spent on what its labels are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.core.confusion import Mistaken, swapped_classes
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.workers import Events, say
+from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
+from ddoq_ray.stages.label.teacher import Named, spawner
+from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.storage.artifact import Artifact, Folder
+
+
+def check_early(
+    config: RunConfig, run_folder: Folder, folders: Sequence[str], data: Data, events: Events, networks: Networks
+) -> dict[str, Any] | None:
+    """`check_teacher` before anything is encoded, where some of the image sets `folders` has no labels of it yet."""
+    made = [Artifact(run_folder / f / "labels", "label").manifest() for f in folders]
+    if all(m is not None and m["identity"].get("teacher") == networks.teacher_id for m in made):
+        return None
+    return check_teacher(config, run_folder, data, networks, events)
+
+
+def check_teacher(
+    config: RunConfig, run_folder: Folder, data: Data, networks: Networks, events: Events
+) -> dict[str, Any]:
+    """Evaluate the teacher on the real validation images, class by class.
+
+    Raises:
+        ValueError: As `judge`.
+    """
+    columns = teacher_columns(data)
+    actor = spawner(config, run_folder, "logits")()
+    try:
+        named: Named = ray.get(actor.name_images.remote(Validation.of(config, data), columns))
+        names = ray.get(actor.class_names.remote())
+    finally:
+        ray.kill(actor)
+    found = judge(config, run_folder, data, named, names)
+    top1, images = found["top1_pct"], found["images"]
+    say(f"label      teacher {networks.teacher_arch}: top-1 {top1:.2f} % on {images:,} real validation images")
+    events.add("teacher checked", **found)
+    return found | {"arch": networks.teacher_arch, "id": networks.teacher_id}
+
+
+def judge(
+    config: RunConfig, run_folder: Folder, data: Data, named: Named, names: Sequence[str] | None
+) -> dict[str, Any]:
+    """Whether labels of the teacher that said this may be used; its figures.
+
+    Args:
+        named: What it calls the validation images.
+        names: Of its outputs, where it has them.
+
+    Raises:
+        ValueError: When too many of the images cannot be read; when its outputs are not finite; when its top-1 is below
+            `teacher.min_top1`; when classes are called by other classes' names in a way that only a wrong mapping
+            explains. Labels from it would ruin every student.
+    """
+    columns = teacher_columns(data)
+    images = len(named.class_ids)
+    facts = {"images": images, "refused": named.refused, "reasons": named.reasons}
+    check_refused(config, run_folder, images, named.refused, named.reasons)
+    say_refused("label", run_folder, facts)
+    if named.not_finite:
+        raise ValueError(
+            f"the teacher's outputs are not finite (NaN or infinite) on {named.not_finite} of {images} real validation "
+            "images: its weights are damaged, or were made in half precision and overflow; give another teacher.path"
+        )
+    top1 = 100.0 * float((named.chosen == named.class_ids).mean())
+    _say_untested(data, named)
+    _check_classes(data, named, columns, names)
+    least = config.teacher.threshold(len(columns))
+    if top1 < least:
+        raise ValueError(
+            f"the teacher has top-1 {top1:.2f} % on {images} real validation images, below "
+            f"teacher.min_top1={least:g}. A low figure usually means a wrong class mapping "
+            "(teacher_index in classes.json), other preprocessing, or a teacher of another dataset"
+        )
+    return {"top1_pct": top1, **facts}
+
+
+def _say_untested(data: Data, named: Named) -> None:
+    """What the figure does not cover."""
+    if len(data.classes) == 1:
+        say("label      the data has one class: whatever the teacher answers is right, so this is no test of it")
+    seen = set(np.unique(named.class_ids).tolist())
+    unseen = [c.name for c in data.classes if c.class_id not in seen]
+    if unseen:
+        more = ", ..." if len(unseen) > 5 else ""
+        say(
+            f"label      {len(unseen):,} of {len(data.classes):,} classes have no validation image, so that neither "
+            f"the teacher nor a student is tested on them: {', '.join(unseen[:5])}{more}"
+        )
+
+
+def _check_classes(data: Data, named: Named, columns: Sequence[int], names: Sequence[str] | None) -> None:
+    found = swapped_classes(named.class_ids, named.chosen, named.outputs, columns)
+    if not found:
+        return
+    lines = [_words(data, m, columns, names) for m in found[:8]]
+    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+    raise ValueError(
+        f"the teacher calls {len(found)} of {len(data.classes)} classes by another name, as with a wrong mapping:\n  "
+        + "\n  ".join([*lines, *more])
+        + "\nMend teacher_index in classes.json (or the class list, if its order is not that of the labels). A class "
+        "that is only hard does not stop a run: see core/confusion.py for the rule"
+    )
+
+
+def _words(data: Data, m: Mistaken, columns: Sequence[int], names: Sequence[str] | None) -> str:
+    if m.foreign:
+        told = f" ({names[m.called]!r})" if names else ""
+        called = f"output {m.called}{told}, which no class of the data has,"
+    else:
+        called = repr(data.classes[m.called].name)
+    return (
+        f"images of {data.classes[m.class_id].name!r} are called {called} in {100 * m.share:.0f} % and rightly in "
+        f"{100 * m.own:.0f} % of {m.images}: is teacher_index={columns[m.class_id]} another class's?"
+    )

@@ -1,0 +1,1 @@
+"""Images of any collection to shards, their index and the class list."""

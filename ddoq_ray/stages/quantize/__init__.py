@@ -1,0 +1,1 @@
+"""The latent log to codebooks: centroids, counts and weights of each class."""

@@ -1,0 +1,191 @@
+"""How the classes of a latent log become codebooks: streamed, or whole by an algorithm that wants all of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
+from ddoq_ray.core.clvq import Clvq
+from ddoq_ray.core.distortion import assign
+from ddoq_ray.core.noising import NoiseLevel
+from ddoq_ray.core.sizing import GIB, exact_algorithm
+from ddoq_ray.execution.workers import device
+from ddoq_ray.storage.records import Codebook
+
+BATCH_BYTES = 256 << 20  # of fp16 latents that one call of an exact algorithm gets: fixed, so that its bytes are
+READ_BYTES = 512 << 20  # of fp16 latents that one pass over the log collects
+
+Grid = tuple[np.ndarray, np.ndarray]  # centroids float32 [K', D], the algorithm's own counts int64 [K']
+ChunksOf = Callable[[Iterable[int]], Iterator[tuple[int, npt.NDArray[np.float16]]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an actor is told beside its parts: small values and paths only, an ObjectRef would not survive a restart."""
+
+    ipc: int
+    seed: int
+    small_class: str
+    threads: int
+    latent_shape: tuple[int, ...]
+    prior_id: str
+    identity: str
+    num_actors: int
+    together: bool = False  # classes of the Gram space go to the actor's GPU, many at once
+    noise: NoiseLevel | None = None
+    need: int = 0  # bytes that the actor was planned to need
+    driver: str = ""  # tells this run of the command from the next
+
+    @property
+    def dim(self) -> int:
+        return int(np.prod(self.latent_shape))
+
+    def algorithm_of(self, algorithm: QuantizerConfig, n: int) -> str:
+        """The algorithm that a class of n latents gets."""
+        return algorithm_of(algorithm, n, self.dim, self.ipc, together=self.together)
+
+
+def new_clvq(settings: Settings, class_id: int, options: ClvqConfig) -> Clvq:
+    return Clvq(
+        settings.ipc,
+        settings.dim,
+        winner=options.winner,
+        batch=options.batch,
+        buffer=options.buffer or None,
+        seed=settings.seed,
+        class_id=class_id,
+    )
+
+
+def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, together: bool) -> str:
+    """The algorithm that a class of n latents gets (`core.sizing.exact_algorithm`)."""
+    if not isinstance(algorithm, GramConfig):
+        return algorithm.name
+    limits = {"max_gram_bytes": algorithm.max_gram_gb * GIB, "max_class_bytes": algorithm.max_class_gb * GIB}
+    return exact_algorithm(n, dim, k, together=together, **limits)
+
+
+def assign_grids(grids: Mapping[int, Grid], chunks_of: ChunksOf) -> Iterator[Codebook]:
+    """The codebook of each grid, in order, with exact Voronoi counts and distortion from one pass over the log."""
+    counts = {c: np.zeros(len(centroids), np.int64) for c, (centroids, _) in grids.items()}
+    totals = dict.fromkeys(grids, 0.0)
+    for c, latents in chunks_of(grids):
+        labels, squared = assign(latents, grids[c][0])
+        counts[c] += np.bincount(labels, minlength=len(counts[c]))
+        totals[c] += float(squared.sum())
+    for c, (centroids, stream) in grids.items():
+        yield Codebook(c, centroids, counts[c], totals[c] / counts[c].sum(), stream)
+
+
+@dataclass(frozen=True)
+class WholeClasses:
+    """Codebooks by an algorithm that wants a class whole.
+
+    Attributes:
+        sizes: class_id -> its latents in the log.
+        part_of: class_id -> its part of the codebook.
+        chunks_of: Reads classes from the log, in one pass.
+    """
+
+    algorithm: QuantizerConfig
+    settings: Settings
+    sizes: Mapping[int, int]
+    part_of: Mapping[int, int]
+    chunks_of: ChunksOf
+
+    def codebooks(self, classes: Sequence[int]) -> Iterator[Codebook]:
+        """In the order of `classes`; as many of them in memory at a time as `READ_BYTES` allows."""
+        group: list[list[int]] = []
+        size = 0
+        for batch in self._batches(classes):
+            own = sum(map(self._bytes, batch))
+            if group and size + own > READ_BYTES:
+                yield from self._of_group(group)
+                group, size = [], 0
+            group.append(batch)
+            size += own
+        if group:
+            yield from self._of_group(group)
+
+    def _bytes(self, c: int) -> int:
+        return 2 * self.sizes[c] * self.settings.dim
+
+    def _kind(self, c: int) -> str:
+        return self.settings.algorithm_of(self.algorithm, self.sizes[c])
+
+    def _batches(self, classes: Sequence[int]) -> Iterator[list[int]]:
+        """Cut into what one call gets: never across a part, so that neither actors nor arrival change a batch."""
+        batch: list[int] = []
+        size = 0
+        for c in classes:
+            if batch and (size + self._bytes(c) > BATCH_BYTES or self.part_of[c] != self.part_of[batch[0]]):
+                yield batch
+                batch, size = [], 0
+            batch.append(c)
+            size += self._bytes(c)
+        if batch:
+            yield batch
+
+    def _of_group(self, group: list[list[int]]) -> Iterator[Codebook]:
+        pieces: dict[int, list[np.ndarray]] = {c: [] for batch in group for c in batch if self._kind(c) != "clvq"}
+        for c, latents in self.chunks_of(pieces):
+            pieces[c].append(latents.copy())  # a slice would keep its whole chunk in memory
+        for batch in group:
+            together = self._together([c for c in batch if self._kind(c) == "gram"], pieces)
+            for c in batch:
+                if self._kind(c) == "clvq":
+                    stream = new_clvq(self.settings, c, ClvqConfig(name="clvq"))
+                    for _, latents in self.chunks_of([c]):
+                        stream.update(latents)
+                    yield from assign_grids({c: stream.result()}, self.chunks_of)
+                    continue
+                x = np.concatenate(pieces.pop(c)).astype(np.float32)
+                grid = together[c] if c in together else self._alone(c, x)
+                yield from assign_grids({c: grid}, lambda _, c=c, x=x: iter([(c, x)]))
+
+    def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Grid]:
+        """All classes of the Gram space at once, where the actor has a GPU."""
+        if not classes or not isinstance(self.algorithm, GramConfig) or not self.settings.together:
+            return {}
+        from ddoq_ray.core.gram_batched import gram_kmeans_batched
+
+        grids = gram_kmeans_batched(
+            [np.concatenate(pieces[c]) for c in classes],
+            self.settings.ipc,
+            seed=self.settings.seed,
+            class_ids=classes,
+            hartigan=self.algorithm.hartigan,
+            restarts=self.algorithm.restarts,
+            product=self.algorithm.product,
+            device=device(),
+            max_bytes=int(self.algorithm.max_class_gb * GIB),
+        )
+        return dict(zip(classes, grids, strict=True))
+
+    def _alone(self, c: int, x: npt.NDArray[np.float32]) -> Grid:
+        """One class, float32 [n, D] in the log's order, by its algorithm."""
+        from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
+        from ddoq_ray.core.gram_kmeans import gram_kmeans
+
+        k, key = min(self.settings.ipc, len(x)), {"seed": self.settings.seed, "class_id": c}
+        options, kind = self.algorithm, self._kind(c)
+        if kind == "faiss":
+            return faiss_kmeans(x, k, **key)
+        if isinstance(options, MinibatchKmeansConfig):
+            return minibatch_kmeans(x, k, variant=options.variant, **key)
+        if kind == "kmeans":
+            return lloyd(x, k, **key)
+        assert isinstance(options, GramConfig), kind
+        return gram_kmeans(
+            x,
+            k,
+            hartigan=options.hartigan,
+            restarts=options.restarts,
+            product=options.product,
+            max_gram_bytes=int(options.max_gram_gb * GIB),
+            **key,
+        )

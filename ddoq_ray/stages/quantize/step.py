@@ -1,0 +1,222 @@
+"""quantize: actors, sharded over classes, pull the latent log while encoders still run.
+
+Order matters only within a class: each class has its own cursor over the shards that hold it and takes them in
+order, whatever the order of their completion (`quantize_worker`). So the codebook is the same bytes under any number
+of actors, any order of arrival, any death.
+
+Classes are written in parts (fixed ranges of class ids, which do not depend on the number of actors). When the last
+shard of a part's last class is consumed, each class of the part gets its exact assignment pass over the log, the part
+is published, and its state is freed.
+
+What an actor may hold is planned, checked and asked of Ray first (`quantize_memory`).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+import warnings
+from collections import Counter
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
+from ddoq_ray.core.noising import NoiseLevel
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.workers import Events, Progress, say
+from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.quantize.class_quantizers import Settings
+from ddoq_ray.stages.quantize.memory import ActorDemand, log_readings, plan_memory, together
+from ddoq_ray.stages.quantize.worker import Quantizer
+from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.codebook import part_classes, read_record
+from ddoq_ray.storage.latent_log import LatentLog
+from ddoq_ray.storage.records import CodebookWarning
+
+WARNINGS_SHOWN = 5
+READINGS_SAID = 8  # of the whole log: more are told before they are begun
+
+
+class Quantizers:
+    """The driver's handle on a codebook's actors: it tells them which shards are done, and holds no latents."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Folder,
+        folder: str,
+        algorithm: QuantizerConfig,
+        data: Data,
+        latents: Folder,
+        networks: Networks,
+    ) -> None:
+        self.config, self.data, self.networks = config, data, networks
+        self.codebook = run / folder / "codebook"
+        self.artifact = Artifact(self.codebook, "quantize")
+        # Named by how they were encoded, since quantizers start before the last latent is there.
+        reused = Artifact(latents, "encode").require()["identity"] if config.latents.path else None
+        made = reused or encode.identity(config, data, networks)
+        self.facts = identity(config, algorithm) | {"latents": digest_of(made)[:32]}
+        noise = noise_level(config, algorithm, networks)
+        if noise is not None:
+            self.facts["noise"] = asdict(noise)
+        self.start = time.time()
+        self.done = np.zeros(len(data.train), np.uint8)
+        self.actors: list[Any] = []
+        self._calls: list[Any] = []
+        self.needs: list[int] = []
+        self._arguments: list[tuple[Any, ...]] = []
+        if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
+            return
+        dim = int(np.prod(networks.latent_shape))
+        parts = dict(enumerate(part_classes(len(data.classes), config.ipc, dim)))
+        num = min(algorithm.num_shards, len(parts))
+        self.num_parts = len(parts)
+        self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
+        rows = encode.file_rows(config, networks)
+        if config.latents.path and data.train:  # cut by another run: its first shard shows how
+            rows = max(c.rows for c in LatentLog(latents).done(0).chunks)
+        self.needs = plan_memory(config, algorithm, data, dim, rows, self.parts)
+        if not isinstance(algorithm, ClvqConfig):
+            _say_readings(algorithm, log_readings(data, dim, self.parts))
+        settings = Settings(
+            ipc=config.ipc,
+            seed=config.seed,
+            small_class=config.small_class,
+            threads=config.cluster.threads,
+            latent_shape=tuple(networks.latent_shape),
+            prior_id=networks.prior_id,
+            identity=digest_of(self.facts),
+            num_actors=num,
+            together=together(config),
+            noise=noise,
+            driver=uuid.uuid4().hex,
+        )
+        self._arguments = [
+            (self.codebook, latents, run / "data", mine, algorithm, replace(settings, need=need))
+            for mine, need in zip(self.parts, self.needs, strict=True)
+        ]
+
+    @property
+    def demands(self) -> list[ActorDemand]:
+        """What each actor asks of Ray and holds until the codebook is finished; none when it is already."""
+        resources = self.config.cluster.quantizer
+        return [ActorDemand(resources.num_cpus, resources.num_gpus, need) for need in self.needs]
+
+    def launch(self) -> None:
+        """Start the actors, if there is anything left for them to do."""
+        for demand, arguments in zip(self.demands, self._arguments, strict=True):
+            actor = Quantizer.options(**asdict(demand), scheduling_strategy="SPREAD")
+            self.actors.append(actor.remote(*arguments))
+        self._calls = [None] * len(self.actors)
+
+    def shard_done(self, shard: int) -> None:
+        """A shard of the log is complete: tell each actor that is not still busy with the last news."""
+        self.done[shard] = 1
+        bitmap = np.packbits(self.done).tobytes()
+        for i, actor in enumerate(self.actors):
+            call = self._calls[i]
+            if call is None or ray.wait([call], timeout=0)[0]:
+                if call is not None:
+                    ray.get(call)  # an error of our own code surfaces here, not at the end
+                self._calls[i] = actor.advance.remote(bitmap)
+
+    def finish(self, events: Events) -> dict[str, Any]:
+        """Wait until every part is written; publish the manifest.
+
+        Raises:
+            ValueError: For a class below `ipc` after quarantine (unless `small_class` allows it), a damaged log, or an
+                actor that died three times without getting on.
+        """
+        if self.actors:
+            assert self.done.all(), "finish() before every shard is done"
+            bitmap = np.packbits(self.done).tobytes()
+            with Progress("quantize", self.num_parts, "parts") as progress:
+                # A last call may still have much to do, and its error must surface as itself.
+                self._wait([call for call in self._calls if call is not None], progress)
+                seconds = max(self._wait([actor.advance.remote(bitmap) for actor in self.actors], progress))
+            for path in sorted({path for actor in self.actors for path in ray.get(actor.left_out.remote())}):
+                say(f"quantize   {path} was damaged and left out; its classes were read from the latents anew")
+                events.add("snapshot left out", path=path)
+            self._write_manifest(events, seconds)
+            self.close()
+        return self.artifact.require()
+
+    def _wait(self, calls: list[Any], progress: Progress) -> list[float]:
+        """What the calls give, with the parts that appear meanwhile shown."""
+        waiting = list(calls)
+        while waiting:
+            ray.wait(waiting, num_returns=1, timeout=1.0)
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            ray.get(ready)
+            progress.advance(len(self.codebook.names("part-*.json")) - progress.done)
+        return ray.get(calls)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+    def _write_manifest(self, events: Events, seconds: float) -> None:
+        records = [read_record(self.codebook, p) for p in range(self.num_parts)]
+        algorithms: Counter[str] = Counter()
+        for record in records:
+            algorithms.update(record.algorithms)
+        notes = [note for record in records for note in record.warnings]
+        dropped = [c for record in records for c in record.dropped]
+        latents, centroids = sum(r.latents for r in records), sum(r.centroids for r in records)
+        self.codebook.remove("snapshots")
+        self.artifact.finish(
+            self.facts,
+            seconds=round(seconds, 3),
+            wall_seconds=round(time.time() - self.start, 3),
+            items=latents,
+            unit="latents",
+            bytes=sum(r.bytes for r in records),
+            centroids=centroids,
+            classes_by_algorithm=dict(sorted(algorithms.items())),
+            dropped_classes=dropped,
+            warnings=notes,
+            digest=digest_of([r.digest for r in records]),
+            environment=self.networks.environment,
+        )
+        for note in notes[:WARNINGS_SHOWN]:
+            warnings.warn(note, CodebookWarning, stacklevel=2)
+        if len(notes) > WARNINGS_SHOWN:
+            more = f"{len(notes) - WARNINGS_SHOWN} more classes: see warnings in {self.codebook.path('manifest.json')}"
+            warnings.warn(more, CodebookWarning, stacklevel=2)
+        if set(algorithms) - {self.facts["quantizer"]["name"]}:
+            events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
+        events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
+
+
+def _say_readings(algorithm: QuantizerConfig, times: float) -> None:
+    """A line where an exact algorithm will read the log more often than a user would expect."""
+    if times > READINGS_SAID:
+        say(
+            f"quantize   {algorithm.name} wants whole classes, and the shards hold them mixed: it will read all "
+            f"latents about {times:,.0f} times; quantizer=clvq reads them twice, and dataset.resort=true sorts the "
+            "shards first"
+        )
+
+
+def noise_level(config: RunConfig, algorithm: QuantizerConfig, networks: Networks) -> NoiseLevel | None:
+    """The level to which this codebook's latents are noised as they are read; None for clean ones."""
+    if not algorithm.noise_level:
+        return None
+    assert networks.noise_scales is not None, "the inquiry knows the run's own quantizer.noise_level"
+    return NoiseLevel(*networks.noise_scales, seed=config.seed)
+
+
+def identity(config: RunConfig, algorithm: QuantizerConfig) -> dict[str, Any]:
+    return {
+        "ipc": config.ipc,
+        "seed": config.seed,
+        "small_class": config.small_class,
+        "quantizer": algorithm.identity(),
+    }

@@ -1,0 +1,1 @@
+"""results.json, the page and the table."""

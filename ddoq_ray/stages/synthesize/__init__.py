@@ -1,0 +1,1 @@
+"""Codebooks to image shards, and real images for the baselines that choose some."""

@@ -1,0 +1,1 @@
+"""Students on the distilled sets, in one Ray Train run."""

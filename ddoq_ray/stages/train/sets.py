@@ -1,0 +1,141 @@
+"""What a training worker holds: one image set at a time, and the soft labels of its epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.core.labels import make_codec
+from ddoq_ray.data.samples import BadSample
+from ddoq_ray.stages.label.step import read_labels
+from ddoq_ray.storage.artifact import Artifact, Folder
+
+KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
+
+
+@dataclass(frozen=True)
+class Set:
+    """An image set as a student sees it.
+
+    Attributes:
+        images: uint8 [N, 3, H, W], a tensor on the worker's device.
+        class_ids: int64 [N].
+        weights: float64 [N], companion weights; they sum to 1 within each class.
+        refused: Real images that could not be read; those of a distilled set are an error.
+    """
+
+    images: Any
+    class_ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64]
+    refused: int = 0
+
+
+class Sets:
+    """The image set of the current row, decoded once: rows of a set follow one another."""
+
+    def __init__(self, run: Folder, config: RunConfig, num_classes: int, device: Any) -> None:
+        self.run, self.config, self.num_classes, self.device = run, config, num_classes, device
+        self._held: tuple[str, Set] | None = None
+
+    def get(self, name: str, train_urls: Sequence[str]) -> Set:
+        """The set in the folder `name`, or all the real images for the word `data`."""
+        if self._held is None or self._held[0] != name:
+            self._held = None  # the old one goes first
+            self._held = (name, self._real(train_urls) if name == "data" else self._distilled(name))
+        return self._held[1]
+
+    @property
+    def _side(self) -> int:
+        return self.config.protocol.stored_side(self.config.student.image_size)
+
+    def _distilled(self, name: str) -> Set:
+        import torch
+
+        from ddoq_ray.data.image_set import load_image_arrays
+
+        images = self.run / name
+        shards = [images.path(n) for n in images.names("images-*.tar")]
+        arrays = load_image_arrays(shards, self.config.student.image_size, self._side)
+        return Set(torch.from_numpy(arrays.images).to(self.device), arrays.class_ids, arrays.weights)
+
+    def _real(self, urls: Sequence[str]) -> Set:
+        import torch
+
+        from ddoq_ray.data.samples import load_arrays
+
+        bad: list[BadSample] = []
+        resize = self.config.encoder.resize
+        pixels, class_ids, _ = load_arrays(urls, self._side, self.num_classes, bad.append, resize=resize)
+        if len(bad) > self.config.max_bad_fraction * (len(bad) + len(class_ids)):
+            raise ValueError(
+                f"{len(bad)} of {len(bad) + len(class_ids)} training images cannot be read for the row `full`, more "
+                f"than max_bad_fraction={self.config.max_bad_fraction}; the first is {bad[0].key}: {bad[0].reason}"
+            )
+        per_class = np.bincount(class_ids, minlength=self.num_classes)
+        return Set(torch.from_numpy(pixels).to(self.device), class_ids, 1.0 / per_class[class_ids], len(bad))
+
+
+class SoftLabels:
+    """Stored labels: read an epoch at a time, decoded where the student is."""
+
+    def __init__(self, run: Folder, outputs: int, device: Any) -> None:
+        self.run, self.outputs, self.device = run, outputs, device
+        self._read: dict[tuple[str, int], npt.NDArray[np.uint8]] = {}
+        self._decoders: dict[str, tuple[Any, Any]] = {}
+
+    def read(self, folder: str, epoch: int) -> npt.NDArray[np.uint8]:
+        """uint8 [N, nbytes] of an epoch; kept while there is room, since the next seed of the set asks for it again."""
+        if any(name != folder for name, _ in self._read):
+            self._read.clear()
+        key = (folder, epoch)
+        if key in self._read:
+            return self._read[key]
+        found = read_labels(self.run / folder, epoch)
+        if found.nbytes + sum(kept.nbytes for kept in self._read.values()) <= KEPT_BYTES:
+            self._read[key] = found
+        return found
+
+    def decode(self, folder: str, packed: npt.NDArray[np.uint8]) -> Any:
+        """float32 [B, C] logits on the device, by what is stored beside the labels: no teacher is needed."""
+        import torch
+
+        if folder not in self._decoders:
+            self._decoders[folder] = self._decoder(self.run / folder)
+        codec, head = self._decoders[folder]
+        with torch.no_grad():
+            return codec.decode(packed, head, device=self.device)
+
+    def _decoder(self, labels: Folder) -> tuple[Any, Any]:
+        codec = Artifact(labels, "label").require()["codec"]
+        if codec != "features":
+            return make_codec(codec, self.outputs, None), None
+        head = load_head(labels, self.device)
+        return make_codec(codec, head.out_features, head.in_features), head
+
+
+def load_head(labels: Folder, device: Any) -> Any:
+    """The linear head that was saved with the features: that of the teacher that made them, wherever it is now.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    import safetensors.numpy
+    import torch
+
+    mend = f"remove {labels.path('manifest.json')} and run the label stage again, which writes it"
+    try:
+        found = safetensors.numpy.load(labels.read("head.safetensors"))
+        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
+        classes, features = tensors["weight"].shape
+    except FileNotFoundError:
+        raise ValueError(f"{labels.path('head.safetensors')} is missing, which feature labels need; {mend}") from None
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{labels.path('head.safetensors')} is damaged ({error}); {mend}") from None
+    head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
+    head.load_state_dict(tensors)
+    return head.requires_grad_(False)

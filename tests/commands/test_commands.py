@@ -1,0 +1,51 @@
+"""The training commands make folders that the pipeline's own loaders read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ddoq_ray.models.priors.load import load_prior
+
+from ddoq_ray.cli import main
+from ddoq_ray.data.collections import DIGIT_NAMES
+from ddoq_ray.models.classifiers import load_classifier
+
+
+def test_train_teacher_makes_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "teacher"
+    arguments = [
+        "train-teacher",
+        f"out={out}",
+        "training.epochs=2",
+        "training.arch=convnet3-w32",
+        "training.flip=false",
+    ]
+    assert main(arguments) == 0
+    teacher = load_classifier(out)
+    assert teacher.classes == list(DIGIT_NAMES) and teacher.image_size == 16
+    assert json.loads((out / "config.json").read_text())["training"]["held_out_images"] == 297
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "overwrite=true"]) == 0
+
+
+def test_train_prior_makes_a_prior_and_repeats_itself(tmp_path: Path) -> None:
+    tiny = [
+        "training.autoencoder_steps=3", "training.denoiser_steps=3", "training.autoencoder_batch=8",
+        "training.denoiser_batch=8", "training.unet_widths=[8,8]",
+    ]  # fmt: skip
+    for name in ("one", "two"):
+        assert main(["train-prior", f"out={tmp_path / name}", *tiny]) == 0
+    prior = load_prior(tmp_path / "one")
+    assert prior.classes == list(DIGIT_NAMES)
+    assert prior.encode(torch.zeros(2, 3, 16, 16)).shape == (2, *prior.latent_shape)
+    assert prior.id == load_prior(tmp_path / "two").id, "the same seed and threads give the same weights"
+
+
+@pytest.mark.parametrize("arguments", [["train-prior", "trainin.steps=1"], ["train-teacher", "dataset=nothing"]])
+def test_bad_keys_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert arguments[1].split("=")[0].split(".")[0] in capsys.readouterr().err

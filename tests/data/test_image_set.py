@@ -1,0 +1,133 @@
+"""A distilled set on disk, read back as arrays and as a torch dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddoq_ray
+from ddoq_ray.data.image_set import load_image_arrays, read_images
+from ddoq_ray.data.samples import encode_png, to_square, write_tar
+
+WEIGHTS = {0: [0.5, 0.3, 0.2], 1: [1.0], 4: [0.25, 0.75]}  # ragged: 3, 1 and 2 centroids
+
+
+def picture(class_id: int, centroid_id: int) -> np.ndarray:
+    return np.full((8, 8, 3), (class_id * 20, centroid_id * 40, 7), np.uint8)
+
+
+def members(class_id: int, k: int, **changed: Any) -> list[tuple[str, bytes]]:
+    name = f"{class_id:05d}-{k:04d}"
+    facts = {"centroid_id": k, "weight": WEIGHTS[class_id][k], "prompt": f"p{class_id}", "seed": 0} | changed
+    return [
+        (f"{name}.png", encode_png(picture(class_id, k))), (f"{name}.cls", str(class_id).encode()),
+        (f"{name}.json", json.dumps({k: v for k, v in facts.items() if v is not None}).encode()),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    keys = [(c, k) for c, w in WEIGHTS.items() for k in range(len(w))]
+    (tmp_path / "images").mkdir()
+    for i, part in enumerate((keys[:4], keys[4:])):
+        (tmp_path / f"images/images-{i:06d}.tar").write_bytes(write_tar([m for key in part for m in members(*key)]))
+    return tmp_path
+
+
+def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:
+    for path in (run, run / "images", f"{run}/images/images-*.tar", f"{run}/images/images-{{000000..000001}}.tar"):
+        data = ddoq_ray.load(str(path))
+        assert len(data) == 6
+        keys = [(c, k) for c, weights in WEIGHTS.items() for k in range(len(weights))]
+        assert [(i.class_id, i.centroid_id) for i in data.items] == keys
+
+
+def test_items_are_image_label_and_weight_of_mean_one_in_a_class(run: Path) -> None:
+    data = ddoq_ray.load(str(run))
+    image, label, weight = data[1]
+    assert image.dtype == torch.uint8 and image.shape == (3, 8, 8)
+    assert image[:, 0, 0].tolist() == [0, 40, 7]
+    assert (label, round(weight, 12)) == (0, 0.9)  # 3 x 0.3
+    for c in WEIGHTS:
+        assert np.isclose(np.mean([w for _, label, w in data if label == c]), 1)
+    assert data.items[-1].prompt == "p4"
+
+
+def test_transform_gets_the_picture_and_a_loader_batches(run: Path) -> None:
+    data = ddoq_ray.load(str(run), transform=lambda p: torch.tensor(np.asarray(p.resize((2, 2)))).float())
+    images, labels, weights = next(iter(torch.utils.data.DataLoader(data, batch_size=6)))
+    assert images.shape == (6, 2, 2, 3) and labels.tolist() == [0, 0, 0, 1, 4, 4]
+    assert torch.allclose(weights, torch.tensor([1.5, 0.9, 0.6, 1, 0.5, 1.5], dtype=weights.dtype))
+
+
+def test_arrays(run: Path) -> None:
+    shards = sorted(str(p) for p in run.glob("images/*.tar"))
+    arrays = load_image_arrays(shards, 4)
+    assert arrays.images.shape == (6, 3, 8, 8) and arrays.images.dtype == np.uint8  # as stored: views are cut from it
+    assert arrays.images[:, 1, 0, 0].tolist() == [0, 40, 80, 0, 0, 40]
+    assert arrays.class_ids.tolist() == [0, 0, 0, 1, 4, 4]
+    assert arrays.weights.tolist() == [w for ws in WEIGHTS.values() for w in ws]
+    with pytest.raises(ValueError, match=r"no image in .*synthesize"):
+        load_image_arrays([], 4)
+
+
+def test_pictures_of_unlike_sizes_become_squares_of_the_given_side(tmp_path: Path) -> None:
+    wide = [(n.replace("0000.", "0001."), b) for n, b in members(1, 0)]
+    wide[0] = (wide[0][0], encode_png(np.full((5, 9, 3), 200, np.uint8)))
+    shard = tmp_path / "images-000000.tar"
+    shard.write_bytes(write_tar([*members(0, 0), *members(0, 1), *wide]))
+    arrays = load_image_arrays([str(shard)], 4, 6)
+    assert arrays.images.shape == (3, 3, 6, 6)
+    assert arrays.images[:, 1, 3, 3].tolist() == [0, 40, 200]
+    shard.write_bytes(write_tar(wide))
+    assert load_image_arrays([str(shard)], 4, 6).images.shape == (1, 3, 5, 9)  # alone it is a set of one size
+    enlarged = load_image_arrays([str(shard)], 12, 13).images
+    np.testing.assert_array_equal(
+        enlarged[0].transpose(1, 2, 0), to_square(Image.fromarray(np.full((5, 9, 3), 200, np.uint8)), 12)
+    )
+
+
+def test_a_picture_of_the_own_set_that_cannot_be_read_is_named(run: Path) -> None:
+    shard = run / "images/images-000000.tar"
+    broken = [(n, b[: len(b) // 2] if n.endswith(".png") else b) for n, b in members(0, 1)]
+    shard.write_bytes(write_tar([*members(0, 0), *broken]))
+    with pytest.raises(ValueError, match=r"images-000000\.tar: the picture of 00000-0001 cannot be read.*synthesize"):
+        load_image_arrays([str(shard)], 8)
+    with pytest.raises(ValueError, match="00000-0001"):
+        ddoq_ray.load(str(run))[1]
+
+
+def test_facts_that_are_no_facts_are_named(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    for place, body, words in (
+        (2, b"{", "json or .cls of 00000-0000"), (1, b"cat", "json or .cls of 00000-0000"), (2, b"[]", "centroid_id"),
+        (2, b'{"centroid_id": 0, "weight": NaN}', "weight nan.*0 to 1"),
+    ):  # fmt: skip
+        changed = members(0, 0)
+        changed[place] = (changed[place][0], body)
+        shard.write_bytes(write_tar(changed))
+        with pytest.raises(ValueError, match=f"x.tar: .*{words}"):
+            list(read_images([str(shard)]))
+
+
+def test_what_is_no_distilled_set_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path=.*holds no"):
+        ddoq_ray.load(str(tmp_path))
+    with pytest.raises(ValueError, match=r"path=.*does not exist"):
+        ddoq_ray.load(str(tmp_path / "nothing"))
+    shard = tmp_path / "x.tar"
+    for body, words in [
+        (write_tar([("a.png", b""), ("a.cls", b"0")]), "sample a has .*a .json"),
+        (write_tar(members(0, 0, weight=None)), "00000-0000.json has .*centroid_id and weight"),
+        (b"no tar at all" * 100, "x.tar: .*made by synthesize"),
+        (write_tar(members(0, 0))[:700], "x.tar: .*made by synthesize"),
+    ]:
+        shard.write_bytes(body)
+        with pytest.raises(ValueError, match=words):
+            list(read_images([str(shard)]))

@@ -1,0 +1,83 @@
+"""What a run says when nothing moves, and what it says of clusters that refuse it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.exceptions import AuthenticationError
+
+from ddoq_ray.execution import console as progress
+from ddoq_ray.execution import session
+from ddoq_ray.execution.cluster_address import Where
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(progress, "_spoken", time.monotonic())
+    monkeypatch.setattr(progress, "_ticker", None)  # one that sleeps would look too late
+    yield
+
+
+def test_a_still_line_says_by_time_what_is_waited_for(
+    soon: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["waits for 0.5 CPU, 0.4 free"]
+    monkeypatch.setattr(progress, "waits", [lambda: "", lambda: words[0]])
+    with progress.doing("run"), progress.Progress("encode", 1000, "images"):
+        time.sleep(0.6)
+        words[0] = ""
+        time.sleep(0.6)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        x.startswith("encode     0 of 1,000 images, ") and x.endswith("s: " + "waits for 0.5 CPU, 0.4 free")
+        for x in lines
+    )
+    assert any(x.endswith(": at work") for x in lines)
+
+
+def test_words_that_fail_leave_a_line_all_the_same(
+    soon: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "waits", [lambda: str(1 / 0)])
+    with progress.doing("quantize"):
+        time.sleep(0.5)
+    assert "quantize   " in (told := capsys.readouterr().err) and ": at work" in told
+
+
+def test_demands_in_words() -> None:
+    asked = {(("CPU", 0.5),): 3, (("CPU", 1.0), ("GPU", 1.0)): 1, (("memory", 2.0 * 2**30),): 2, (): 1}
+    free = {"CPU": 0.4, "memory": float(2**30)}
+    assert session.waiting_words(asked, free) == (
+        "waits for 3 x 0.5 CPU, 0.4 free; 2 x 2 GiB of memory, 1 free; 1 CPU, 0.4 free and 1 GPU, 0 free"
+    )
+    assert session.waiting_words({}, free) == ""
+
+
+def test_what_ray_has_no_room_for_is_read_from_it(ray_here: None) -> None:
+    @ray.remote(num_cpus=1000)
+    def never() -> None: ...
+
+    task = never.remote()
+    words, until = "", time.monotonic() + 30
+    while not words and time.monotonic() < until:
+        time.sleep(0.2)
+        words = session.pending()
+    ray.cancel(task, force=True)
+    assert words.startswith("waits for 1000 CPU, ") and words.endswith(" free")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AuthenticationError("no token"), ["refuses this run's token", "RAY_AUTH_TOKEN"]),
+        (RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.1"), ["another version", "Ray: 2.1"]),
+        (ConnectionError("gone"), ["cannot join", "gone", "cluster.address=local"]),
+    ],
+)
+def test_a_cluster_that_refuses_is_told_in_words(error: Exception, words: list[str]) -> None:
+    told = session.refused_words(Where("head:6379", "RAY_ADDRESS"), error)
+    assert all(w in told for w in ["head:6379", "RAY_ADDRESS", *words])

@@ -1,0 +1,101 @@
+"""One run holds a run directory: against a second one, a dead one, one elsewhere, and many at the same moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddoq_ray.execution import lease
+from ddoq_ray.execution.lease import NAME, Lease, held, why_stale
+from ddoq_ray.storage.artifact import Folder
+
+
+@pytest.mark.parametrize("kind", ["disk", "store"])
+def test_a_second_run_is_refused_by_name_and_the_first_gives_it_back(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Folder(str(tmp_path / "run") if kind == "disk" else f"memory://lease-{os.getpid()}/run")
+    with held(run):
+        with pytest.raises(ValueError, match=rf"another run holds .*process {os.getpid()} on .*another run_dir"):
+            Lease(run).acquire()
+        assert run.exists(NAME)
+    assert not run.exists(NAME)
+    with held(run):
+        pass
+    if kind == "disk":
+        assert list((tmp_path / "run").iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def _die_holding(place: str) -> None:
+    Lease(Folder(place)).acquire()
+    os._exit(9)
+
+
+def test_a_dead_run_of_this_machine_is_taken_over_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die_holding, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert (tmp_path / NAME).exists()
+    start = time.monotonic()
+    with held(Folder(str(tmp_path))):
+        assert time.monotonic() - start < 2
+    said = capfd.readouterr().err
+    assert f"process {process.pid} on {socket.gethostname()}" in said and "takes it over" in said
+
+
+def test_who_is_gone() -> None:
+    """By the process where it is of this machine (a number may come again), by renewals elsewhere."""
+    mine: dict[str, Any] = Lease(Folder("memory://nothing")).facts | {"renewed": 1000.0}
+    assert why_stale(mine, now=10.0**9) == ""
+    assert "process is gone" in why_stale(mine | {"process": "1"})
+    assert "process is gone" in why_stale(mine | {"process": ""})
+    elsewhere = mine | {"machine": "another"}
+    assert why_stale(elsewhere, now=1000 + lease.STALE_SECONDS - 1) == ""
+    assert "not renewed for 121 s" in why_stale(elsewhere, now=1000 + lease.STALE_SECONDS + 1)
+
+
+def test_a_run_that_lost_its_directory_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    with (
+        pytest.raises(ValueError, match=r"taken over by process 7 on elsewhere.*this run stops"),
+        held(Folder(str(tmp_path))),
+    ):
+        other = {"token": "x", "host": "elsewhere", "machine": "m", "pid": 7, "process": "1", "since": 0, "renewed": 0}
+        (tmp_path / NAME).write_text(json.dumps(other))
+        time.sleep(30)  # interrupted by the thread that renews
+    assert json.loads((tmp_path / NAME).read_text())["token"] == "x"
+
+
+def _race(place: str, start: float, out: str) -> None:
+    time.sleep(max(0.0, start - time.time()))
+    try:
+        Lease(Folder(place)).acquire()
+    except ValueError:
+        os._exit(0)
+    Path(out, str(os.getpid())).touch()
+    time.sleep(2.0)
+    os._exit(0)
+
+
+def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> None:
+    (tmp_path / "won").mkdir()
+    (tmp_path / "run").mkdir()
+    dead = Lease(Folder("memory://nothing")).facts | {"token": "x", "process": "no", "renewed": 0}
+    (tmp_path / "run" / NAME).write_text(json.dumps(dead))  # to be taken over by one of them
+    context = multiprocessing.get_context("fork")
+    start = time.time() + 0.5
+    places = (str(tmp_path / "run"), start, str(tmp_path / "won"))
+    racers = [context.Process(target=_race, args=places) for _ in range(6)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert len(list((tmp_path / "won").iterdir())) == 1

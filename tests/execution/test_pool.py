@@ -1,0 +1,164 @@
+"""run_elastic against real actors that work, die and fail."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ddoq_ray.execution.pool import run_elastic
+
+
+@ray.remote(num_cpus=1)
+class Worker:
+    """Squares numbers. A unit may first kill its worker, until `deaths` marks of it lie in `folder`."""
+
+    def __init__(self, folder: str = "", broken: bool = False) -> None:
+        if broken:
+            raise KeyError("no such network")
+        self.folder = folder
+
+    def run(self, unit: tuple[int, int]) -> int:
+        number, deaths = unit
+        done = len(list(Path(self.folder).glob(f"{number}-*"))) if deaths else 0
+        if done < deaths:
+            Path(self.folder, f"{number}-{done}").touch()
+            os._exit(1)
+        return number**2 // (0 if number == 13 else 1)
+
+
+@ray.remote(num_cpus=1)
+class DiesInConstructor:
+    def __init__(self) -> None:
+        os._exit(1)
+
+    def run(self, unit: int) -> int:
+        return unit
+
+
+def units(*numbers: int, deaths: dict[int, int] | None = None) -> list[tuple[int, int]]:
+    return [(n, (deaths or {}).get(n, 0)) for n in numbers]
+
+
+def free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0.0)
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestPool:
+    def test_every_unit_exactly_once(self) -> None:
+        done = list(run_elastic(Worker.remote, units(*range(2, 13)), min_workers=1, max_workers=2))
+        assert Counter(u[0] for u, _ in done) == Counter(range(2, 13))
+        assert all(result == unit[0] ** 2 for unit, result in done)
+
+    def test_no_units_need_no_worker(self) -> None:
+        def spawn() -> Any:
+            raise AssertionError("nothing to do")
+
+        assert list(run_elastic(spawn, [], min_workers=2, max_workers=2)) == []
+
+    def test_a_lost_worker_costs_nothing(self, tmp_path: Path) -> None:
+        events: list[tuple[str, dict[str, Any]]] = []
+        done = list(
+            run_elastic(
+                lambda: Worker.remote(str(tmp_path)),
+                units(*range(2, 9), deaths={3: 1, 6: 2}),
+                min_workers=1,
+                max_workers=2,
+                name=lambda unit: f"unit-{unit[0]}",
+                on_event=lambda event, **facts: events.append((event, facts)),
+            )
+        )
+        assert sorted((u[0], r) for u, r in done) == [(n, n * n) for n in range(2, 9)]
+        requeued = Counter(facts["unit"] for event, facts in events if event == "unit requeued")
+        assert requeued == {"unit-3": 1, "unit-6": 2}
+        assert sum(event == "worker lost" for event, _ in events) == 3
+
+    def test_a_poison_unit_fails_by_name(self, tmp_path: Path) -> None:
+        done = []
+        with pytest.raises(RuntimeError, match="unit-5 was on a worker that died 3 times"):
+            for unit, _ in run_elastic(
+                lambda: Worker.remote(str(tmp_path)),
+                units(2, 3, 4, 5, deaths={5: 99}),
+                min_workers=1,
+                max_workers=1,
+                name=lambda unit: f"unit-{unit[0]}",
+            ):
+                done.append(unit[0])
+        assert done == [2, 3, 4]
+        assert len(list(tmp_path.iterdir())) == 3  # it was tried three times, no more
+
+    def test_a_bug_surfaces_as_it_is(self) -> None:
+        with pytest.raises(ZeroDivisionError):
+            list(run_elastic(Worker.remote, units(2, 13, 4), min_workers=1, max_workers=2))
+
+    def test_an_error_in_the_constructor_surfaces_at_once(self) -> None:
+        spawned = []
+
+        def spawn() -> Any:
+            spawned.append(1)
+            return Worker.remote("", broken=True)
+
+        with pytest.raises(RuntimeError, match="no such network"):
+            list(run_elastic(spawn, units(2, 3, 4), min_workers=1, max_workers=2))
+        assert len(spawned) <= 2
+
+    def test_workers_that_cannot_start_end_the_run(self) -> None:
+        with pytest.raises(RuntimeError, match="workers cannot start"):
+            list(run_elastic(DiesInConstructor.remote, [2, 3], min_workers=1, max_workers=1))
+
+    def test_the_pool_gives_its_cpus_back(self) -> None:
+        """After the end, and when the caller stops in the middle."""
+        list(run_elastic(Worker.remote, units(2, 3), min_workers=2, max_workers=2))
+        for _ in run_elastic(Worker.remote, units(*range(2, 12)), min_workers=2, max_workers=2):
+            break
+        end = time.monotonic() + 10
+        while free_cpus() < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert free_cpus() == 2
+
+
+@ray.remote(num_cpus=1)
+class Slow:
+    def run(self, unit: int) -> tuple[int, str]:
+        time.sleep(0.5)
+        return unit, ray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.slow
+def test_grows_with_a_new_node_and_outlives_a_lost_one() -> None:
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()  # the module's own Ray; a Cluster cannot start beside it in one process
+    small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=small | {"num_cpus": 1, "include_dashboard": False})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        first = ray.get_runtime_context().get_node_id()
+        events: list[str] = []
+        added: Any = None
+        lost = False
+        results = {}
+        # The generator runs in this thread, which is the one that may add a node.
+        for unit, (echo, node) in run_elastic(
+            Slow.remote, list(range(24)), min_workers=1, max_workers=2, on_event=lambda event, **_: events.append(event)
+        ):
+            assert unit == echo and unit not in results
+            results[unit] = node
+            if added is None and len(results) == 2:
+                assert set(results.values()) == {first}
+                added = cluster.add_node(**small)
+            elif not lost and list(results.values()).count(first) < len(results) - 1:
+                cluster.remove_node(added, allow_graceful=False)  # SIGKILL, with a unit on it
+                lost = True
+        assert sorted(results) == list(range(24))
+        assert lost and len(set(results.values())) == 2
+        assert events.count("worker joined") >= 2 and "worker lost" in events
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

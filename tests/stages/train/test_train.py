@@ -1,0 +1,278 @@
+"""Students: what ranks agree on, what resumes, what diverges, what fails and in whose words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, WorkerGroupError
+from support.students import EPOCHS, IMAGES, small_job
+
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.labels import make_codec
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.workers import Events
+from ddoq_ray.models.classifiers import build_classifier
+from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.memory import check_full, full_bytes
+from ddoq_ray.stages.train.ranks import Ranks, share
+from ddoq_ray.stages.train.sets import SoftLabels, load_head
+from ddoq_ray.stages.train.worker import Trainer
+from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.records import ClassCounts, ClassInfo, ShardInfo
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def trained(folder: Path, *keys: str, state: dict[str, Any] | None = None, **job: Any) -> dict[str, Any]:
+    made = small_job(folder, *keys, **job)
+    (row, facts) = made.rows[0]
+    artifact = Artifact(made.run / row.folder, "train")
+    Trainer(made, ONE).one_row(row, artifact, facts, state)
+    return artifact.require()
+
+
+# Ranks
+
+
+AGREE = """
+import sys, torch
+from ddoq_ray.stages.train.ranks import Ranks
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+ranks = Ranks(rank, 2, torch.device("cpu"))
+clock, seen = 1000.0 * (1 - rank), [rank == 0, False]  # each its own clock, and its own view of the disk
+print(
+    ranks.decide(lambda: clock > 60.0), ranks.decide(lambda: seen), ranks.decide(lambda: 7 if rank == 0 else None),
+    ranks.mean(torch.tensor(1.0 + rank)), ranks.mean(torch.tensor(float("nan") if rank else 1.0)),
+)
+"""
+
+
+def test_two_ranks_with_unlike_clocks_and_disks_decide_alike(tmp_path: Path) -> None:
+    """And where one rank's loss is not a number, it is none on the other: both stop at the same step."""
+    commands = [[sys.executable, "-c", AGREE, str(rank), str(tmp_path / "meet")] for rank in (0, 1)]
+    workers = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    told = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    assert told == ["True [True, False] 7 1.5 nan"] * 2
+
+
+def test_every_image_of_a_batch_has_one_rank_and_none_has_a_single_one() -> None:
+    for world in (1, 2, 3, 4, 8):
+        for size in range(1, 40):
+            batch = np.arange(size)
+            parts = [share(batch, rank, world) for rank in range(world)]
+            assert sorted(np.concatenate(parts).tolist()) == batch.tolist()
+            assert size == 1 or 1 not in [len(p) for p in parts]
+            if size >= 2 * world:
+                assert all(np.array_equal(p, batch[r::world]) for r, p in enumerate(parts))
+
+
+def test_a_rank_without_an_image_takes_part_with_zero_gradients(tmp_path: Path) -> None:
+    """Batch norm over one image of one pixel stops; two copies of one do not, and their loss is nothing."""
+    job = small_job(tmp_path, "student.arch=resnet18", "student.image_size=32", size=32)
+    trainer = Trainer(job, Ranks(1, 2, torch.device("cpu")))
+    trainer._wrap = lambda model: model  # type: ignore[method-assign]
+    student = trainer._begin(job.rows[0][0], None)
+    student.model.train()
+    packed = trainer.labels.read("labels", 0)
+    loss = trainer.loss(student, np.array([3]), packed)
+    loss.backward()
+    assert float(loss.detach()) == 0 and all(
+        p.grad is not None and not p.grad.any() for p in student.model.parameters()
+    )
+
+
+# What a student depends on
+
+
+def test_a_checkpoint_is_used_only_by_the_row_that_wrote_it(tmp_path: Path) -> None:
+    """After overwrite=true with another learning rate the folder is the same, and the student is not."""
+    trainer = Trainer(small_job(tmp_path), ONE)
+    state = {"identity": digest_of({"lr": 1}), "epoch": 3}
+    assert trainer._resumed(state, {"lr": 1}) is state
+    assert trainer._resumed(state, {"lr": 2}) is None and trainer._resumed(None, {"lr": 1}) is None
+    assert trainer._resumed({"folder": "students/s-seed0", "epoch": 3}, {"lr": 1}) is None  # of an older version
+
+
+@pytest.mark.parametrize("arch,size", [("convnet3-w4", 8), ("mobilenet_v2", 32)])
+def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: str, size: int) -> None:
+    keys = (f"student.arch={arch}", "protocol.schedule=constant", "protocol.cutmix=false")
+    trained(tmp_path / "whole", *keys, size=size)
+    whole = (tmp_path / "whole/students/s-seed0/model.safetensors").read_bytes()
+    job = small_job(tmp_path / "cut", *keys, size=size)
+    (row, facts) = job.rows[0]
+    first = Trainer(job, ONE)
+    student = first._begin(row, None)
+    for _ in range(2):
+        first._epoch(student, job.config.protocol.lr)
+        student.epoch += 1
+    state = {
+        "epoch": 2, "metrics": [], "model": student.model.state_dict(), "optimizer": student.optimizer.state_dict()
+    }  # fmt: skip
+    torch.rand(1000)  # what another row, or another process, drew in between
+    Trainer(job, ONE).one_row(row, Artifact(job.run / row.folder, "train"), facts, state)
+    assert (tmp_path / "cut/students/s-seed0/model.safetensors").read_bytes() == whole
+
+
+def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_path: Path) -> None:
+    """No teacher is loaded: there is none at teacher.path."""
+    keys = ("teacher.path=/nowhere/at/all",)
+    assert not trained(tmp_path, *keys, codec="features")["diverged"]
+    labels = Folder(str(tmp_path / "labels"))
+    packed = SoftLabels(Folder(str(tmp_path)), 2, "cpu")
+    rows = packed.read("labels", 1)
+    head = load_head(labels, "cpu")
+    torch.testing.assert_close(packed.decode("labels", rows), make_codec("features", 2, 6).decode(rows, head))
+    labels.publish("head.safetensors", b"damaged")
+    with pytest.raises(ValueError, match=r"head\.safetensors is damaged.*label stage"):
+        load_head(labels, "cpu")
+    labels.remove("head.safetensors")
+    with pytest.raises(ValueError, match=r"head\.safetensors is missing.*label stage"):
+        load_head(labels, "cpu")
+
+
+def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "student.image_size=8", size=8)
+    assert Trainer(job, ONE).sets.get("images", ()).images.shape == (IMAGES, 3, 8, 8)
+    job = small_job(tmp_path, size=32)
+    small = dataclasses.replace(job.config, student=dataclasses.replace(job.config.student, image_size=16))
+    trainer = Trainer(dataclasses.replace(job, config=small), ONE)
+    student = trainer._begin(job.rows[0][0], None)
+    assert student.set.images.shape == (IMAGES, 3, 32, 32)
+    assert trainer.loss(student, np.arange(4), trainer.labels.read("labels", 0)).isfinite()
+
+
+@pytest.mark.parametrize("codec", ["logits", "features"])
+def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
+    """FakeTensorMode carries "cuda" through on a machine without one, and raises where two devices meet."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    job = small_job(tmp_path, codec=codec)
+    with FakeTensorMode():
+        trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")))
+
+        def on_gpu(seed: int) -> Any:  # Module.to cannot move fake parameters: they are made there
+            with torch.device("cuda"):
+                return build_classifier("convnet3-w4", 2, 8, seed=seed)
+
+        trainer._student = on_gpu  # type: ignore[method-assign]
+        student = trainer._begin(job.rows[0][0], None)
+        loss = trainer.loss(student, np.arange(4), trainer.labels.read("labels", 0))
+    assert loss.device.type == "cuda" and loss.shape == ()
+
+
+# Students that diverge
+
+
+@pytest.mark.parametrize("learning_rate", ["1e8", "1e20"])
+def test_a_student_that_diverges_says_so_and_ends(tmp_path: Path, learning_rate: str) -> None:
+    keys = (f"protocol.lr={learning_rate}", "protocol.schedule=constant")
+    manifest = trained(tmp_path, *keys)
+    folder = tmp_path / "students/s-seed0"
+    assert manifest["diverged"] is True and manifest["diverged_epoch"] < EPOCHS
+    assert manifest["best_top1_pct"] is None and not (folder / "model.safetensors").exists()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads((folder / "manifest.json").read_text(), parse_constant=refuse)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_student_that_breaks_at_its_last_step_has_diverged_too(tmp_path: Path) -> None:
+    """No loss was taken of the weights that the last step left."""
+    job = small_job(tmp_path, "protocol.steps=2")
+    trainer = Trainer(job, ONE)
+    epoch = trainer._epoch
+
+    def breaks(student: Any, rate: float) -> float:
+        loss = epoch(student, rate)
+        student.model.head.bias.data[0] = float("inf")
+        return loss
+
+    trainer._epoch = breaks  # type: ignore[method-assign]
+    (row, facts) = job.rows[0]
+    artifact = Artifact(job.run / row.folder, "train")
+    trainer.one_row(row, artifact, facts, None)
+    assert artifact.require()["diverged"] is True
+
+
+# Failures
+
+
+def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
+    ours, dead, bug = ValueError("mend this"), RayActorError(), KeyError("x")
+    broken = RuntimeError("Connection closed by peer")
+    cases: list[tuple[dict[int, Exception], int, str | None, bool]] = [
+        ({0: ours}, 1, "mend this", False),
+        ({0: broken, 1: ours}, 2, "mend this", False),
+        ({0: dead}, 1, None, True),
+        ({0: broken, 1: dead}, 2, None, True),
+        ({0: broken}, 2, None, True),  # the other rank's death is not seen yet
+        ({0: broken}, 1, None, False),
+        ({0: bug}, 1, None, False),
+        ({0: bug, 1: broken}, 2, None, False),
+        ({0: torch.OutOfMemoryError()}, 2, None, False),
+    ]
+    for found, workers, words, again in cases:
+        error = WorkerGroupError("", found)
+        assert (own_words(error), worth_retrying(error, workers)) == (words, again), found
+    assert own_words(ControllerError(ours)) == "mend this" and not worth_retrying(ControllerError(ours), 1)
+
+
+# `full`
+
+
+def test_full_is_refused_by_its_size_before_anything_starts() -> None:
+    config = load_config(["protocol=d4m", "student.image_size=224"])
+    images = 1_281_167
+    assert full_bytes(config, images) == images * 3 * 256 * 256  # 252 GB
+    shard = ShardInfo("x.tar", images, 1, ClassCounts({0: images}), "d")
+    data = Data(Folder("/nowhere"), (ClassInfo(0, "cat", "cat"),), (shard,), ())
+    with pytest.raises(ValueError, match=r"1,281,167 real images.*251\.9 GB .*A node offers 256\.0 GB.*baselines="):
+        check_full(config, data, [256e9])
+    check_full(config, data, [512e9])
+    two = dataclasses.replace(
+        config,
+        cluster=dataclasses.replace(config.cluster, trainer=dataclasses.replace(config.cluster.trainer, workers=2)),
+    )
+    with pytest.raises(ValueError, match="2 copies on a node"):
+        check_full(two, data, [512e9])
+    check_full(two, data, [512e9, 512e9])
+    check_full(dataclasses.replace(config, baselines=("random",)), data, [1e9])
+    check_full(config, data, [])
+
+
+def test_counts_are_taken_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A property that adds up all shards, asked for once a class, is 96 minutes at ImageNet-1K's size."""
+    from ddoq_ray.stages.train import step as train
+
+    asked = []
+
+    class Counted(Data):
+        @property
+        def counts(self) -> dict[int, int]:
+            asked.append(1)
+            return {c.class_id: 1 for c in self.classes}
+
+    classes = tuple(ClassInfo(c, f"c{c}", f"c{c}", c) for c in range(1000))
+    run = Folder(str(tmp_path))
+    data = Counted(run, classes, (), ())
+    networks = Networks("prior", (1,), 8, None, 1000, "teacher", "net", None, 1000, 4, {})
+    job = small_job(tmp_path)
+    row = dataclasses.replace(job.rows[0][0], images="data", labels=None)
+    monkeypatch.setattr(train, "_fit", lambda *_: None)
+    with pytest.raises(ValueError, match="not finished"):  # nobody trained it
+        train.run(job.config, run, [row], data, Events(run), networks)
+    assert len(asked) == 1

@@ -1,0 +1,86 @@
+"""Training under Ray Train: ranks with unlike clocks, a worker that dies, an error that is the user's to mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+import ray.train
+from ray.train.torch import TorchTrainer
+from support.students import EPOCHS, small_job
+
+from ddoq_ray.execution.workers import Events
+from ddoq_ray.stages.train import step as train
+from ddoq_ray.stages.train import worker as train_worker
+from ddoq_ray.stages.train.ranks import Ranks
+from ddoq_ray.storage.artifact import Artifact
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
+
+
+def _shifted(settings: dict[str, Any]) -> None:
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    rank = get_context().get_world_rank()
+    ranks = Ranks(rank, get_context().get_world_size(), get_device())
+    start = time.monotonic()
+    # Rank 0's minute is over at every look, rank 1's never; or the other way round.
+    hurried = rank == settings["hurried"]
+    clock = iter(range(0, 10**9, 100)).__next__ if hurried else lambda: start
+    train_worker.Trainer(settings["job"], ranks, clock).all_rows()
+
+
+@pytest.mark.parametrize("hurried", [0, 1])
+def test_two_workers_with_unlike_clocks_train_a_student(tmp_path: Path, hurried: int) -> None:
+    """Each asking its own clock, one would wait half an hour in the report's barrier for the other."""
+    job = small_job(tmp_path / "run")
+    trainer = TorchTrainer(
+        _shifted,
+        train_loop_config={"job": job, "hurried": hurried},
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(name="train", storage_path=str(tmp_path / "students")),
+    )
+    start = time.monotonic()
+    found = trainer.fit()
+    assert time.monotonic() - start < 120
+    manifest = Artifact(job.run / job.rows[0][0].folder, "train").require()
+    assert manifest["epochs"] == EPOCHS and not manifest["diverged"]
+    assert (found.checkpoint is not None) == (hurried == 0)
+
+
+def _dies_once(settings: dict[str, Any]) -> None:
+    mark = settings["job"].run.path("died")
+    if not os.path.exists(mark):
+        Path(mark).touch()
+        os._exit(1)
+    train_worker.train_loop(settings)
+
+
+def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = small_job(tmp_path / "run", "cluster.trainer.num_cpus=0.5")
+    events = Events(job.run)
+    monkeypatch.setattr(train, "train_loop", _dies_once)
+    train._fit(job.config, job.run, job, events)
+    assert Artifact(job.run / job.rows[0][0].folder, "train").manifest() is not None
+    assert "1 of 1 students" in capsys.readouterr().err
+    assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
+
+    (row, facts) = job.rows[0]
+    job.run.remove("labels/epoch-0002")
+    again = dataclasses.replace(job, rows=((dataclasses.replace(row, folder="students/s-seed1"), facts),))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^\S*epoch-0002/images-000000\.parquet is missing"):
+        train._fit(job.config, job.run, again, events)
+    assert time.monotonic() - start < 60
+    assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said

@@ -1,0 +1,179 @@
+"""Which keys of the configuration each stage's identity holds, and which are declared to leave its bytes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from support.recording import reads
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.execution.networks import Inquiry, Networks
+from ddoq_ray.pipeline import plan_methods
+from ddoq_ray.stages.encode import heldout
+from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.label import step as label
+from ddoq_ray.stages.prepare import step as prepare
+from ddoq_ray.stages.quantize import step as quantize
+from ddoq_ray.stages.synthesize import select
+from ddoq_ray.stages.synthesize import step as synthesize
+from ddoq_ray.stages.train import step as train
+from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.prepared import Data
+
+# Module of ddoq_ray/stages -> the stage whose output its reads can change. A new module must find its place here.
+STAGE_OF = {
+    "prepare": "prepare", "pack": "prepare", "given_shards": "prepare",
+    "encode": "encode", "encode_reader": "encode", "encode_worker": "encode",
+    "quantize": "quantize", "quantize_worker": "quantize", "quantize_memory": "quantize",
+    "class_quantizers": "quantize", "quantizer_deaths": "quantize",
+    "synthesize": "synthesize", "select": "select", "heldout": "heldout",
+    "label": "label", "teacher": "label", "teacher_check": "label",
+    "train": "train", "train_worker": "train", "train_sets": "train", "train_state": "train",
+    "train_memory": "train", "train_failures": "train", "ranks": "train",
+}  # fmt: skip
+# Made anew in every run, so without an identity.
+MADE_ANEW = {"evaluate", "report", "validation"}
+# Read no configuration, or facts of the networks before any stage begins.
+NO_STAGE = {
+    "__init__", "class_latents", "class_tasks", "codebook", "constant_images", "latent_index", "latent_log", "mapping",
+    "networks", "prepared", "snapshots",
+}  # fmt: skip
+
+# Stage -> the stages whose digests its identity holds.
+MADE_FROM = {
+    "prepare": (),
+    "encode": ("prepare",),
+    "quantize": ("encode",),
+    "synthesize": ("quantize",),
+    "select": ("encode", "quantize"),
+    "heldout": ("encode",),
+    "label": ("synthesize", "select"),
+    "train": ("label",),
+}  # fmt: skip
+
+# Keys whose value is in no identity, and why that is right in every stage.
+ANYWHERE = {
+    "run_dir": "where, not what",
+    "stages": "which are run, not what they make",
+    "baselines": "which rows there are; a row's bytes do not depend on the others",
+    "num_seeds": "the same",
+    "overwrite": "what becomes of another configuration's output",
+    "max_bad_fraction": "when to stop; what is made does not depend on it",
+    "prior.path": "the network's content digest stands for it",
+    "teacher.path": "the same",
+    "encoder.path": "the same",
+    "latents.path": "the log's own identity stands for it",
+    "latents.keep": "what stays on disk after the run",
+    "encoder.workers": "who works",
+    "encoder.max_workers": "who works",
+    "synthesizer.min_workers": "who works",
+    "synthesizer.max_workers": "who works",
+    "labels.workers": "who works",
+    "quantizer.num_shards": "who works",
+    "quantizer.snapshot_every": "what a death costs",
+    "dataset.name": "a word in tables and paths",
+    "protocol.name": "a word in tables",
+}
+# (stage, key) -> why this stage's bytes do not depend on it.
+DECLARED = {
+    ("encode", "seed"): "in the identity where noise is drawn (encoder.posterior=sample)",
+    ("heldout", "seed"): "the same",
+    ("quantize", "encoder.chunk_samples"): "memory that is planned for readers",
+    ("label", "labels.epochs_per_unit"): "the unit of work; a file is one epoch of one image shard",
+    ("label", "labels.mode"): "the codec that it chooses is in the facts",
+    (
+        "label",
+        "protocol.val_crop",
+    ): "how the teacher is checked; what it does to stored pictures is in the identity",
+    ("label", "teacher.min_top1"): "when the teacher is refused",
+    ("train", "synthesizer.shard_images"): "how images lie in files",
+    ("prepare", "ipc"): "classes that are too small are told of",
+    ("prepare", "small_class"): "the same",
+}
+UNITS = ("cluster.",)  # what a worker asks of the cluster; threads and device are recorded in `environment`
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every value of a configuration."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def _other(value: Any) -> Any:
+    """A value that differs; it need not be valid, since only identities are built from it."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return (*value, "other") if isinstance(value, tuple) else f"other-{value}"
+
+
+def _with(config: Any, key: str, value: Any) -> Any:
+    """A copy with another value at `key`, unchecked."""
+    name, _, rest = key.partition(".")
+    made = object.__new__(type(config))
+    for f in dataclasses.fields(config):
+        object.__setattr__(made, f.name, getattr(config, f.name))
+    object.__setattr__(made, name, _with(getattr(config, name), rest, value) if rest else value)
+    return made
+
+
+def identities(run: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
+    """Stage -> what its outputs of the finished run in `run` are known by, as a function of the configuration."""
+    data = Data.load(run)
+    latents = run / "latents"
+    return {
+        "prepare": prepare.identity,
+        "encode": lambda c: encode.identity(c, data, networks),
+        "quantize": lambda c: [quantize.identity(c, m.quantizer) for m in plan_methods(c) if m.quantizer],
+        "synthesize": synthesize.identity,
+        "select": lambda c: [select.identity(c, run, data, latents, 0, m) for m in c.methods if m in select.METHODS],
+        "heldout": lambda c: heldout.identity(c, data, networks),
+        "label": label.identity,
+        "train": train.identity,
+    }
+
+
+def held(config: RunConfig, run: Folder, networks: Networks) -> dict[str, set[str]]:
+    """Stage -> the keys that its identity, or one that it is made from, follows."""
+    own: dict[str, set[str]] = {}
+    for stage, identity in identities(run, networks).items():
+        plain = identity(config)
+        own[stage] = {
+            key for key, value in leaves(config) if _differs(identity, plain, _with(config, key, _other(value)))
+        }
+    for stage, sources in MADE_FROM.items():
+        own[stage] = own[stage].union(*(own[source] for source in sources))
+    return own
+
+
+def _differs(identity: Callable[[RunConfig], Any], plain: Any, other: RunConfig) -> bool:
+    try:
+        return bool(identity(other) != plain)
+    except (ValueError, KeyError, AssertionError):
+        return True  # the value was looked at and refused
+
+
+def left_out(config: RunConfig, log: Path, *without_effect: str) -> list[str]:
+    """What a stage of the finished run of `config` read, as `log` has it, that nothing accounts for.
+
+    Args:
+        without_effect: Keys that this configuration reads and does not use.
+    """
+    networks = Inquiry(config, teacher=True).result()
+    in_identity = held(config, Folder(config.folder), networks)
+    left = []
+    for module, keys in reads(log).items():
+        stage = STAGE_OF.get(module)
+        for key in keys if stage is not None else ():
+            known = key in {*in_identity[stage], *ANYWHERE, *without_effect} or (stage, key) in DECLARED
+            if not known and not key.startswith(UNITS):
+                left.append(f"{stage} {key} (in stages/{module}.py)")
+    return sorted(left)

@@ -1,0 +1,74 @@
+"""A tiny run for tests of training: eight labelled pictures of two classes, soft labels, a validation shard."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.labels import make_codec
+from ddoq_ray.data.pictures import encode_png
+from ddoq_ray.data.samples import write_tar
+from ddoq_ray.stages.evaluate.validation import Validation
+from ddoq_ray.stages.train.worker import Job
+from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.records import StudentRow, fixed_binary, label_schema
+
+IMAGES, CLASSES, EPOCHS = 8, 2, 6
+
+
+def _pictures(count: int, size: int, seed: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    return [encode_png(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def small_job(folder: Path, *keys: str, codec: str = "logits", size: int = 8) -> Job:
+    """The run's files, and a job of one row that trains on them for `EPOCHS` epochs."""
+    run = Folder(str(folder))
+    members = []
+    for i, png in enumerate(_pictures(IMAGES, size, 0)):
+        facts = {"centroid_id": i % 4, "weight": 0.25}
+        key = f"{i // 4:05d}-{i % 4:04d}"
+        members += [
+            (f"{key}.png", png),
+            (f"{key}.cls", str(i // 4).encode()),
+            (f"{key}.json", json.dumps(facts).encode()),
+        ]
+    run.publish("images/images-000000.tar", write_tar(members))
+    val = []
+    for i, png in enumerate(_pictures(6, size, 1)):
+        val += [(f"v{i}.png", png), (f"v{i}.cls", str(i % 2).encode())]
+    run.publish("val.tar", write_tar(val))
+    _labels(run / "labels", codec)
+    config = load_config(
+        ["student.arch=convnet3-w4", f"student.image_size={size}", f"protocol.steps={2 * EPOCHS}", "protocol.batch=4",
+         "protocol.eval_every=1", *keys]
+    )  # fmt: skip
+    row = StudentRow("ddoq", "images", "labels", "students/s-seed0", "uniform", 0)
+    validation = Validation((run.path("val.tar"),), (6,), CLASSES, 1.0)
+    return Job(run, config, ((row, {"row": 0}),), (), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
+
+
+def _labels(labels: Folder, name: str) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, CLASSES)
+    codec = make_codec(name, CLASSES, 6)
+    for epoch in range(EPOCHS):
+        values = torch.randn(IMAGES, 6)
+        rows = codec.encode(head(values) if name == "logits" else values)
+        columns: list[Any] = [np.arange(IMAGES), np.full(IMAGES, epoch, np.int32), fixed_binary(rows)]
+        out = io.BytesIO()
+        pq.write_table(
+            pa.Table.from_arrays([pa.array(c) for c in columns], schema=label_schema(name, codec.nbytes)), out
+        )
+        labels.publish(f"epoch-{epoch:04d}/images-000000.parquet", out.getvalue())
+    labels.publish("head.safetensors", safetensors.torch.save(dict(head.state_dict())))
+    Artifact(labels, "label").finish({}, codec=name, shards=[{"name": "images-000000", "images": IMAGES}])
