@@ -11,8 +11,8 @@ import numpy.typing as npt
 import ray
 
 from ddoq_ray.core.sizing import GIB
-from ddoq_ray.stages.encode.worker import FILE_BYTES
 from ddoq_ray.storage.latent_index import LatentIndex
+from ddoq_ray.storage.latent_log import FILE_BYTES
 
 PART = 0.25  # of a node's memory that the latents of one task may take
 BASE_BYTES = 256 << 20  # of the worker's process

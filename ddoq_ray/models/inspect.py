@@ -16,7 +16,8 @@ from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
-from ddoq_ray.models.priors.base import Prior, load_prior
+from ddoq_ray.models.priors.base import Prior
+from ddoq_ray.models.priors.load import load_prior
 
 
 def describe(question: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from ddoq_ray.storage.records import ChunkRecord, ShardDone, binary_rows
 
 DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would fill gigabytes
 
+FILE_BYTES = 32 << 20  # of latents in a file of the log: few files, and little memory for whoever reads one
+
 
 class LatentLog:
     """A ``latents/`` folder. Latents are never kept, done records only briefly."""

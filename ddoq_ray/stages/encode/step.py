@@ -25,7 +25,6 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events, Progress, say
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode.worker import (
-    FILE_BYTES,
     NON_FINITE,
     PARTS,
     Encoder,
@@ -37,6 +36,7 @@ from ddoq_ray.stages.encode.worker import (
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
 from ddoq_ray.storage.latent_index import done_records
+from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone
 
 MAX_JOINS = 16  # shards that wait to be joined; more, and the stream waits for them

@@ -28,9 +28,9 @@ from ddoq_ray.core.rng import philox
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, binary_rows, fixed_binary, latent_schema
 
-FILE_BYTES = 32 << 20  # of latents in a file of the log: few files, and little memory for whoever reads one
 PARTS = "parts"
 NON_FINITE = "non-finite latent: the autoencoder gave infinity or not a number"
 GAIN = 1.03  # a larger micro-batch must be this much faster to be worth its memory

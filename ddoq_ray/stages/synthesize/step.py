@@ -78,7 +78,7 @@ class Decoder:
         classes: list[tuple[int, str]],
         threads: int,
     ) -> None:
-        from ddoq_ray.models.priors.base import load_prior
+        from ddoq_ray.models.priors.load import load_prior
 
         pin_threads(threads)
         self.prior = load_prior(prior_path, device=device())

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
+from ddoq_ray.stages.train.sets import Set
 from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.records import StudentRow
 
-if TYPE_CHECKING:
-    from ddoq_ray.stages.train.worker import Student
+
+@dataclass
+class Student:
+    """A row while it is trained."""
+
+    row: StudentRow
+    set: Set
+    loss_weights: Any
+    model: Any
+    wrapped: Any
+    optimizer: Any
+    epochs: int
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    epoch: int = 0  # finished ones
+    diverged: bool = False
 
 
 def learning_rate(protocol: ProtocolConfig, epoch: int, epochs: int) -> float:

@@ -8,7 +8,6 @@ that follows another row, draws what it would have drawn.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.label.step import for_teacher, view_spec
 from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.ranks import Ranks, share
-from ddoq_ray.stages.train.sets import Set, Sets, SoftLabels
+from ddoq_ray.stages.train.sets import Sets, SoftLabels
+from ddoq_ray.stages.train.state import Student
 from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
 from ddoq_ray.storage.records import StudentRow
 
@@ -43,22 +43,6 @@ class Job:
     teacher_index: tuple[int, ...]
     class_counts: tuple[int, ...]
     outputs: int
-
-
-@dataclass
-class Student:
-    """A row while it is trained."""
-
-    row: StudentRow
-    set: Set
-    loss_weights: Any
-    model: Any
-    wrapped: Any
-    optimizer: Any
-    epochs: int
-    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    epoch: int = 0  # finished ones
-    diverged: bool = False
 
 
 class Trainer:

@@ -23,7 +23,8 @@ from ddoq_ray.core.rng import philox
 from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
-from ddoq_ray.models.priors.base import Prior, load_prior
+from ddoq_ray.models.priors.base import Prior
+from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, chunk_rows, reader_tasks
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, write_file
