@@ -27,7 +27,7 @@ test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ddoq_ray/core ddoq_ray/config ddoq_ray/storage/records.py ddoq_ray/storage/artifact.py
+	$(BIN)/mypy ddoq_ray/core ddoq_ray/config ddoq_ray/storage ddoq_ray/data
 
 lock: $(VENV)/.installed  ## write what is installed now to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.identities import ANYWHERE, DECLARED, MADE_ANEW, NO_STAGE, STAGE_OF, leaves, left_out
+from support.identities import ANYWHERE, DECLARED, MADE_ANEW, MADE_FROM, OF_THEIR_OWN, leaves, left_out
 from support.recording import recording
 
 from ddoq_ray import pipeline
@@ -31,9 +31,10 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def test_every_module_of_the_stages_belongs_to_one() -> None:
-    modules = {p.stem for p in STAGES.glob("*.py")}
-    assert modules == set(STAGE_OF) | MADE_ANEW | NO_STAGE
+def test_every_package_of_the_stages_is_known() -> None:
+    packages = {p.name for p in STAGES.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert packages | set(OF_THEIR_OWN.values()) == set(MADE_FROM) | MADE_ANEW
+    assert all((STAGES / f"{module}.py").is_file() for module in OF_THEIR_OWN)
 
 
 def test_what_is_declared_is_a_key() -> None:

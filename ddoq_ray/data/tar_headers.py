@@ -19,7 +19,7 @@ class Header(tarfile.TarInfo):
     __slots__ = ()
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:  # type: ignore[override]
         """A header of 512 bytes.
 
         Raises:
@@ -30,16 +30,16 @@ class Header(tarfile.TarInfo):
             try:
                 size, mtime, checksum = _octal(buf[124:136]), _octal(buf[136:148]), _octal(buf[148:156])
             except ValueError:
-                return super().frombuf(buf, encoding, errors)
+                return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
             name = _text(buf[:100], encoding, errors)
             # A regular file whose name ends in a slash is a folder to tarfile.
             if checksum == sum(buf) - sum(buf[148:156]) + 8 * 0x20 and not name.endswith("/"):
                 header = cls(name)
                 if buf[345]:
                     header.name = f"{_text(buf[345:500], encoding, errors)}/{name}"
-                header.size, header.mtime, header.chksum, header.type = size, mtime, checksum, buf[156:157]
+                header.size, header.mtime, header.chksum, header.type = size, mtime, checksum, bytes(buf[156:157])
                 return header
-        return super().frombuf(buf, encoding, errors)
+        return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
 
 
 def open_tar(file: IO[bytes]) -> tarfile.TarFile:
@@ -51,9 +51,9 @@ def open_tar(file: IO[bytes]) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode="r:*", tarinfo=Header)
 
 
-def _octal(field: bytes) -> int:
+def _octal(field: bytes | bytearray) -> int:
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
-def _text(field: bytes, encoding: str, errors: str) -> str:
+def _text(field: bytes | bytearray, encoding: str, errors: str) -> str:
     return field.partition(b"\0")[0].decode(encoding, errors)

@@ -159,7 +159,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarFile, tarfile.Ta
             tar.members.clear()  # type: ignore[attr-defined]  # else the table of a long shard stays in memory
             yield tar, info
         # tarfile takes any block that is no header for the end; only zeros, or the end of the file, are one.
-        file = tar.fileobj
+        file: Any = tar.fileobj
         assert file is not None
         at = tar.offset
         file.seek(at)

@@ -23,24 +23,9 @@ from ddoq_ray.stages.train import step as train
 from ddoq_ray.storage.artifact import Folder
 from ddoq_ray.storage.prepared import Data
 
-# Module of ddoq_ray/stages -> the stage whose output its reads can change. A new module must find its place here.
-STAGE_OF = {
-    "prepare": "prepare", "pack": "prepare", "given_shards": "prepare",
-    "encode": "encode", "encode_reader": "encode", "encode_worker": "encode",
-    "quantize": "quantize", "quantize_worker": "quantize", "quantize_memory": "quantize",
-    "class_quantizers": "quantize", "quantizer_deaths": "quantize",
-    "synthesize": "synthesize", "select": "select", "heldout": "heldout",
-    "label": "label", "teacher": "label", "teacher_check": "label",
-    "train": "train", "train_worker": "train", "train_sets": "train", "train_state": "train",
-    "train_memory": "train", "train_failures": "train", "ranks": "train",
-}  # fmt: skip
-# Made anew in every run, so without an identity.
-MADE_ANEW = {"evaluate", "report", "validation"}
-# Read no configuration, or facts of the networks before any stage begins.
-NO_STAGE = {
-    "__init__", "class_latents", "class_tasks", "codebook", "constant_images", "latent_index", "latent_log", "mapping",
-    "networks", "prepared", "snapshots",
-}  # fmt: skip
+# Modules with outputs of their own; all others belong to their package's stage.
+OF_THEIR_OWN = {"encode/heldout": "heldout", "synthesize/select": "select"}
+MADE_ANEW = {"evaluate", "report"}  # in every run, so without an identity
 
 # Stage -> the stages whose digests its identity holds.
 MADE_FROM = {
@@ -171,8 +156,8 @@ def left_out(config: RunConfig, log: Path, *without_effect: str) -> list[str]:
     in_identity = held(config, Folder(config.folder), networks)
     left = []
     for module, keys in reads(log).items():
-        stage = STAGE_OF.get(module)
-        for key in keys if stage is not None else ():
+        stage = OF_THEIR_OWN.get(module, module.split("/")[0])
+        for key in keys if stage not in MADE_ANEW else ():
             known = key in {*in_identity[stage], *ANYWHERE, *without_effect} or (stage, key) in DECLARED
             if not known and not key.startswith(UNITS):
                 left.append(f"{stage} {key} (in stages/{module}.py)")

@@ -23,15 +23,18 @@ _WATCHED: dict[tuple[str, str, str], type] = {}
 
 
 def modules_here(frame: Any) -> set[str]:
-    """Modules of ddoq_ray/stages on the stack; none while a configuration is copied or checked or an identity built."""
+    """Modules of the stages on the stack, as `encode/worker`.
+
+    None while a configuration is copied or checked, or an identity is built.
+    """
     found: set[str] = set()
     while frame is not None:
         code = frame.f_code
         if code.co_name in COPIES or code.co_name.endswith("identity"):
             return set()
-        folder, _, name = code.co_filename.rpartition("/")
-        if folder.endswith("ddoq_ray/stages"):
-            found.add(name.removesuffix(".py"))
+        _, inside, module = code.co_filename.rpartition("/ddoq_ray/stages/")
+        if inside and "/" in module:
+            found.add(module.removesuffix(".py"))
         frame = frame.f_back
     return found
 
@@ -80,7 +83,7 @@ def recording(config: Any, log: Path, prefix: str = "") -> Any:
 
 
 def reads(log: Path) -> dict[str, set[str]]:
-    """Module of ddoq_ray/stages -> the keys that were read while its code was at work."""
+    """Module of a stage -> the keys that were read while its code was at work."""
     found: dict[str, set[str]] = defaultdict(set)
     for file in log.iterdir():
         for line in file.read_text().splitlines():
