@@ -16,7 +16,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.data.tar_headers import Header, open_tar
