@@ -96,7 +96,7 @@ class Parquet(Containers):
         """The class list, and label -> class_id."""
         labels = {split: {label for _, label, _ in part} for split, part in rows.items()}
         every = set().union(*labels.values()) - {None}
-        texts_too = [label for label in every if not isinstance(label, int)]
+        texts_too = [label for label in every if isinstance(label, str)]
         if texts_too and len(texts_too) < len(every):
             raise ValueError(
                 f"{self.path}: labels are numbers here and names there (such as {shown(sorted(texts_too), 3)}): "
