@@ -22,7 +22,7 @@ from typing import Any
 
 from ddoq_ray.execution.console import say
 from ddoq_ray.execution.signals import last_resort
-from ddoq_ray.storage.artifact import TEMPORARY, Folder
+from ddoq_ray.storage.artifact import TEMPORARY, Folder, write_error
 
 NAME = "lease.json"
 RENEW_SECONDS = 15.0
@@ -134,7 +134,12 @@ class Lease:
         path = self.run.path(NAME)
         os.makedirs(self.run.uri, exist_ok=True)
         temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
-        Path(temporary).write_bytes(self._content())
+        try:
+            Path(temporary).write_bytes(self._content())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise ValueError(write_error(path, error)) from error
         try:
             os.link(temporary, path)
             return True
