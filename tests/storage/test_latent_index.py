@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.latent_logs import DIM, write_log
+from support.latent_logs import DIM, write_log
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.shard_index import train_and_val

@@ -16,39 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from support.collection_trees import found, picture, put, rows_of, survey, table, tree
 
-from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.data.collections import open_source
-from ddoq_ray.data.collections.listing import Survey
 from ddoq_ray.data.pictures import RefusedPicture, decode_rgb
-
-
-def picture(kind: str = "PNG", value: int = 90) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.full((6, 8, 3), value, np.uint8)).save(out, kind)
-    return out.getvalue()
-
-
-def put(path: Path, data: bytes = b"") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data or picture())
-
-
-def tree(root: Path, *names: str) -> Path:
-    for name in names:
-        put(root / name)
-    return root
-
-
-def survey(path: Path | str, **keys: Any) -> Survey:
-    source = open_source(DatasetConfig(path=str(path), **keys))
-    assert source is not None
-    return source.survey()
-
-
-def found(s: Survey) -> tuple[list[str], int, int | None]:
-    return [c.name for c in s.classes], len(s.train.names), None if s.val is None else len(s.val.names)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +72,6 @@ def test_pictures_are_known_by_content_and_others_by_name(tmp_path: Path) -> Non
     assert next(r for r in s.train.refused if r.name.endswith("notes.txt")).harmless
 
 
-def table(root: Path, rows: list[tuple[str, object]]) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "metadata.csv").write_text("file_name,label\n" + "".join(f"{n},{v}\n" for n, v in rows))
-    return root
-
-
 @pytest.mark.parametrize("form", ["./{}", "{}", ".\\{}", "./././{}"])
 def test_metadata_names_in_other_forms_lose_no_image(tmp_path: Path, form: str) -> None:
     names = [f"images/{i}.png" for i in range(4)]
@@ -152,11 +116,6 @@ def test_names_that_are_no_utf8_or_of_two_unicode_forms(tmp_path: Path) -> None:
     nfc, nfd = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
     tree(tmp_path / "b", f"train/{nfc}/1.png", "train/cat/1.png", f"val/{nfd}/2.png", "val/cat/2.png")
     assert found(survey(tmp_path / "b")) == (["Müller", "cat"], 2, 2)
-
-
-def rows_of(labels: Any, extra: dict[str, Any] | None = None) -> pa.Table:
-    pictures = [{"bytes": picture(), "path": f"{i}.png"} for i in range(len(labels))]
-    return pa.table({"image": pictures, "label": labels, **(extra or {})})
 
 
 @pytest.mark.parametrize(

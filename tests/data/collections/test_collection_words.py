@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.sources.test_collection_cases import picture, put, rows_of, survey, table, tree
+from support.collection_trees import picture, put, rows_of, survey, table, tree
 
 from ddoq_ray.data.collections.torchvision_sets import TorchvisionSet
 from ddoq_ray.data.samples import read_classes

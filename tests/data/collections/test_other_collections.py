@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.sources.test_collection_cases import found, picture, put, survey, tree
+from support.collection_trees import found, picture, put, survey, tree
 
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.data.collections import kind_of
