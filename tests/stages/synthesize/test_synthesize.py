@@ -60,7 +60,7 @@ def test_a_shard_that_an_earlier_run_published_is_counted_as_it_was(tmp_path: An
         members += [(f"{name}.png", encode_png(made)), (f"{name}.cls", str(c).encode()), (f"{name}.json", facts)]
     job = Job("", ImageUnit(0, (1, 1, 2), (0, 1, 0)), ())
     run = Folder(str(tmp_path))
-    assert _published(run, job) is None
+    assert _published(run, [job]) == {}
     run.publish(f"{job.name}.tar", write_tar(members))
-    found = _published(run, job)
-    assert found is not None and (found["images"], found["constant"], found["first_constant"]) == (3, 2, [1, 1])
+    found = _published(run, [job])[job.name]
+    assert (found["images"], found["constant"], found["first_constant"]) == (3, 2, [1, 1])
