@@ -173,7 +173,7 @@ class Folder:
         """Raise ValueError now, not after hours of work, when nothing can be written here."""
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
         try:
-            self.publish(probe, b"")
+            self.publish(probe, bytes(1 << 16))  # a full disk takes an empty file
         except ValueError as error:
             raise ValueError(str(error).replace(self.path(probe), self.uri)) from error.__cause__
         with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ddoq_ray.artifacts import TEMPORARY, Folder
+from ddoq_ray.artifacts import TEMPORARY, Folder, write_error
 from ddoq_ray.progress import say
 from ddoq_ray.signals import last_resort
 
@@ -134,7 +134,12 @@ class Lease:
         path = self.run.path(NAME)
         os.makedirs(self.run.uri, exist_ok=True)
         temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
-        Path(temporary).write_bytes(self._content())
+        try:
+            Path(temporary).write_bytes(self._content())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise ValueError(write_error(path, error)) from error
         try:
             os.link(temporary, path)
             return True

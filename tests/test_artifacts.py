@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import re
+import subprocess
+import sys
 import threading
 import uuid
 from pathlib import Path
@@ -122,6 +125,18 @@ def test_a_place_that_cannot_be_written_says_so_in_its_own_name(tmp_path: Path) 
         message = write_error("/data/run", OSError(number, "Denied"))
         assert "no permission to write /data/run" in message and "choose another run_dir" in message
     assert "No space left" in write_error("/data", OSError(errno.ENOSPC, "No space left on device"))
+
+
+@pytest.mark.parametrize("call", ["folder.check_writable()", "Lease(folder).acquire()"])
+def test_a_place_that_takes_names_but_no_bytes(tmp_path: Path, call: str) -> None:
+    """A full disk, as a limit on the size of files shows it: nothing is left behind, and no traceback."""
+    code = "; ".join((
+        "import resource", "from ddoq_ray.artifacts import Folder", "from ddoq_ray.lease import Lease",
+        f"folder = Folder({str(tmp_path)!r})", "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))", call,
+    ))  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.search(r"\nValueError: cannot write .*choose another run_dir\n$", ended.stderr), ended.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_canonical_text_and_digest() -> None:
