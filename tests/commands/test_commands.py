@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddoq_ray.models.priors.load import load_prior
 
 from ddoq_ray.cli import main
 from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.priors.load import load_prior
 
 
 def test_train_teacher_makes_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ddoq_ray.models.priors.load import load_prior
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DModel
 
 from ddoq_ray.models.autoencoder import Autoencoder, identity_of, load_autoencoder
 from ddoq_ray.models.folders import content_digest
+from ddoq_ray.models.priors.load import load_prior
 
 
 def tiny_kl(**config: Any) -> AutoencoderKL:

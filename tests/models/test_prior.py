@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddoq_ray.models.priors.load import load_prior
 from diffusers import (
     AutoencoderKL,
     DDIMInverseScheduler,
@@ -26,6 +25,7 @@ from ddoq_ray.data import collections as sources
 from ddoq_ray.data.samples import to_square
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.priors.load import load_prior
 
 CLASSES = ["cat", "dog", "fish"]
 STEPS = 10

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from ddoq_ray.models.priors.load import load_prior
 
 from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.training.prior import PriorTraining, batches, one_cycle, train_prior
 from ddoq_ray.models.training.teacher import TeacherTraining, accuracy, train_teacher
 

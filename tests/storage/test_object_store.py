@@ -297,11 +297,11 @@ def test_the_environment_is_all_that_a_process_needs(store: Store) -> None:
 def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
     """The same latents from the store, over a bad wire, as from a disk; and on a run directory in the store."""
     import ray
-    from ddoq_ray.models.priors.load import load_prior
 
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
     from ddoq_ray.execution.workers import Events
+    from ddoq_ray.models.priors.load import load_prior
     from ddoq_ray.stages.encode import step as encode
     from ddoq_ray.stages.prepare import step as prepare
 

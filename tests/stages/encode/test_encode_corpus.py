@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from ddoq_ray.models.priors.load import load_prior
 from support.corpus import NUM_CLASSES, Shard, malformed
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.tar_samples import DAMAGE
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
+from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.stages.encode import reader as encode_reader
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.prepare import step as prepare

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ddoq_ray.models.priors.load import load_prior
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
@@ -19,6 +18,7 @@ from ddoq_ray.core.distortion import assign, distortion, scheme_weights, voronoi
 from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
+from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.pipeline import check_run_folder
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.heldout import Heldout, shares
