@@ -17,7 +17,7 @@ from support.recording import recording
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import LogitsCodec
-from ddoq_ray.core.views import batch_views
+from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.stages.label.step import read_labels, view_spec

@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddoq_ray.core import rng, views
-from ddoq_ray.core.views import ViewSpec, batch_views, epoch_order, render, view_params
+from ddoq_ray.core import rng
+from ddoq_ray.core.views import params as drawing
+from ddoq_ray.core.views import render as rendering
+from ddoq_ray.core.views.params import ViewSpec, epoch_order, view_params
+from ddoq_ray.core.views.render import batch_views, render
 
 
 def make_images(n, height, width, seed=0):
@@ -46,7 +49,7 @@ def test_a_row_depends_on_its_key_alone():
 def test_known_row_stays_the_same():
     """Pins the format: stored soft labels are only right while this holds."""
     params = view_params(ViewSpec(size=32), 42, 7, np.array([13]), 100, 48, 40)
-    key = views._stream_key("views", 42, 7)
+    key = drawing._stream_key("views", 42, 7)
     u = np.random.Generator(np.random.Philox(key=key, counter=[0, 13, 0, 0])).random(28)
     assert params.flip[0] == (u[0] < 0.5)
     assert params.partner[0] == (13 + 1 + int(u[1] * 99)) % 100
@@ -100,8 +103,8 @@ def test_pixels_are_torchvisions(height, width, size):
 def test_flip_is_an_exact_mirror():
     images = make_images(4, 20, 20)
     boxes = np.array([[2.0, 3.0, 9.0, 11.0]] * 4)
-    plain = views._crop_resize(images, np.arange(4), boxes, np.zeros(4, dtype=bool), 16)
-    mirrored = views._crop_resize(images, np.arange(4), boxes, np.ones(4, dtype=bool), 16)
+    plain = rendering._crop_resize(images, np.arange(4), boxes, np.zeros(4, dtype=bool), 16)
+    mirrored = rendering._crop_resize(images, np.arange(4), boxes, np.ones(4, dtype=bool), 16)
     assert torch.equal(mirrored, plain.flip(3))
 
 
@@ -122,7 +125,7 @@ def test_same_bits_for_any_split_and_order(height, size, threads, monkeypatch):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
         assert torch.equal(batch_views(images, order, spec, 9, 4)[0], whole[order])
         assert torch.equal(batch_views(images, order.numpy(), spec, 9, 4)[0], whole[order])
-        monkeypatch.setattr(views, "_CPU_CHUNK", 30_000)  # several rendering chunks a batch
+        monkeypatch.setattr(rendering, "_CPU_CHUNK", 30_000)  # several rendering chunks a batch
         assert torch.equal(batch_views(images, index, spec, 9, 4)[0], whole)
     finally:
         torch.set_num_threads(before)
@@ -176,7 +179,7 @@ def test_cutmix_statistics():
     assert stats.kstest(distance / n, "uniform").pvalue > 0.01
     assert abs(params.flip.mean() - 0.5) < 0.015
     u = np.random.default_rng(1).uniform(size=5000)
-    assert stats.kstest(views._beta(u, 0.3), stats.beta(0.3, 0.3).cdf).pvalue > 0.01
+    assert stats.kstest(drawing._beta(u, 0.3), stats.beta(0.3, 0.3).cdf).pvalue > 0.01
 
 
 def test_a_set_of_one_image_has_no_partner():

@@ -9,26 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
+from support.tiny_networks import tiny_kl, tiny_taesd
 
 from ddoq_ray.models.autoencoder import Autoencoder, identity_of, load_autoencoder
 from ddoq_ray.models.folders import content_digest
 from ddoq_ray.models.priors.load import load_prior
-
-
-def tiny_kl(**config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=8, mid_block_add_attention=False,
-        **config,
-    ).eval()  # fmt: skip
-
-
-def tiny_taesd(**config: Any) -> AutoencoderTiny:
-    return AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1), latent_channels=4, **config,
-    ).eval()  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from support.pretended_gpu import OnGpu, pretended_gpu
-from test_autoencoder import tiny_kl, tiny_taesd
-from test_prior import tiny_dit, tiny_unet, tiny_vae
+from support.tiny_networks import tiny_dit, tiny_kl, tiny_taesd, tiny_unet, tiny_vae
 
 from ddoq_ray.core.gram_batched import gram_kmeans_batched
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.core.views import ViewSpec, batch_views
+from ddoq_ray.core.views.params import ViewSpec
+from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.priors.base import STARTS

@@ -17,9 +17,9 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
-    UNet2DModel,
 )
 from PIL import Image
+from support.tiny_networks import CLASSES, save_parts, tiny_dit, tiny_unet, tiny_vae
 
 from ddoq_ray.data import collections as sources
 from ddoq_ray.data.samples import to_square
@@ -27,65 +27,7 @@ from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.load import load_prior
 
-CLASSES = ["cat", "dog", "fish"]
 STEPS = 10
-
-
-def tiny_vae(scaling_factor: float = 0.5, shift_factor: float | None = None) -> AutoencoderKL:
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        mid_block_add_attention=False,
-    )
-
-
-def tiny_unet(num_class_embeds: int = len(CLASSES) + 1) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=num_class_embeds,
-    )
-
-
-def tiny_dit(num_classes: int = len(CLASSES), out_channels: int = 8) -> DiTTransformer2DModel:
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=out_channels,
-        num_layers=1,
-        sample_size=4,
-        patch_size=2,
-        norm_num_groups=4,
-        num_embeds_ada_norm=num_classes,
-    )
-    return model.eval()
-
-
-def save_parts(folder: Path, part: str, denoiser, scheduler=None, extra: dict | None = None, **vae) -> Path:
-    """A folder of parts, each saved by diffusers itself."""
-    tiny_vae(**vae).save_pretrained(folder / "vae")
-    denoiser.save_pretrained(folder / part)
-    (scheduler or DDIMScheduler(clip_sample=False)).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
-    if extra is not None:
-        (folder / "ddoq_prior.json").write_text(json.dumps(extra))
-    return folder
 
 
 @pytest.fixture(scope="module")

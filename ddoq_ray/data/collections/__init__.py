@@ -37,8 +37,6 @@ def kind_of(dataset: DatasetConfig) -> str:
             return "parquet"
         if there:
             refuse_archive(path, root)
-            if image_extension(root) is not None:
-                raise ValueError(f"dataset.path={path} is one image; give the folder of all of them")
     if (not there and any(ch in path for ch in "*?[{")) or path.endswith(".tar"):
         return "webdataset"
     found = _candidates(path)

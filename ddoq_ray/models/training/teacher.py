@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddoq_ray.core.views import ViewSpec, batch_views
+from ddoq_ray.core.views.params import ViewSpec
+from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
 from ddoq_ray.models.folders import check_free
 from ddoq_ray.models.training.prior import Progress, batches, canonical_order, check_images, one_cycle

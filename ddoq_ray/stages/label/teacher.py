@@ -16,7 +16,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.core.views import ViewSpec
+from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
@@ -123,7 +123,7 @@ class Teacher:
     def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:
         import torch
 
-        from ddoq_ray.core.views import batch_views
+        from ddoq_ray.core.views.render import batch_views
 
         spec = view_spec(self.config.protocol, self.config.student.image_size)
         pixels, _, _ = batch_views(self._images(folder), index, spec, self.config.seed, epoch)

@@ -142,7 +142,7 @@ class Trainer:
         import torch
 
         from ddoq_ray.core.rng import philox
-        from ddoq_ray.core.views import epoch_order
+        from ddoq_ray.core.views.params import epoch_order
 
         for group in student.optimizer.param_groups:
             group["lr"] = rate
@@ -169,7 +169,7 @@ class Trainer:
         import torch
 
         from ddoq_ray.core.losses import weighted_kl
-        from ddoq_ray.core.views import batch_views
+        from ddoq_ray.core.views.render import batch_views
 
         mine = share(batch, self.ranks.rank, self.ranks.world)
         spec = view_spec(self.protocol, self.config.student.image_size)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.collection_trees import found, picture, put, survey, tree
+from support.collection_trees import found, picture, put, rows_of, survey, tree
 
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.data.collections import kind_of
@@ -91,6 +91,7 @@ def test_a_class_without_a_name_or_a_prompt(tmp_path: Path) -> None:
         ("metadata.csv", "file_name,label\nimages/caf\xe9.png,cat\n", "save it as UTF-8"),
         ("metadata.csv", "file_name,label\n0.png,cat\n1.png,dog\n", "none of the 2 images .*images/0.png is"),
         ("metadata.csv", "file_name,label\nimages/0,cat\nimages/1,dog\n", "none of the 2 images .*images/0.png is"),
+        ("metadata.csv", "file_name,label\n../0.png,cat\n../1.png,dog\n", "none of the 2 images .*images/0.png is"),
         ("metadata.csv", "file_name,label,split\nimages/0.png,a,train\nimages/1.png,a,foo\n", "no split .foo"),
         ("metadata.csv", "file_name,label,split\nimages/0.png,a,train\nimages/1.png,a,\n", "no split .nothing"),
         ("metadata.jsonl", '{"file_name": "images/0.png", "label": 0}\n{"file_name": \n', "line 2 is"),
@@ -126,6 +127,13 @@ def test_parquet_labels_that_are_none(tmp_path: Path) -> None:
     assert len(survey(rows(tmp_path / "few/train-0.parquet", list(range(12)), "labels")).classes) == 12
     rows(tmp_path / "two/train-0.parquet", [0, 1] * 3)
     assert "numbers here and names there" in told(rows(tmp_path / "two/train-1.parquet", ["cat", "dog"] * 3))
+
+
+def test_columns_of_shards_that_became_a_table(tmp_path: Path) -> None:
+    """webdataset's `cls` is the label; its `__key__` and `__url__` are none."""
+    hub = {"__key__": ["a", "b", "c"], "__url__": ["x"] * 3}
+    pq.write_table(rows_of([0, 1, 0], hub).rename_columns(["png", "cls", *hub]), tmp_path / "train-0.parquet")
+    assert len(survey(tmp_path).train.names) == 3
 
 
 def test_parts_that_are_not_there(tmp_path: Path) -> None:

@@ -1,44 +1,24 @@
-"""Views: crop, flip and CutMix as a pure function of (seed, epoch, image_id).
-
-A soft label is only right for the exact pixels the teacher saw, so the teacher (label stage) and the student
-(train stage) must render the same view of an image from its key alone: whatever the batch, the worker or the
-order.
-
-- Parameters are drawn on the CPU in float64. Each row has its own counter-based stream (Philox4x64-10, the
-  generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), evaluated for all rows
-  at once.
-- Pixels are rendered by torch on the device that holds the images, row by row independent of each other.
-
-Shapes: B views of a batch, N images of the set, H W stored image, S side of the view.
-"""
+"""What is done to each image: crops, flips and CutMix boxes, drawn for all rows at once. Shapes as in `core.views`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
 from ddoq_ray.core.rng import philox, philox_words, uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
-Index = Int64 | torch.Tensor
 
 # Words of a row's stream. The order is part of the format: a change here changes every view of every run.
 _FLIP, _PARTNER, _LAMBDA, _MIX_ROW, _MIX_COLUMN, _CROP_ROW, _CROP_COLUMN = range(7)
 _FIRST_ATTEMPT = 8  # then (area, aspect) for each attempt
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
 _BLOCKS = (_FIRST_ATTEMPT + 2 * _ATTEMPTS) // 4  # a Philox block is four 64-bit words
-
-# Float values in flight while rendering: bounds the memory of a batch without changing a bit of it.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 2**24, 2**27
 
 
 @dataclass(frozen=True)
@@ -149,102 +129,6 @@ def view_params(
     )
 
 
-def render(
-    images: torch.Tensor,
-    index: Index,
-    size: int,
-    params: ViewParams,
-    params_of: Callable[[Int64], ViewParams],
-) -> torch.Tensor:
-    """Render views: crop and resize, flip, then paste the partner's own view of that epoch.
-
-    Bilinear, align_corners=False, clamped at the crop's border: where the crop is not larger than the view
-    this is torchvision's `resized_crop`. Where a side of the crop is f > 1 times the view's, the view is
-    sampled at ceil(f) times its size and averaged down, so that no stored pixel is skipped (a box filter;
-    torchvision's antialias uses a triangle, and differs a little). A crop that is exactly a whole multiple of
-    the view becomes the exact area mean.
-
-    Args:
-        images: uint8 [N, 3, H, W], the whole set, on any device.
-        index: int64 [B], rows to look at.
-        size: S, side of the view.
-        params: parameters of those rows.
-        params_of: gives the parameters of other ids of the same seed and epoch (the partners).
-
-    Returns:
-        float32 [B, 3, S, S] in [0, 1], on the device of `images`; the same bits for any split or order of
-        `index`.
-
-    Raises:
-        ValueError: `images` is not uint8 [N, 3, H, W], or `index` and `params` differ in length.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}")
-    rows = _as_numpy(index)
-    if len(rows) != len(params.partner):
-        raise ValueError(f"expected one row of params for each of {len(rows)} indices, got {len(params.partner)}")
-    looked_at, boxes, flip = rows[None], params.boxes[None], params.flip[None]
-    mix = bool((params.partner >= 0).any())
-    if mix:
-        # Base images and partners go through one call: for small images the cost is the number of calls.
-        # A row without a partner is its own, with an empty box.
-        partners = np.where(params.partner >= 0, params.partner, rows)
-        theirs = params_of(partners)
-        looked_at = np.stack([rows, partners])
-        boxes, flip = np.stack([params.boxes, theirs.boxes]), np.stack([params.flip, theirs.flip])
-
-    out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
-    side = size * int(_oversampling(boxes.reshape(-1, 4), size).max(initial=1))
-    budget = _CPU_CHUNK if images.device.type == "cpu" else _ACCELERATOR_CHUNK
-    step = max(1, budget // (2 * 3 * max(side * side, images.shape[2] * images.shape[3])))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        views = _crop_resize(
-            images,
-            looked_at[:, part].reshape(-1),
-            boxes[:, part].reshape(-1, 4),
-            flip[:, part].reshape(-1),
-            size,
-        )
-        if mix:
-            base, pasted = views.chunk(2)
-            mask = torch.from_numpy(_box_mask(params.mix_box[part], size)).to(images.device)
-            torch.where(mask, pasted, base, out=out[part])
-        else:
-            out[part] = views
-    return out.div_(255).clamp_(0, 1)  # bilinear weights may sum to one ulp above 1
-
-
-def batch_views(
-    images: torch.Tensor, index: Index, spec: ViewSpec, seed: int, epoch: int
-) -> tuple[torch.Tensor, Int64, Float64]:
-    """Views of some rows of a set at an epoch, ready for a network.
-
-    Args:
-        images: uint8 [N, 3, H, W], the whole set, on any device.
-        index: int64 [B], rows to look at (numpy or torch).
-        spec: what views look like.
-        seed: run seed.
-        epoch: epoch.
-
-    Returns:
-        pixels float32 [B, 3, S, S] in [0, 1] on the device of `images`; partner int64 [B] (numpy; -1 = no
-        CutMix); lam float64 [B] (numpy), share of each view that its base image keeps.
-
-    Raises:
-        ValueError: as `view_params` and `render`.
-    """
-    if images.ndim != 4:
-        raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}")
-    num_images, _, height, width = images.shape
-
-    def params_of(ids: Int64) -> ViewParams:
-        return view_params(spec, seed, epoch, ids, num_images, height, width)
-
-    params = params_of(_as_numpy(index))
-    return render(images, index, spec.size, params, params_of), params.partner, params.lam
-
-
 def epoch_order(seed: int, epoch: int, n: int) -> Int64:
     """Order in which an epoch visits the n images: a uniform permutation that depends only on (seed, epoch,
     n).
@@ -338,72 +222,3 @@ def _beta(u: Float64, concentration: float) -> Float64:
     from scipy.special import betaincinv
 
     return np.asarray(betaincinv(concentration, concentration, u), dtype=np.float64)
-
-
-def _oversampling(boxes: Float64, size: int) -> Int64:
-    """int64 [B]: samples a side for each pixel of a view, so that none is skipped in the stored image."""
-    factors: Int64 = np.maximum(1, np.ceil(boxes[:, 2:].max(axis=1, initial=1) / size)).astype(np.int64)
-    return factors
-
-
-def _crop_resize(
-    images: torch.Tensor, rows: Int64, boxes: Float64, flip: npt.NDArray[np.bool_], size: int
-) -> torch.Tensor:
-    """float32 [B, 3, S, S] in [0, 255]: views without CutMix."""
-    factors = _oversampling(boxes, size)
-    if tuple(images.shape[2:]) == (size, size):
-        # Whole images at their own size are copied, since sampling would only add rounding. Decided row by
-        # row: what else is in the batch must not change a bit.
-        factors[(boxes[:, 2:] == size).all(axis=1)] = 0
-    groups = np.unique(factors)
-    if len(groups) == 1:
-        return _sample(images, rows, boxes, flip, size, int(groups[0]))
-    out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
-    for factor in groups:
-        chosen = np.flatnonzero(factors == factor)
-        part = _sample(images, rows[chosen], boxes[chosen], flip[chosen], size, int(factor))
-        out[torch.from_numpy(chosen).to(images.device)] = part
-    return out
-
-
-def _sample(
-    images: torch.Tensor, rows: Int64, boxes: Float64, flip: npt.NDArray[np.bool_], size: int, factor: int
-) -> torch.Tensor:
-    """float32 [B, 3, S, S] in [0, 255]: views that share an oversampling factor; 0 copies."""
-    height, width = images.shape[2:]
-    device = images.device
-    source = images[torch.from_numpy(rows).to(device)].to(torch.float32)  # index first: the set stays uint8
-    if factor == 0:
-        mirror = torch.from_numpy(flip).to(device).view(-1, 1, 1, 1)
-        return torch.where(mirror, source.flip(3), source)
-    samples = size * factor
-    offset = (np.arange(samples) + 0.5) / samples
-    y = _grid_axis(boxes[:, 0], boxes[:, 2], offset, height)
-    x = _grid_axis(boxes[:, 1], boxes[:, 3], offset, width)
-    x = np.where(flip[:, None], x[:, ::-1], x)  # mirroring the coordinates mirrors the view bit for bit
-    grid = torch.empty((len(rows), samples, samples, 2), dtype=torch.float32, device=device)
-    grid[..., 0] = torch.from_numpy(x).to(device)[:, None, :]
-    grid[..., 1] = torch.from_numpy(y).to(device)[:, :, None]
-    views = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return F.avg_pool2d(views, factor) if factor > 1 else views
-
-
-def _grid_axis(start: Float64, length: Float64, offset: Float64, extent: int) -> npt.NDArray[np.float32]:
-    """float32 [B, samples]: positions along an axis in grid_sample's [-1, 1] units, clamped to the crop."""
-    position = start[:, None] + offset * length[:, None]  # pixel j covers [j, j + 1)
-    position = position.clip(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
-    return (2 * position / extent - 1).astype(np.float32)
-
-
-def _box_mask(mix_box: Int64, size: int) -> npt.NDArray[np.bool_]:
-    """bool [B, 1, S, S]: True inside the box."""
-    line = np.arange(size)
-    in_rows = (line >= mix_box[:, 0, None]) & (line < mix_box[:, 2, None])
-    in_columns = (line >= mix_box[:, 1, None]) & (line < mix_box[:, 3, None])
-    return np.asarray((in_rows[:, :, None] & in_columns[:, None, :])[:, None])
-
-
-def _as_numpy(index: Any) -> Int64:
-    if isinstance(index, torch.Tensor):
-        index = index.detach().cpu().numpy()
-    return np.ascontiguousarray(index, dtype=np.int64)
