@@ -203,10 +203,11 @@ def test_a_small_class_is_refused_before_encoding(corpus: Path, run_dir: Path) -
 
 
 def test_too_many_bad_samples_stop_the_run_and_what_is_encoded_stays(corpus: Path, run_dir: Path) -> None:
-    words = ["3 of 23 samples refused", "max_bad_fraction=0.01", "undecodable image: 1", "no label (.cls): 2"]
+    # Of 13 or of 23: whether a good shard is done before the bad one is for Ray to say.
+    words = ["3 of ", "3 samples refused", "max_bad_fraction=0.01", "undecodable image: 1", "no label (.cls): 2"]
     with refused(run_dir, *words):
         go(run_dir, corpus, "small_class=cap", "stages=[prepare,encode]")
-    assert (run_dir / "latents/shard-000000/done.json").exists()
+    assert list(run_dir.glob("latents/shard-*/done.json"))
     assert not (run_dir / "latents/manifest.json").exists()
 
 

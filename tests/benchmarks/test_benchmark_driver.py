@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import driver
+from benchmarks import driver, driver_records
 
 
 def test_a_run_gives_a_row_a_loop_and_its_growth(tmp_path, monkeypatch, capsys):
@@ -25,7 +25,7 @@ def test_a_run_gives_a_row_a_loop_and_its_growth(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_shards_hold_what_they_say(order):
-    held = list(driver.class_counts(order, 12, 40, 20))
+    held = list(driver_records.class_counts(order, 12, 40, 20))
     assert [counts.total for counts in held] == [20] * 12
     together = set().union(*(set(counts) for counts in held))
     assert together <= set(range(40)) and (order == "mixed" or together == set(range(40)))

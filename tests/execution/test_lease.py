@@ -69,8 +69,9 @@ def test_a_run_that_lost_its_directory_stops(tmp_path: Path, monkeypatch: pytest
         held(Folder(str(tmp_path))),
     ):
         other = {"token": "x", "host": "elsewhere", "machine": "m", "pid": 7, "process": "1", "since": 0, "renewed": 0}
-        (tmp_path / NAME).write_text(json.dumps(other))
-        time.sleep(30)  # interrupted by the thread that renews
+        for _ in range(150):  # a renewal that had read before the first of these wrote over it
+            (tmp_path / NAME).write_text(json.dumps(other))
+            time.sleep(0.2)  # interrupted by the thread that renews
     assert json.loads((tmp_path / NAME).read_text())["token"] == "x"
 
 
