@@ -140,16 +140,17 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
 
 def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str, Any]:
     """The stage: its wall seconds (Ray's own start left out), peaks of actors and driver, and what was stated."""
-    import dataclasses
-
     import ray
 
     from ddoq_ray.config.compose import load_config
+    from ddoq_ray.config.methods import SPECS
     from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
-    from ddoq_ray.stages.prepare.step import Data
     from ddoq_ray.stages.quantize.memory import check_memory
-    from ddoq_ray.stages.quantize.step import Quantizers
+    from ddoq_ray.stages.quantize.step import Quantize, Quantizers
+    from ddoq_ray.storage.layout import Place
+    from ddoq_ray.storage.prepared import Data
 
     config = load_config(
         [
@@ -160,8 +161,8 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     networks = Networks("synthetic", (dim,), 16, None, 0, None, None, None, 0, 0, {})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data = Data.load(run)
-    algorithm = dataclasses.replace(config.quantizer)
-    made = Quantizers(config, run, f"actors-{number}", algorithm, data, run / "latents", networks)
+    made = Quantizers(Run(config, run, data, networks, Events(run)), Quantize(SPECS["ddoq"], Place(f"actors-{number}")))
+    made.plan()
     check_memory(made.needs)
     made.launch()
     pids = ray.get([a.__ray_call__.remote(lambda self: os.getpid()) for a in made.actors])
@@ -174,7 +175,7 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     seconds = time.monotonic() - start
     worked = sum(map(cpu_seconds, pids)) - worked
     peaks = [peak_bytes(pid) for pid in pids]
-    manifest = made.finish(Events(run))
+    manifest = made.finish()
     assert manifest["items"] == sum(s.samples for s in data.train)
     return {
         "seconds": seconds,

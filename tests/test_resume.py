@@ -216,11 +216,10 @@ def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, refe
 def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) -> None:
     import dataclasses
 
+    from support.latent_logs import planned
+
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
-    from ddoq_ray.execution.workers import Events
-    from ddoq_ray.stages.prepare.step import Data
-    from ddoq_ray.stages.quantize.step import Quantizers
     from ddoq_ray.storage.artifact import Folder
 
     run = Folder(str(reference))
@@ -230,14 +229,14 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
     config = load_config([f"ipc={IPC}", "baselines=[]"])
     expected = {p.name: p.read_bytes() for p in reference.glob("codebook/part-*.parquet")}
     for number in (1, 3):
-        algorithm = dataclasses.replace(config.quantizer, num_shards=number)
         place = f"with-{number}"
-        quantizers = Quantizers(config, run, place, algorithm, Data.load(run), run / "latents", facts)
+        fewer = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, num_shards=number))
+        quantizers = planned(fewer, run, place, facts)
         try:
             quantizers.launch()
             for shard in range(SHARDS):
                 quantizers.shard_done(shard)
-            quantizers.finish(Events(run))
+            quantizers.finish()
         finally:
             quantizers.close()
         assert {p.name: p.read_bytes() for p in reference.glob(f"{place}/codebook/part-*.parquet")} == expected

@@ -40,6 +40,7 @@ class ClusterConfig:
     decoder: WorkerResources = option(WorkerResources, "decoder actors")
     teacher: WorkerResources = option(WorkerResources, "teacher actors")
     trainer: TrainerResources = option(TrainerResources, "Ray Train workers")
+    evaluator: WorkerResources = option(WorkerResources, "tasks that score trained students")
 
     def __post_init__(self) -> None:
         require(
@@ -48,7 +49,7 @@ class ClusterConfig:
         )
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
         require(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus={self.num_cpus}: expected 1 or more")
-        for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer"):
+        for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer", "evaluator"):
             for key in ("num_cpus", "num_gpus"):
                 value = getattr(getattr(self, worker), key)
                 require(value >= 0, f"cluster.{worker}.{key}={value}: expected 0 or more")

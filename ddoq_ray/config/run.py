@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
+from ddoq_ray.config.methods import METHODS, own_method
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
@@ -18,7 +19,6 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
-METHODS = ("ddoq", "ddoq-sqrt", "ddoq-uniform", "d4m", "random", "herding", "medoids", "full")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RunConfig:
     @property
     def own_method(self) -> str:
         """The word of this run's own rows: Algorithm 4 is `ddoq`; other weights add their scheme."""
-        return "ddoq" if self.weights.scheme == "counts" else f"ddoq-{self.weights.scheme}"
+        return own_method(self.weights.scheme)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 import fsspec
 
 from ddoq_ray.config.paths import plain_path
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.transport import is_store_error
 
 Status = Literal["new", "open", "done"]
@@ -203,17 +204,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
+def _part(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recorded identity what `asked` has keys for, nested mappings too."""
+    part = {}
+    for key, value in asked.items():
+        there = recorded.get(key)
+        part[key] = _part(there, value) if isinstance(there, Mapping) and isinstance(value, Mapping) else there
+    return part
+
+
 class Artifact:
     """A stage's output folder with its `started.json` and `manifest.json`."""
 
-    def __init__(self, folder: Folder, stage: str) -> None:
+    def __init__(self, folder: Folder, stage: str, *, command: str | None = None) -> None:
+        """`stage` is the word in its manifest; `command` the stage's command, where that is another word."""
         self.folder = folder
         self.stage = stage
+        self.command = command or stage
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a finished output; None when there is none."""
         try:
-            return self.folder.read_json("manifest.json")
+            return self.folder.read_json(layout.MANIFEST)
         except FileNotFoundError:
             return None
 
@@ -222,12 +234,15 @@ class Artifact:
         if manifest is not None:
             return manifest["identity"], "done"
         try:
-            return self.folder.read_json("started.json")["identity"], "open"
+            return self.folder.read_json(layout.STARTED)["identity"], "open"
         except FileNotFoundError:
             return None, "new"
 
-    def check(self, identity: Mapping[str, Any]) -> Status:
+    def check(self, identity: Mapping[str, Any], *, partial: bool = False) -> Status:
         """Compare what is there with what is wanted, as far as `identity`'s keys go; write nothing.
+
+        Args:
+            partial: The identity is what is known so far: nested mappings, too, are compared as far as its keys go.
 
         Raises:
             ValueError: When the folder holds the output of another configuration or of other inputs.
@@ -235,7 +250,8 @@ class Artifact:
         recorded, status = self._recorded()
         if recorded is None:
             return "new"
-        lines = differences({k: recorded.get(k) for k in identity}, identity)
+        there = _part(recorded, identity) if partial else {k: recorded.get(k) for k in identity}
+        lines = differences(there, identity)
         if lines:
             raise ValueError(
                 f"{self.folder.uri} holds the {self.stage} stage of another configuration:\n  "
@@ -256,7 +272,7 @@ class Artifact:
             self.folder.remove()
             status = "new"
         if status == "new":
-            self.folder.publish_json("started.json", {"stage": self.stage, "identity": identity})
+            self.folder.publish_json(layout.STARTED, {"stage": self.stage, "identity": identity})
         return status
 
     def finish(self, identity: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
@@ -266,7 +282,7 @@ class Artifact:
         """
         self.folder.sweep()
         manifest = {"stage": self.stage, "identity": identity, "identity_digest": digest_of(identity), **facts}
-        self.folder.publish_json("manifest.json", manifest)
+        self.folder.publish_json(layout.MANIFEST, manifest)
         return manifest
 
     def done(self, identity: Mapping[str, Any]) -> bool:
@@ -279,6 +295,6 @@ class Artifact:
         manifest = self.manifest()
         if manifest is None:
             raise ValueError(
-                f"{self.folder.uri} is not finished: run the {self.stage} stage first (ddoq-ray {self.stage} ...)"
+                f"{self.folder.uri} is not finished: run the {self.command} stage first (ddoq-ray {self.command} ...)"
             )
         return manifest

@@ -300,6 +300,7 @@ def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
 
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.models.priors.load import load_prior
     from ddoq_ray.stages.encode import step as encode
@@ -324,7 +325,7 @@ def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
             folder = Folder(run)
             events = Events(folder)
             data = prepare.run(config, folder, events)
-            manifest = encode.run(config, folder, data, events, facts, lambda shard: None)
+            manifest = encode.run(Run(config, folder, data, facts, events), lambda shard: None)
             assert (manifest["items"], manifest["refused"], manifest["refused_by_reason"]) == (300, 0, {})
             digests[name] = manifest["digest"]
     finally:

@@ -11,20 +11,14 @@ from support.recording import reads
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.execution.networks import Inquiry, Networks
-from ddoq_ray.pipeline import plan_methods
-from ddoq_ray.stages.encode import heldout
-from ddoq_ray.stages.encode import step as encode
-from ddoq_ray.stages.label import step as label
-from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.stages.quantize import step as quantize
-from ddoq_ray.stages.synthesize import select
-from ddoq_ray.stages.synthesize import step as synthesize
-from ddoq_ray.stages.train import step as train
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Events
+from ddoq_ray.pipeline import steps
 from ddoq_ray.storage.artifact import Folder
 from ddoq_ray.storage.prepared import Data
 
 # Modules with outputs of their own; all others belong to their package's stage.
-OF_THEIR_OWN = {"encode/heldout": "heldout", "synthesize/select": "select"}
+OF_THEIR_OWN = {"encode/heldout": "heldout"}
 MADE_ANEW = {"evaluate", "report"}  # in every run, so without an identity
 
 # Stage -> the stages whose digests its identity holds.
@@ -110,20 +104,18 @@ def _with(config: Any, key: str, value: Any) -> Any:
     return made
 
 
-def identities(run: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
-    """Stage -> what its outputs of the finished run in `run` are known by, as a function of the configuration."""
-    data = Data.load(run)
-    latents = run / "latents"
-    return {
-        "prepare": prepare.identity,
-        "encode": lambda c: encode.identity(c, data, networks),
-        "quantize": lambda c: [quantize.identity(c, m.quantizer) for m in plan_methods(c) if m.quantizer],
-        "synthesize": synthesize.identity,
-        "select": lambda c: [select.identity(c, run, data, latents, 0, m) for m in c.methods if m in select.METHODS],
-        "heldout": lambda c: heldout.identity(c, data, networks),
-        "label": label.identity,
-        "train": train.identity,
-    }
+def identities(run_dir: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
+    """Name of a step -> what its outputs of the finished run are known by, as a function of the configuration."""
+    data, events = Data.load(run_dir), Events(run_dir)
+
+    def of(name: str) -> Callable[[RunConfig], Any]:
+        def identity(config: RunConfig) -> Any:
+            run = Run(config, run_dir, data, networks, events)
+            return [step.identity(run) for step in steps(config) if step.name == name]
+
+        return identity
+
+    return {name: of(name) for name in MADE_FROM}
 
 
 def held(config: RunConfig, run: Folder, networks: Networks) -> dict[str, set[str]]:

@@ -20,8 +20,10 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import resized_side
 from ddoq_ray.data.samples import BadSample, read_samples
 from ddoq_ray.execution.workers import say
-from ddoq_ray.stages.encode.worker import shard_name
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.layout import shard_name
+from ddoq_ray.storage.manifests import Scored
 from ddoq_ray.storage.prepared import Data
 
 UInt8 = npt.NDArray[np.uint8]
@@ -77,7 +79,7 @@ class Refused:
 
     def publish(self, run: Folder) -> None:
         """Name each in the run's quarantine; what an earlier reading wrote there goes."""
-        quarantine = run / "quarantine"
+        quarantine = run / layout.QUARANTINE
         written = {f"val-{shard_name(shard)}.jsonl" for shard in self.shards}
         for name in quarantine.names("val-*.jsonl"):
             if name not in written:
@@ -143,6 +145,26 @@ def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UI
     return images[: len(class_ids)], np.asarray(class_ids, np.int64)
 
 
+def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int = 500) -> tuple[float, float]:
+    """(top-1, top-5) in % of uint8 images [N, 3, S, S], over the outputs `columns` that mean the data's classes.
+
+    With fewer than five classes, top-5 counts all of them.
+    """
+    import torch
+
+    from ddoq_ray.core.metrics import top_pct, topk_correct
+
+    model.eval()
+    top1 = top5 = 0
+    for first in range(0, len(images), batch):
+        with torch.inference_mode():
+            logits = model(images[first : first + batch].float() / 255)[:, columns]
+        target = class_ids[first : first + batch]
+        top1 += int(topk_correct(logits, target, 1))
+        top5 += int(topk_correct(logits, target, min(5, len(columns))))
+    return top_pct(top1, len(images)), top_pct(top5, len(images))
+
+
 def check_refused(config: RunConfig, run: Folder, scored: int, refused: int, reasons: str = "") -> None:
     """Stop where too many validation images cannot be scored: every figure would be of the rest.
 
@@ -161,7 +183,7 @@ def check_refused(config: RunConfig, run: Folder, scored: int, refused: int, rea
         raise ValueError(f"no usable validation image to score on; {place}; see dataset.val_path")
 
 
-def say_refused(stage: str, run: Folder, facts: dict[str, Any]) -> None:
+def say_refused(stage: str, run: Folder, facts: Scored) -> None:
     """One line where images were refused; `facts`: images, refused, reasons."""
     if facts["refused"]:
         seen = facts["images"] + facts["refused"]

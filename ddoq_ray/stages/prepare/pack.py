@@ -8,6 +8,7 @@ is there and was made from the same plan, so that a killed run goes on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tarfile
 from collections import Counter
@@ -27,6 +28,7 @@ from ddoq_ray.data.collections.listing import HARMLESS, Listing, Refused, Source
 from ddoq_ray.data.shard_index import index_shard, picture_digest
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.stages.prepare.given_shards import same_images
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Folder, digest_of
 from ddoq_ray.storage.prepared import Packed
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
@@ -141,7 +143,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     Raises:
         ValueError: When more than `max_bad_fraction` of the images are refused.
     """
-    data = run / "data"
+    data = run / layout.DATA
     resources = {"num_cpus": config.cluster.reader.num_cpus}
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(0.25, resources["num_cpus"])))
     shared = ray.put(source)
@@ -159,10 +161,15 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     listed: dict[str, list[ShardInfo]] = {"train": [], "val": []}
     same: list[str] = []
     known: dict[int, set[bytes]] = {}
+
+    def submit(plan: Plan, index: int, seen: Any) -> Any:
+        task = ShardTask.of(plan, index, len(survey.classes))
+        return _pack_shard.options(**resources).remote(shared, task, data, seen)
+
     with Progress("prepare", sum(len(plan.shards) for plan in plans), "shards") as progress:
         for plan in sorted(plans, key=lambda plan: plan.split, reverse=True):  # val first: what must not come again
             seen = ray.put(known)
-            jobs = [_job(shared, seen, plan, i, len(survey.classes), data, resources) for i in range(len(plan.shards))]
+            jobs = [functools.partial(submit, plan, i, seen) for i in range(len(plan.shards))]
             infos: list[Any] = [None] * len(jobs)
             for number, (info, why, pictures, again) in in_tasks(jobs, at_once):
                 infos[number] = info
@@ -175,25 +182,13 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
             listed[plan.split] = infos
     _remove_others(data, plans)
     unlisted = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]
-    _publish_refused(data / "quarantine", "listing", unlisted)
+    _publish_refused(data / layout.QUARANTINE, "listing", unlisted)
     packed = Packed(survey.classes, listed["train"], listed["val"], _counted(unlisted), refused)
     images = {split: sum(s.samples for s in shards) for split, shards in listed.items()}
     packed.same = same_images(same, images["val"], images["train"])
     _check_refused(config, packed, data)
     data.remove(SCRATCH)
     return packed
-
-
-def _job(
-    source: Any, known: Any, plan: Plan, index: int, num_classes: int, data: Folder, resources: dict[str, float]
-) -> Callable[[], Any]:
-    def submit() -> Any:
-        rows = plan.shards[index]
-        names = [plan.listing.names[i] for i in rows]
-        task = ShardTask(plan.split, plan.origin, index, names, plan.listing.class_ids[rows], rows, num_classes)
-        return _pack_shard.options(**resources).remote(source, task, data, known)
-
-    return submit
 
 
 @dataclass(frozen=True)
@@ -207,6 +202,12 @@ class ShardTask:
     class_ids: npt.NDArray[np.int32]
     rows: Rows
     num_classes: int
+
+    @staticmethod
+    def of(plan: Plan, index: int, num_classes: int) -> ShardTask:
+        rows = plan.shards[index]
+        names = [plan.listing.names[i] for i in rows]
+        return ShardTask(plan.split, plan.origin, index, names, plan.listing.class_ids[rows], rows, num_classes)
 
     @property
     def name(self) -> str:
@@ -261,7 +262,7 @@ def write_shard(
                 same.append(name)
     info = dataclasses.replace(index_shard(data.path(tar_name), task.num_classes), path=f"data/{tar_name}")
     assert info.samples == len(origins), (task.name, info.samples, len(origins))
-    _publish_refused(data / "quarantine", task.name, refused)
+    _publish_refused(data / layout.QUARANTINE, task.name, refused)
     record = {
         "plan": digest,
         "shard": info.to_json(),

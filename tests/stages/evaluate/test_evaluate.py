@@ -133,7 +133,7 @@ def test_protocols_say_how_images_are_prepared() -> None:
 
 
 def test_accuracy_counts_nothing_that_is_not_a_number() -> None:
-    from ddoq_ray.stages.evaluate.step import accuracy
+    from ddoq_ray.stages.evaluate.validation import accuracy
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     torch.nn.init.constant_(model[1].weight, float("nan"))
