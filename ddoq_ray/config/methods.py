@@ -48,15 +48,54 @@ def _d4m(quantizer: QuantizerConfig) -> QuantizerConfig:
     return MinibatchKmeansConfig(name="minibatch_kmeans", variant="d4m", num_shards=quantizer.num_shards)
 
 
+_SAME_WEIGHT = "; all with the same weight."
+# In the order of tables.
 _ROWS = (
-    MethodSpec("ddoq", "centroids weighed by their counts (Algorithm 4)", "synthesize", "counts", True, _run_own),
-    MethodSpec("ddoq-sqrt", "the same images, weights by Eq. 33", "synthesize", "sqrt", True, _run_own),
-    MethodSpec("ddoq-uniform", "the same images, all alike", "synthesize", "uniform", True, _run_own),
-    MethodSpec("d4m", "D4M: mini-batch k-means as it was published", "synthesize", quantizer=_d4m),
-    MethodSpec("random", "real images drawn at random, anew for each seed", "select", draws=True),
-    MethodSpec("herding", "real images whose mean latent nears their class's", "select", reads=("latents",)),
-    MethodSpec("medoids", "the real images nearest to the centroids", "select", reads=("latents", "codebook")),
-    MethodSpec("full", "all the real images", "data"),
+    MethodSpec(
+        "ddoq",
+        "Optimal quantization of each class in latent space; an image weighs the share of real images nearest to its "
+        "centroid (Algorithm 4).",
+        "synthesize",
+        "counts",
+        own=True,
+        quantizer=_run_own,
+    ),
+    MethodSpec(
+        "ddoq-sqrt",
+        "The same images as ddoq; their weights in the loss follow the square root of that share (Eq. 33).",
+        "synthesize",
+        "sqrt",
+        own=True,
+        quantizer=_run_own,
+    ),
+    MethodSpec(
+        "ddoq-uniform",
+        "The same images as ddoq, all with the same weight.",
+        "synthesize",
+        "uniform",
+        own=True,
+        quantizer=_run_own,
+    ),
+    MethodSpec(
+        "d4m",
+        "Centroids of mini-batch k-means in latent space, decoded" + _SAME_WEIGHT,
+        "synthesize",
+        quantizer=_d4m,
+    ),
+    MethodSpec(
+        "herding",
+        "Real images chosen one by one so that their mean in latent space follows that of the class" + _SAME_WEIGHT,
+        "select",
+        reads=("latents",),
+    ),
+    MethodSpec(
+        "medoids",
+        "The real images nearest to the centroids of the run's own codebook" + _SAME_WEIGHT,
+        "select",
+        reads=("latents", "codebook"),
+    ),
+    MethodSpec("random", "Real images drawn at random from each class" + _SAME_WEIGHT, "select", draws=True),
+    MethodSpec("full", "The whole training set, nothing distilled: the upper reference.", "data"),
 )
 SPECS = {spec.name: spec for spec in _ROWS}
 METHODS = tuple(SPECS)
