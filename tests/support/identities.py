@@ -104,14 +104,17 @@ def _with(config: Any, key: str, value: Any) -> Any:
     return made
 
 
-def identities(run_dir: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
-    """Name of a step -> what its outputs of the finished run are known by, as a function of the configuration."""
+def identities(planned: RunConfig, run_dir: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
+    """Name of a step -> what its outputs of the finished run are known by, as a function of the configuration.
+
+    The steps are those that were `planned`, so that another configuration is compared in the same places.
+    """
     data, events = Data.load(run_dir), Events(run_dir)
 
     def of(name: str) -> Callable[[RunConfig], Any]:
         def identity(config: RunConfig) -> Any:
             run = Run(config, run_dir, data, networks, events)
-            return [step.identity(run) for step in steps(config) if step.name == name]
+            return [step.identity(run) for step in steps(planned) if step.name == name]
 
         return identity
 
@@ -121,7 +124,7 @@ def identities(run_dir: Folder, networks: Networks) -> dict[str, Callable[[RunCo
 def held(config: RunConfig, run: Folder, networks: Networks) -> dict[str, set[str]]:
     """Stage -> the keys that its identity, or one that it is made from, follows."""
     own: dict[str, set[str]] = {}
-    for stage, identity in identities(run, networks).items():
+    for stage, identity in identities(config, run, networks).items():
         plain = identity(config)
         own[stage] = {
             key for key, value in leaves(config) if _differs(identity, plain, _with(config, key, _other(value)))

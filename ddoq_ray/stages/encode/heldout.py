@@ -64,9 +64,9 @@ class EncodeHeldout(Step):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """They are encoded as the training images' log was, whatever the configuration says now."""
-        as_log = dataclasses.replace(run.config, encoder=encode.made_with(run.latents, run.config.encoder))
-        encoder = encode.Encode().settings(as_log)
-        return merged(encoder, encode.network_facts(run)) | {
+        as_log = encode.made_with(run.latents, run.config.encoder)
+        settings = encode.encoder_settings(as_log, run.config.seed)
+        return merged(settings, encode.network_facts(run)) | {
             "val": digest_of([s.digest for s in run.data.val])[:32],
             "classes": len(run.data.classes),
         }

@@ -38,11 +38,7 @@ class Encode(Step):
         return layout.LATENTS
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        own = ("workers", "max_workers", "path")  # the last by what it is, not where
-        facts: dict[str, Any] = {"encoder": {k: v for k, v in plain(config.encoder).items() if k not in own}}
-        if config.encoder.posterior == "sample":
-            facts["seed"] = config.seed
-        return facts
+        return encoder_settings(config.encoder, config.seed)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return network_facts(run) | {"data": run.data.digest}
@@ -57,6 +53,13 @@ class Encode(Step):
     def checked(self, config: RunConfig) -> bool:
         """Where its settings count: what is made of a log that is there does not look at them again."""
         return config.latents.path is None and bool({"encode", "quantize"} & set(config.stages))
+
+
+def encoder_settings(encoder: EncoderConfig, seed: int) -> dict[str, Any]:
+    """What latents depend on of the settings; not on the workers, and on the autoencoder by what it is, not where."""
+    left_out = ("workers", "max_workers", "path")
+    facts: dict[str, Any] = {"encoder": {k: v for k, v in plain(encoder).items() if k not in left_out}}
+    return facts | ({"seed": seed} if encoder.posterior == "sample" else {})
 
 
 def network_facts(run: Run) -> dict[str, Any]:
