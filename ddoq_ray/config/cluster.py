@@ -15,7 +15,7 @@ class WorkerResources:
 
 @dataclass(frozen=True)
 class TrainerResources:
-    workers: int = option(1, "Ray Train workers (DDP ranks)")
+    workers: int = option(1, "DDP ranks")
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")
