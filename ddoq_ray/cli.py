@@ -16,6 +16,7 @@ from ddoq_ray.commands.table import BY_NAME, named
 from ddoq_ray.execution import signals
 from ddoq_ray.execution.streams import emit, open_all
 
+
 @dataclass(frozen=True)
 class Line:
     """A command line taken apart: the command's name, `key=value` words, and what the flags ask for."""
@@ -114,7 +115,9 @@ def _dispatch(line: Line) -> None:
         emit(script(line.completion), sys.stdout, end="")
         return
     command = named(line.command)
-    for odd in (a for a in line.words if any("\ud800" <= ch <= "\udfff" for ch in a)):  # Ray records the command as text
+    for odd in (
+        a for a in line.words if any("\ud800" <= ch <= "\udfff" for ch in a)
+    ):  # Ray records the command as text
         raise ValueError(
             f"{odd.encode('utf-8', 'backslashreplace').decode()} is no UTF-8: set LC_ALL=C.UTF-8 (or PYTHONUTF8=1) "
             "where the terminal has another; a folder whose name is no UTF-8 needs a link with a plain name"

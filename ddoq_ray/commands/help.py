@@ -73,7 +73,11 @@ def _keys(command: Command) -> list[str]:
             shown = f" [{','.join(map(str, value))}]" if value else " [none]"
         elif value is not None:
             shown = f" [{str(value).lower() if isinstance(value, bool) else value}]"
-        lines.append(textwrap.fill(words + shown, 100, break_on_hyphens=False, initial_indent=f"  {key:<28} ", subsequent_indent=" " * 31))
+        lines.append(
+            textwrap.fill(
+                words + shown, 100, break_on_hyphens=False, initial_indent=f"  {key:<28} ", subsequent_indent=" " * 31
+            )
+        )
     return lines
 
 

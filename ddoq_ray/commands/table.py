@@ -54,9 +54,7 @@ class Command:
 
         for key in (m.partition("=")[0] for m in self.means):
             if any(o.partition("=")[0].strip().lstrip("+") == key for o in overrides):
-                raise ValueError(
-                    f"`ddoq-ray {self.name}` is one stage; leave {key}= out, or leave the command out"
-                )
+                raise ValueError(f"`ddoq-ray {self.name}` is one stage; leave {key}= out, or leave the command out")
         return load(self.keys, [*overrides, *self.means])
 
     def run(self, config: Any) -> None:

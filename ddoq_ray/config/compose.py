@@ -45,7 +45,8 @@ def load(cls: type[T], overrides: Sequence[str] = ()) -> T:
         ValueError: For an unknown, ineffective or invalid key, naming it and what was expected.
     """
     # Hydra knows no group that is given as nothing.
-    pairs = [(k, v) for k, v in read(overrides, cls, groups_of(cls)) if (k, v) != ("experiment", None)]
+    groups = groups_of(cls)  # type: ignore[arg-type]
+    pairs = [(k, v) for k, v in read(overrides, cls, groups) if (k, v) != ("experiment", None)]
     _check_known(cls, pairs)
     given = dict(pairs)
     if cls is not RunConfig:

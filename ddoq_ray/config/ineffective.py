@@ -11,7 +11,7 @@ from typing import Any
 
 # Keys of the dataset that say how shards are written; of WebDataset shards, only with dataset.resort.
 WRITTEN = ("heldout", "label_column", "image_column", "shard_samples", "shard_mb")
-# Kinds of collections that a key of the dataset is for, where it is not for all that are packed; None is found out later.
+# Kinds of collections that a key of the dataset is for, where not for all that are packed; None is found out later.
 _KINDS = {
     "resort": (None, "webdataset"),
     "label_column": (None, "imagefolder", "parquet"),
@@ -105,4 +105,4 @@ def check_effective(config: Any, given: Mapping[str, Any]) -> None:
             named = key == prefix or (prefix.endswith(".") and key.startswith(prefix))
             if not named or (key.startswith("dataset.") and not value) or not when(config):
                 continue
-            raise ValueError(f"{key} has no effect {why(config)}")
+            raise ValueError(f"{key}{'=false' if value is False else ''} has no effect {why(config)}")

@@ -52,9 +52,7 @@ class PriorTraining:
         require(
             self.denoiser in ("unet", "dit"), f"prior training: denoiser must be unet or dit, got {self.denoiser!r}"
         )
-        require(
-            self.dtype in DTYPES, f"prior training: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
-        )
+        require(self.dtype in DTYPES, f"prior training: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         require(
             self.prediction_type in ("epsilon", "v_prediction"),
             f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}",

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 from ddoq_ray.config.schema import option, plain, require
 
-
 _NAME = "the algorithm; set by the choice of the group (quantizer=gram)"
 
 

@@ -26,6 +26,8 @@ from ddoq_ray.config.schema import plain
 CHOICES = sorted(
     (p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml") if "@package _global_" not in p.read_text()
 )
+
+
 def test_composed_configurations_are_what_they_were() -> None:
     """composed.yaml holds what each line composes beyond digits.yaml: no default and no preset changes unnoticed."""
     here = Path(__file__).parent
@@ -147,7 +149,9 @@ def test_run_folder_has_a_word_for_the_data() -> None:
     assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
     for path, title in [
         ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),
-        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"), ("runs/photos/data/train", "photos"), ("photos/val_images", "photos"), ("data/train", "train"),
+        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"),
+        ("runs/photos/data/train", "photos"), ("photos/val_images", "photos"), ("data/train", "train"),
+       
         ("data/cats/*.parquet", "cats"),
     ]:  # fmt: skip
         assert DatasetConfig(path=path).title == title
