@@ -1,6 +1,6 @@
 """From a command line to a frozen configuration: finds the YAML, lets Hydra compose it, checks every key.
 
-The dataclasses hold all defaults, the YAML files only what a choice changes. What Hydra composes of choices and given keys
+The dataclasses hold all defaults, the YAML files only what a choice changes. What Hydra composes of choices and keys
 is laid over the defaults, and read strictly.
 """
 

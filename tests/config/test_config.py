@@ -151,7 +151,6 @@ def test_run_folder_has_a_word_for_the_data() -> None:
         ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),
         ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"),
         ("runs/photos/data/train", "photos"), ("photos/val_images", "photos"), ("data/train", "train"),
-       
         ("data/cats/*.parquet", "cats"),
     ]:  # fmt: skip
         assert DatasetConfig(path=path).title == title
