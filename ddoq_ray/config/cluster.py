@@ -15,7 +15,7 @@ class WorkerResources:
 
 @dataclass(frozen=True)
 class TrainerResources:
-    workers: int = option(1, "Ray Train workers (DDP ranks)")
+    workers: int = option(1, "DDP ranks")
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")
@@ -27,6 +27,8 @@ class TrainerResources:
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """What runs on this machine has small shares, so that the stages overlap on two cores."""
+
     address: str | None = option(
         None,
         "local: a Ray of this run's own; auto: the running cluster; HOST:PORT: that one; by default RAY_ADDRESS if it "
@@ -34,9 +36,9 @@ class ClusterConfig:
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
-    reader: WorkerResources = option(WorkerResources, "tasks that read and decode shards")
-    encoder: WorkerResources = option(WorkerResources, "encoder actors")
-    quantizer: WorkerResources = option(WorkerResources, "quantizer actors")
+    reader: WorkerResources = option(WorkerResources(0.5), "tasks that read and decode shards")
+    encoder: WorkerResources = option(WorkerResources(0.2), "encoder actors")
+    quantizer: WorkerResources = option(WorkerResources(0.0), "quantizer actors")
     decoder: WorkerResources = option(WorkerResources, "decoder actors")
     teacher: WorkerResources = option(WorkerResources, "teacher actors")
     trainer: TrainerResources = option(TrainerResources, "Ray Train workers")

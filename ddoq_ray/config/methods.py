@@ -82,6 +82,7 @@ _ROWS = (
         "synthesize",
         quantizer=_d4m,
     ),
+    MethodSpec("random", "Real images drawn at random from each class" + _SAME_WEIGHT, "select", draws=True),
     MethodSpec(
         "herding",
         "Real images chosen one by one so that their mean in latent space follows that of the class" + _SAME_WEIGHT,
@@ -94,7 +95,6 @@ _ROWS = (
         "select",
         reads=("latents", "codebook"),
     ),
-    MethodSpec("random", "Real images drawn at random from each class" + _SAME_WEIGHT, "select", draws=True),
     MethodSpec("full", "The whole training set, nothing distilled: the upper reference.", "data"),
 )
 SPECS = {spec.name: spec for spec in _ROWS}

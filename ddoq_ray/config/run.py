@@ -36,9 +36,7 @@ class RunConfig:
     num_seeds: int = option(3, "students of each method, with seeds 0 to num_seeds - 1")
     max_bad_fraction: float = option(0.01, "stop when more than this part of the samples is refused")
     overwrite: bool = option(False, "make anew a stage that another configuration made in the same run_dir")
-    dataset: DatasetConfig = dataclasses.field(
-        default_factory=lambda: DatasetConfig(source="digits"), metadata={"help": "what is distilled"}
-    )
+    dataset: DatasetConfig = option(DatasetConfig, "what is distilled")
     latents: LatentsConfig = option(LatentsConfig, "the latent store")
     prior: PriorConfig = option(PriorConfig, "encoder, latent diffusion and decoder")
     encoder: EncoderConfig = option(EncoderConfig, "images to latents")
@@ -75,10 +73,6 @@ class RunConfig:
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
             "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",
         )
-        require(
-            self.latents.path is None or "encode" not in self.stages or len(self.stages) > 1,
-            "latents.path has no effect on the encode stage alone; leave it out, or run the stages after it",
-        )
         level, start, strength = self.quantizer.noise_level, self.synthesizer.start, self.synthesizer.strength
         require(
             level == 0 or (start == "noised" and strength == level),
@@ -108,8 +102,8 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         ValueError: Naming the key, what was expected and what came.
     """
     values = plain_paths(values)
-    quantizer = values.pop("quantizer", {"name": "clvq"})
-    name = quantizer.get("name")
+    quantizer = values.pop("quantizer", {})
+    name = quantizer.get("name", ClvqConfig.name)
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer.name={name}: expected one of {', '.join(QUANTIZERS)}")
     config = from_mapping(RunConfig, values)

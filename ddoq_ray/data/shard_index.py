@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import fsspec
 
+from ddoq_ray.config.split_words import SPLIT_WORDS, tokens
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.data.split_words import SPLIT_WORDS, tokens
 from ddoq_ray.data.tar_samples import DAMAGE, BadSample, labelled, open_samples
 from ddoq_ray.storage.records import ClassCounts, LabelsOutside, ShardInfo
 from ddoq_ray.storage.transport import list_shards, open_shard

@@ -256,8 +256,9 @@ class Artifact:
             raise ValueError(
                 f"{self.folder.uri} holds the {self.stage} stage of another configuration:\n  "
                 + "\n  ".join(lines[:12])
-                + "\nTo go on with what is there, give the keys that it was made with (the run directory's "
-                "config.yaml holds them). Else use another run_dir, or overwrite=true to make this stage and all after "
+                + "\nTo go on with what is there, give the keys that it was made with, a single stage's too (the run "
+                "directory's config.yaml holds them: `path: x` below `dataset:` is dataset.path=x). Else use another "
+                "run_dir, or overwrite=true to make this stage and all after "
                 "it anew."
             )
         return status

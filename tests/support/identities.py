@@ -69,6 +69,7 @@ DECLARED = {
     ): "how the teacher is checked; what it does to stored pictures is in the identity",
     ("label", "teacher.min_top1"): "when the teacher is refused",
     ("train", "synthesizer.shard_images"): "how images lie in files",
+    ("train", "weights.scheme"): "which methods there are; a student's own scheme is in its identity",
     ("prepare", "ipc"): "classes that are too small are told of",
     ("prepare", "small_class"): "the same",
 }

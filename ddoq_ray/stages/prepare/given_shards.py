@@ -13,6 +13,8 @@ import fsspec
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.ineffective import WRITTEN
 from ddoq_ray.data.shard_index import Pictures, index_shard, shown, train_and_val, with_losses
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.storage.artifact import Folder
@@ -33,13 +35,12 @@ def survey_shards(config: RunConfig, classes: Sequence[ClassInfo]) -> Packed:
             `max_bad_fraction` of a split is damaged or outside the class list.
     """
     d = config.dataset
-    unused = {"heldout": d.heldout > 0, "label_column": d.label_column is not None}
-    unused |= {"image_column": d.image_column is not None}
-    if any(unused.values()):
-        raise ValueError(
-            f"dataset.{next(k for k, u in unused.items() if u)} has no effect on WebDataset shards that are read where "
-            "they are; leave it out, or set dataset.resort=true to write them anew"
-        )
+    for key in WRITTEN:
+        if getattr(d, key) != getattr(DatasetConfig, key):
+            raise ValueError(
+                f"dataset.{key} has no effect on WebDataset shards that are read where they are; leave it out, or set "
+                "dataset.resort=true to write them anew"
+            )
     words: list[str] = []
     train_urls, val_urls = train_and_val(str(d.path), d.val_path, words)
     told = [f"prepare    {line}" for line in words]
