@@ -132,7 +132,7 @@ STAGE_COMMANDS = (
         "evaluate",
         "accuracy of the students on real validation images",
         "ipc baselines num_seeds max_bad_fraction dataset. prior.path teacher.path weights.scheme student. "
-        "protocol.val_crop cluster.address cluster.num_cpus cluster.threads cluster.teacher.",
+        "protocol.val_crop cluster.address cluster.num_cpus cluster.threads cluster.evaluator.",
     ),
     _stage(
         "report",
