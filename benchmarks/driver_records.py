@@ -16,8 +16,9 @@ from ddoq_ray.config.quantizer import QuantizerConfig
 from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes, write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ClassInfo, Codebook, ShardDone, ShardInfo

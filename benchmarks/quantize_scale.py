@@ -33,7 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
 
 POOL = 16_384

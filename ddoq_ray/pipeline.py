@@ -39,7 +39,8 @@ from ddoq_ray.stages.synthesize import select
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train.memory import check_full
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import StudentRow
 
 

@@ -221,7 +221,7 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.stages.prepare.step import Data
     from ddoq_ray.stages.quantize.step import Quantizers
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     run = Folder(str(reference))
     encoded = run.read_json("latents/manifest.json")

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture
 from ddoq_ray.data.samples import decode_rgb, list_shards, to_square
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.transport import open_shard
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_images(shards: list[str]) -> Iterator[DistilledImage]:
 
 
 def _read_shard(shard: str) -> Iterator[DistilledImage]:
-    with fsspec.open(shard, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+    with open_shard(shard) as f, tarfile.open(fileobj=f, mode="r:") as tar:
         members: dict[str, bytes] = {}
         key = ""
         for info in tar:

@@ -14,14 +14,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture, Resize, decode_rgb, encode_png, to_square
 from ddoq_ray.data.tar_samples import BadSample, OnBad, labelled, open_samples
 from ddoq_ray.storage.records import ClassInfo
-from ddoq_ray.storage.transport import list_shards, open_shard, retried
+from ddoq_ray.storage.transport import list_shards, open_shard, read_file
 
 __all__ = [
     "BadSample", "Sample", "decode_rgb", "encode_png", "list_shards", "load_arrays", "read_classes",
@@ -46,8 +45,7 @@ def read_classes(path: str) -> list[ClassInfo]:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
     """
     try:
-        fs, root = fsspec.core.url_to_fs(path)
-        rows = json.loads(retried(path, lambda: fs.cat_file(root)))
+        rows = json.loads(read_file(path))
     except FileNotFoundError:
         raise ValueError(
             f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "

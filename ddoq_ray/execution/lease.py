@@ -22,7 +22,7 @@ from typing import Any
 
 from ddoq_ray.execution.console import say
 from ddoq_ray.execution.signals import last_resort
-from ddoq_ray.storage.artifact import TEMPORARY, Folder, write_error
+from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
 NAME = "lease.json"
 RENEW_SECONDS = 15.0

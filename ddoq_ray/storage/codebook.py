@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files

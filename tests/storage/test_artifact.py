@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ddoq_ray.storage.artifact import Artifact, Folder, canonical, differences, digest_of, write_error
+from ddoq_ray.storage.artifact import Artifact, canonical, differences, digest_of
+from ddoq_ray.storage.folder import Folder, write_error
 
 
 @pytest.fixture(params=["local", "memory"])

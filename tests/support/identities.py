@@ -20,7 +20,7 @@ from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.synthesize import select
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 # Modules with outputs of their own; all others belong to their package's stage.

@@ -22,7 +22,8 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import (
     ChunkRecord,
     ClassCounts,

@@ -19,7 +19,8 @@ from ddoq_ray.data.pictures import encode_png
 from ddoq_ray.data.samples import write_tar
 from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import StudentRow, fixed_binary, label_schema
 
 IMAGES, CLASSES, EPOCHS = 8, 2, 6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import fsspec
 
@@ -27,9 +26,9 @@ from ddoq_ray.data.collections.metadata import is_metadata
 from ddoq_ray.data.collections.table_labels import Tree, survey_tables
 from ddoq_ray.data.collections.tree import Entry, top, walk
 from ddoq_ray.data.collections.unread_places import table_hint
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo
-from ddoq_ray.storage.transport import retried
+from ddoq_ray.storage.transport import read_file
 
 
 class ImageFolder(Source):
@@ -100,11 +99,9 @@ class ImageFolder(Source):
 
 def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refused]:
     """The files with these names below a root, with the bytes that they have."""
-    fs, place = fsspec.core.url_to_fs(root)
     for name in names:
-        path = posixpath.join(place, name)
         try:
-            data = fs.cat_file(path) if "://" not in root else retried(f"{root}/{name}", partial(fs.cat_file, path))
+            data = read_file(posixpath.join(root, name))
         except OSError as error:
             yield Refused(name, f"unreadable: {error.strerror or type(error).__name__}")
         else:

@@ -13,7 +13,8 @@ import numpy as np
 from ddoq_ray.data.collections.classes import given_classes, numbered_classes
 from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Picture, Refused, Source, Survey, absolute
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.transport import read_file
 
 # Split -> (images, labels) by the files' usual names, each possibly followed by .gz.
 FILES = {
@@ -77,8 +78,7 @@ class Idx(Source):
         if found is None:
             raise ValueError(f"dataset.path={self.root}: no {name} or {name}.gz there; expected IDX files")
         path = posixpath.join(self.root, found)
-        with fsspec.open(path, "rb") as f:
-            data = f.read()
+        data = read_file(path)
         if found.endswith(".gz"):
             try:
                 data = gzip.decompress(data)

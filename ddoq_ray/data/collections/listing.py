@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, signature, unread
 from ddoq_ray.data.pictures import FORMATS as READ_FORMATS
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo
 
 NO_IMAGE = "no image extension"  # and no image by its first bytes

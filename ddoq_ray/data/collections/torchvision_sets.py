@@ -27,7 +27,7 @@ from ddoq_ray.data.collections.listing import (
     sorted_listing,
 )
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo
 
 ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST")  # pixels, which become PNG; the others are files, kept as they are

@@ -19,7 +19,7 @@ from ddoq_ray.data.pictures import Resize
 from ddoq_ray.data.samples import Sample, read_samples, to_square
 from ddoq_ray.data.tar_samples import DAMAGE, BadSample
 from ddoq_ray.stages.encode.worker import shard_name
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 # Of pixels: small enough that several wait in memory, large enough to hide a call's cost (with half of it readers lose
 # a sixth of their rate, with twice as much they gain nothing).

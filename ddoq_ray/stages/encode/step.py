@@ -34,7 +34,8 @@ from ddoq_ray.stages.encode.worker import (
     shard_name,
 )
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records
 from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone

@@ -27,7 +27,8 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import device, pin_threads
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, binary_rows, fixed_binary, latent_schema
 

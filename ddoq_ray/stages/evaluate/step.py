@@ -18,7 +18,8 @@ from ddoq_ray.stages.evaluate.validation import (
     teacher_columns,
 )
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import StudentRow
 
 

@@ -21,7 +21,7 @@ from ddoq_ray.config.training import resized_side
 from ddoq_ray.data.samples import BadSample, read_samples
 from ddoq_ray.execution.workers import say
 from ddoq_ray.stages.encode.worker import shard_name
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 UInt8 = npt.NDArray[np.uint8]

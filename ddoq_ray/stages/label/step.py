@@ -26,7 +26,8 @@ from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
 from ddoq_ray.stages.label.teacher import LabelUnit, for_teacher, spawner, view_spec
 from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import binary_rows
 
 __all__ = ["for_teacher", "identity", "read_labels", "run", "view_spec"]

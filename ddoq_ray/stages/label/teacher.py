@@ -20,7 +20,7 @@ from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import fixed_binary, label_schema
 
 TORCHVISION = "torchvision:"

@@ -15,7 +15,8 @@ from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
 from ddoq_ray.stages.label.teacher import Named, spawner
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 
 
 def check_early(

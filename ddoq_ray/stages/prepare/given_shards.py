@@ -15,7 +15,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.data.shard_index import Pictures, index_shard, shown, train_and_val, with_losses
 from ddoq_ray.execution.workers import Progress, in_tasks
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data, Packed
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 from ddoq_ray.storage.transport import retried

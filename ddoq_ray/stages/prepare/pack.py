@@ -27,7 +27,8 @@ from ddoq_ray.data.collections.listing import HARMLESS, Listing, Refused, Source
 from ddoq_ray.data.shard_index import index_shard, picture_digest
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.stages.prepare.given_shards import same_images
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Packed
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 

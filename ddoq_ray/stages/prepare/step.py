@@ -22,7 +22,8 @@ from ddoq_ray.data.samples import encode_png, list_shards, read_classes, write_t
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.stages.prepare.given_shards import check_unchanged, index_all, publish_damage, survey_shards
 from ddoq_ray.stages.prepare.pack import make_plans, pack, survey_source
-from ddoq_ray.storage.artifact import Artifact, Folder, Status
+from ddoq_ray.storage.artifact import Artifact, Status
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data, Packed, summary, summary_lines
 from ddoq_ray.storage.records import ClassInfo, ShardInfo, shard_lines
 

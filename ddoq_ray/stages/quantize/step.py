@@ -33,8 +33,9 @@ from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.class_quantizers import Settings
 from ddoq_ray.stages.quantize.memory import ActorDemand, log_readings, plan_memory, together
 from ddoq_ray.stages.quantize.worker import Quantizer
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes, read_record
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.records import CodebookWarning
 

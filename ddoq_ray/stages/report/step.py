@@ -23,9 +23,10 @@ from ddoq_ray.execution.workers import Events, Progress, commit, say
 from ddoq_ray.stages.encode.heldout import Heldout
 from ddoq_ray.stages.encode.step import quarantine_reasons
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import latent_index
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.records import StudentRow, binary_rows

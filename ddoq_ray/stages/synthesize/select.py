@@ -27,9 +27,10 @@ from ddoq_ray.data.samples import encode_png, read_samples, write_tar
 from ddoq_ray.execution.class_tasks import Reading, readings
 from ddoq_ray.execution.workers import Events, Progress
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, part_classes, parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex, latent_index
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.records import binary_rows

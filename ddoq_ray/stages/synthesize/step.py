@@ -27,8 +27,9 @@ from ddoq_ray.execution.pool import run_elastic
 from ddoq_ray.execution.workers import Events, Progress, device, pin_threads
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_files, read_layout, read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.records import ImageUnit, binary_rows
 

@@ -13,7 +13,8 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.data.samples import BadSample
 from ddoq_ray.stages.label.step import read_labels
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 
 KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
 

@@ -22,7 +22,8 @@ from ddoq_ray.stages.label.step import check_scored
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 from ddoq_ray.stages.train.worker import Job, train_loop
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import StudentRow
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again

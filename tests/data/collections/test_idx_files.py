@@ -14,7 +14,7 @@ from PIL import Image
 
 from ddoq_ray.data.collections.idx import Idx, read_idx
 from ddoq_ray.data.collections.listing import Picture
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 PIXELS = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)
 

@@ -12,7 +12,7 @@ import pytest
 from ddoq_ray.data.collections.folders import ImageFolder
 from ddoq_ray.data.collections.listing import Picture, Refused, extension_of, refusal
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 PNG = encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))
 

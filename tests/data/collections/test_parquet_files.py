@@ -14,7 +14,7 @@ import pytest
 from ddoq_ray.data.collections.listing import Picture, Refused
 from ddoq_ray.data.collections.parquet import Parquet
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 IMAGES = [encode_png(np.full((4, 4), i, np.uint8)) for i in range(6)]
 

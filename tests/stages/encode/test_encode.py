@@ -29,7 +29,7 @@ from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, chunk_rows, reader_tasks
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, write_file
 from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.records import binary_rows, latent_schema
 

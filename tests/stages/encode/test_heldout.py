@@ -25,9 +25,10 @@ from ddoq_ray.stages.encode.heldout import Heldout, shares
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.report.step import class_distances
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassCounts, Codebook, ShardDone
 
 pytestmark = pytest.mark.usefixtures("ray_here")

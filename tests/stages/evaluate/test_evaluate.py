@@ -26,7 +26,7 @@ from ddoq_ray.stages.evaluate.validation import (
 )
 from ddoq_ray.stages.label.teacher import teacher_crop
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 
 

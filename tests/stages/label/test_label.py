@@ -18,7 +18,8 @@ from ddoq_ray.stages.label.step import _units, read_labels
 from ddoq_ray.stages.label.teacher import Named
 from ddoq_ray.stages.label.teacher_check import judge
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, fixed_binary, label_schema
 
 SHARDS = [{"name": "images-000000", "images": 4}, {"name": "images-000001", "images": 2}]

@@ -25,7 +25,7 @@ from ddoq_ray.data.shard_index import index_shard
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.pack import class_order, cut, hold_out
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, read_shards
 
 Files = dict[str, bytes]

@@ -16,9 +16,10 @@ from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.encode.worker import write_file
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog, noise_of
 from ddoq_ray.storage.records import ClassCounts, ShardDone, ShardInfo, binary_rows, latent_schema
 

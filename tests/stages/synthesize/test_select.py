@@ -23,8 +23,9 @@ from ddoq_ray.pipeline import plan_methods, student_rows
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.synthesize import select
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, Codebook, ShardDone, fixed_binary, latent_schema
 
 pytestmark = pytest.mark.usefixtures("ray_here")
