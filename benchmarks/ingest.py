@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 
 SIZE = 256
 MEMORY_SIZE, MEMORY_SHARDS = 64, 160  # pixels a side, and shards of 100 images at 1x

@@ -7,6 +7,8 @@ from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
+Resize = Literal["squash", "center-crop", "pad"]  # `data.pictures.to_square` says what each does
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
@@ -27,7 +29,7 @@ class EncoderConfig:
     path: str | None = option(
         None, "another autoencoder of the prior's latent space, a folder or hub id; by default the prior's own"
     )
-    resize: Literal["squash", "center-crop", "pad"] = option(
+    resize: Resize = option(
         "squash",
         "how a picture becomes the prior's square; squash: both edges (as D4M); center-crop: the shorter edge, then "
         "the middle (as DiT); pad: the longer edge, on black",

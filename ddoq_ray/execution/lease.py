@@ -119,9 +119,11 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(self.run.read(NAME)))
+            data = self.run.read(NAME)
         except FileNotFoundError:
             return None
+        try:
+            return dict(json.loads(data))
         except (json.JSONDecodeError, TypeError, ValueError):  # not whole: no run that follows these rules wrote it
             return {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import row_group_writer
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
@@ -71,9 +72,7 @@ def write_part(
 ) -> None:
     """Publish a part, a row group a class (so that one class can be read alone), then its record."""
     schema = codebook_schema(latent_shape, prior_id)
-    plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-    # By its path: through a Python file object Arrow writes eight times slower.
-    with codebook.writing(part_name(part)) as f, pq.ParquetWriter(f.name, schema, **plain) as writer:
+    with codebook.writing(part_name(part)) as f, row_group_writer(f.name, schema) as writer:
         for b in books:
             columns = [
                 pa.array(np.full(b.k, b.class_id, np.int32)),
@@ -98,9 +97,11 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
         ValueError: When it is gone or damaged.
     """
     try:
-        return PartRecord(**codebook.read_json(record_name(part)))
+        data = codebook.read(record_name(part))
     except FileNotFoundError:
         raise ValueError(f"{codebook.path(record_name(part))} is missing; {MEND}") from None
+    try:
+        return PartRecord(**json.loads(data))
     except (ValueError, TypeError):
         raise ValueError(f"{codebook.path(record_name(part))} is damaged: it is not a part's record; {MEND}") from None
 
@@ -193,9 +194,5 @@ def parts_with_classes(codebook: Folder) -> tuple[list[str], list[list[int]], in
     for name in names:
         layout = read_layout(codebook, name)
         classes.append(np.unique(layout["class_id"].to_numpy()).tolist())
-        dim = int(np.prod(latent_shape_of(layout)))
+        dim = int(np.prod(json.loads(layout.schema.metadata[b"latent_shape"])))
     return names, classes, dim
-
-
-def latent_shape_of(table: pa.Table) -> tuple[int, ...]:
-    return tuple(json.loads(table.schema.metadata[b"latent_shape"]))

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from support.wire import Wire
 
-from ddoq_ray.data.samples import encode_png, list_shards, read_samples, write_tar
+from ddoq_ray.data.samples import encode_png, list_shards, read_samples
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage import transport
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder

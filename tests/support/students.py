@@ -16,7 +16,7 @@ import torch
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.train.worker import Job
 from ddoq_ray.storage.artifact import Artifact

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ddoq_ray.data.collections.listing import Picture, Refused, Source
+from ddoq_ray.data.collections.listing import Picture, Source
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.transport import read_range
 
 
@@ -43,7 +44,7 @@ class Containers(Source):
         np.savez(out, ends=np.asarray(ends, np.int64), extensions=np.asarray(extensions, dtype="U8"))
         scratch.publish(index, out.getvalue())  # after the bytes: where it is, they are
 
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         indices: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in names:
             container, _, row = name.partition("#")
@@ -53,4 +54,4 @@ class Containers(Source):
             ends, extensions = indices[container]
             start, end = (int(e) for e in ends[int(row) : int(row) + 2])
             data = read_range(scratch.path(f"{container}.bin"), start, end) if end > start else b""
-            yield Picture(data, str(extensions[int(row)]) or None) if data else Refused(name, "no image bytes")
+            yield Picture(data, str(extensions[int(row)]) or None) if data else Refusal(name, "no image bytes")

@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ddoq_ray.data.collections.classes import shown
-from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, Refused, image_extension
+from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, image_extension
 from ddoq_ray.data.collections.tree import Entry, leftover
 from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, UNREAD, WAYS_OUT, signature, unread_words
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.transport import read_heads
 
 # Endings of what is no picture: not looked into, as each look into a store is a request.
@@ -69,7 +70,7 @@ def _heads(root: str, names: Sequence[str]) -> list[bytes]:
     return found
 
 
-def unread_notes(refused: Sequence[Refused]) -> list[str]:
+def unread_notes(refused: Sequence[Refusal]) -> list[str]:
     """A line for each kind of picture that is not read: how many, which, and what to do."""
     by_words: dict[str, list[str]] = defaultdict(list)
     for r in refused:

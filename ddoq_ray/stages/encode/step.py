@@ -38,6 +38,7 @@ from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records
 from ddoq_ray.storage.latent_log import FILE_BYTES
+from ddoq_ray.storage.quarantine import read_refusals, refused_kinds
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone
 
 MAX_JOINS = 16  # shards that wait to be joined; more, and the stream waits for them
@@ -316,12 +317,7 @@ def encoded(
 
 def quarantine_reasons(run_folder: Folder, files: str = "shard-*.jsonl") -> Counter[str]:
     """Refused samples by reason, without the details that make each one unique; by default the training samples."""
-    reasons: Counter[str] = Counter()
-    for name in (run_folder / "quarantine").names(files):
-        for line in (run_folder / "quarantine").read(name).splitlines():
-            row = json.loads(line)
-            reasons[row["reason"].split(":")[0]] += row.get("samples", 1)
-    return reasons
+    return refused_kinds(refusal for _, refusal in read_refusals(run_folder / "quarantine", files))
 
 
 def check_bad_fraction(config: RunConfig, run_folder: Folder, encoded: int, refused: int) -> None:

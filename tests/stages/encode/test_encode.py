@@ -20,7 +20,8 @@ from diffusers import AutoencoderKL
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
+from ddoq_ray.data.samples import decode_rgb, to_square
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.priors.base import Prior
