@@ -62,8 +62,9 @@ from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records, latent_index
 from ddoq_ray.storage.prepared import Data, Packed, summary
 from ddoq_ray.storage.records import shard_lines

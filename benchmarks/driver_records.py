@@ -17,8 +17,9 @@ from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.stages.cells import label_key
 from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes, write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data

@@ -67,7 +67,7 @@ def stage(folder: Path, encoder: Path, batch: int) -> dict[str, float]:
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.stages.encode import step as encode
     from ddoq_ray.stages.prepare import step as prepare
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))
     gpu = ["cluster.encoder.num_gpus=1"] if ray.cluster_resources().get("GPU") else []

@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 
 SIZE = 256
 MEMORY_SIZE, MEMORY_SHARDS = 64, 160  # pixels a side, and shards of 100 images at 1x
@@ -123,7 +123,7 @@ def reader_read(urls: list[str], chunk: int, quarantine: Any) -> int:
 
 def processor_time(urls: list[str], chunk: int, turns: int) -> dict[str, float]:
     """Microseconds of processor an image, in this process: what other work on the machine changes least."""
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     taken: dict[str, list[float]] = {"webdataset": [], "ray": []}
     for turn in range(turns + 1):
@@ -179,7 +179,7 @@ def settings(folder: Path, *more: str) -> Any:
 def ray_rate(folder: Path, passes: int) -> float:
     """Images a second through Ray Data, counted where the chunks reach the object store."""
     from ddoq_ray.stages.encode.stream import chunk_stream
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     config = settings(folder, "cluster.reader.num_cpus=1")
     shards = sorted(folder.glob("*.tar")) * passes
@@ -254,7 +254,7 @@ def memory(folder: Path, encoder: Path, processes: int) -> dict[str, Any]:
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.stages.encode import step as encode
     from ddoq_ray.stages.prepare import step as prepare
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     start_ray(processes, STORE_BYTES)
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))

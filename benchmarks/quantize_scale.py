@@ -16,7 +16,6 @@ the process's own high-water mark (VmHWM); `stated_bytes` is what `plan_memory` 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -30,10 +29,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import table_bytes
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
 
 POOL = 16_384
@@ -56,13 +56,11 @@ def write_log(run: Folder, layout: str, classes: int, per_class: int, dim: int, 
             mine = np.sort(ids[start : start + chunk_rows], kind="stable")
             latents = pool[rng.integers(POOL, size=len(mine))]
             columns = [pa.array([""] * len(mine), pa.string()), pa.array(mine), fixed_binary(latents)]
-            out = io.BytesIO()
-            table = pa.Table.from_arrays(columns, schema=schema)
-            pq.write_table(table, out, compression="NONE", use_dictionary=False, write_statistics=False)
+            data = table_bytes(pa.Table.from_arrays(columns, schema=schema))
             name = f"shard-{shard:06d}/chunk-{chunk:05d}.parquet"
-            (run / "latents").publish(name, out.getvalue())
+            (run / "latents").publish(name, data)
             counts = ClassCounts(Counter(mine.tolist()))
-            records.append(ChunkRecord(name, len(mine), counts, digest_of(out.getvalue())))
+            records.append(ChunkRecord(name, len(mine), counts, digest_of(data)))
         counts = ClassCounts(Counter(ids.tolist()))
         (run / "latents").publish(f"shard-{shard:06d}/done.json", ShardDone(shard, tuple(records), counts, 0).dumps())
         infos.append(ShardInfo(f"/data/{shard}.tar", len(ids), 1, counts, str(shard)))

@@ -37,7 +37,7 @@ from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train.memory import check_full
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)

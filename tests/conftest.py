@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.tar_writing import write_tar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,8 @@
 """The fault promise, through the real command: killed anywhere, the same command goes on and ends in the same bytes.
 
-A run is killed with SIGKILL in encode and ended in this process. In `make test-all` one is killed three times, in encode,
-in quantize and in synthesize, each time when some of the stage's units are published and some are not; a second run is
-left alone. The driver owns its Ray, so its death takes the whole local cluster along.
+A run is killed with SIGKILL in encode and ended in this process. In `make test-all` one is killed three times, in
+encode, in quantize and in synthesize, each time when some of the stage's units are published and some are not; a second
+run is left alone. The driver owns its Ray, so its death takes the whole local cluster along.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
 
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     run = Folder(str(reference))
     encoded = run.read_json("latents/manifest.json")

@@ -13,9 +13,10 @@ from ddoq_ray.config.dataset import PACKED
 from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.config.schema import require
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
-from ddoq_ray.data.samples import BadSample, list_shards, load_arrays, read_classes, to_square
+from ddoq_ray.data.samples import list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.storage.quarantine import Refusal
 
 Split = tuple[np.ndarray, np.ndarray]
 PREPARE_FIRST = (
@@ -83,13 +84,13 @@ def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Split:
 
 
 def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: str) -> Split:
-    bad: list[BadSample] = []
+    bad: list[Refusal] = []
     images, class_ids, _ = load_arrays(shards, command.side, num_classes, bad.append, command.resize)
     if not len(images):
-        why = f"the first refused one is {bad[0].key}: {bad[0].reason}" if bad else "they hold no members"
+        why = f"the first refused one is {bad[0].name}: {bad[0].reason}" if bad else "they hold no members"
         raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
     if bad:
-        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].key}: {bad[0].reason}")
+        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].name}: {bad[0].reason}")
     return images, class_ids
 
 

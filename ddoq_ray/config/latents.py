@@ -7,7 +7,7 @@ from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
-Resize = Literal["squash", "center-crop", "pad"]
+Resize = Literal["squash", "center-crop", "pad"]  # `data.pictures.to_square` says what each does
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 from ddoq_ray.execution.console import say
 from ddoq_ray.execution.signals import last_resort
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import TEMPORARY, Folder, write_error
+from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
@@ -119,9 +119,11 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(self.run.read(layout.LEASE)))
+            data = self.run.read(layout.LEASE)
         except FileNotFoundError:
             return None
+        try:
+            return dict(json.loads(data))
         except (json.JSONDecodeError, TypeError, ValueError):  # not whole: no run that follows these rules wrote it
             return {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
 

@@ -17,7 +17,7 @@ from ddoq_ray.data.collections import kind_of
 from ddoq_ray.execution.console import doing, say
 from ddoq_ray.execution.workers import DEATHS
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 LOOK_SECONDS = 60.0  # for a node to answer
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources

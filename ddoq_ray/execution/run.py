@@ -9,7 +9,8 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 

@@ -19,7 +19,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
 from ddoq_ray.execution.console import say as say
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 # Deaths that a stage survives by doing the unit again elsewhere. RayTaskError is not among them: it carries an
 # exception of our own code, and a bug must surface.

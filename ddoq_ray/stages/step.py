@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.cluster import TrainerResources, WorkerResources
 from ddoq_ray.execution.run import Run
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 
 
 @dataclass(frozen=True)

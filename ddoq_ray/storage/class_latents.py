@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.noising import NoiseLevel
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 
 

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import row_group_writer
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
@@ -63,9 +65,7 @@ def write_part(
 ) -> None:
     """Publish a part, a row group a class (so that one class can be read alone), then its record."""
     schema = codebook_schema(latent_shape, prior_id)
-    plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-    # By its path: through a Python file object Arrow writes eight times slower.
-    with codebook.writing(layout.codebook_part(part)) as f, pq.ParquetWriter(f.name, schema, **plain) as writer:
+    with codebook.writing(layout.codebook_part(part)) as f, row_group_writer(f.name, schema) as writer:
         for b in books:
             columns = [
                 pa.array(np.full(b.k, b.class_id, np.int32)),
@@ -90,9 +90,11 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
         ValueError: When it is gone or damaged.
     """
     try:
-        return PartRecord(**codebook.read_json(layout.codebook_record(part)))
+        data = codebook.read(layout.codebook_record(part))
     except FileNotFoundError:
         raise ValueError(f"{codebook.path(layout.codebook_record(part))} is missing; {MEND}") from None
+    try:
+        return PartRecord(**json.loads(data))
     except (ValueError, TypeError):
         raise ValueError(
             f"{codebook.path(layout.codebook_record(part))} is damaged: it is not a part's record; {MEND}"
@@ -190,9 +192,5 @@ def parts_with_classes(codebook: Folder) -> tuple[list[str], list[list[int]], in
     for name in names:
         layout = read_layout(codebook, name)
         classes.append(np.unique(layout["class_id"].to_numpy()).tolist())
-        dim = int(np.prod(latent_shape_of(layout)))
+        dim = int(np.prod(json.loads(layout.schema.metadata[b"latent_shape"])))
     return names, classes, dim
-
-
-def latent_shape_of(table: pa.Table) -> tuple[int, ...]:
-    return tuple(json.loads(table.schema.metadata[b"latent_shape"]))

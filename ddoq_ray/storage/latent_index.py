@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassCounts, ShardDone
 
 READ_AT_ONCE = 32  # done records on their way: each is a wait where the log is in an object store

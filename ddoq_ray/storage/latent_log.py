@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from ddoq_ray.core.noising import NoiseLevel, noised
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ChunkRecord, ShardDone, binary_rows
 
 DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would fill gigabytes

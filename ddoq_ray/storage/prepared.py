@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, ShardInfo, read_shards, total_counts
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ddoq_ray.execution import lease
 from ddoq_ray.execution.lease import Lease, held, why_stale
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import LEASE
 
 

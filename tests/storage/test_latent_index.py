@@ -20,7 +20,8 @@ from ddoq_ray.stages.quantize.step import _say_readings
 from ddoq_ray.stages.select import images as select
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage import class_latents as whole
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LEAST_PASSES, LatentIndex, latent_index
 from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.prepared import Data

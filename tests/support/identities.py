@@ -14,7 +14,7 @@ from ddoq_ray.execution.networks import Inquiry, Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.pipeline import steps
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 # Modules with outputs of their own; all others belong to their package's stage.

@@ -23,7 +23,8 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.quantize.step import Quantize, Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import (

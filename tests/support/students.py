@@ -16,11 +16,12 @@ import torch
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import fixed_binary, label_schema
 

@@ -27,7 +27,8 @@ from ddoq_ray.stages.encode.stream import inner_batch, shard_done
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings
 from ddoq_ray.stages.step import Ask, Step, merged
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records
 from ddoq_ray.storage.layout import shard_name
 from ddoq_ray.storage.prepared import Data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,9 +21,11 @@ from ddoq_ray.stages.encode.stream import done_records_of, inner_batch
 from ddoq_ray.stages.encode.worker import NON_FINITE
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records
 from ddoq_ray.storage.manifests import LatentsManifest
+from ddoq_ray.storage.quarantine import read_refusals, refused_kinds
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,7 @@ def discard(latents: Folder, events: Events) -> None:
 
 def quarantine_reasons(run_dir: Folder, files: str = "shard-*.jsonl") -> Counter[str]:
     """Refused samples by reason, without the details that make each one unique; by default the training samples."""
-    reasons: Counter[str] = Counter()
-    for name in (run_dir / layout.QUARANTINE).names(files):
-        for line in (run_dir / layout.QUARANTINE).read(name).splitlines():
-            row = json.loads(line)
-            reasons[row["reason"].split(":")[0]] += row.get("samples", 1)
-    return reasons
+    return refused_kinds(refusal for _, refusal in read_refusals(run_dir / layout.QUARANTINE, files))
 
 
 def check_bad_fraction(config: RunConfig, run_dir: Folder, encoded: int, refused: int) -> None:

@@ -22,7 +22,7 @@ from ddoq_ray.execution.run import Run
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, search_batch
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone
 

@@ -28,9 +28,12 @@ from ddoq_ray.core.rng import philox
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import FILE_BYTES
 from ddoq_ray.storage.layout import PARTS, shard_name
+from ddoq_ray.storage.parquet import table_bytes
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, binary_rows, fixed_binary, latent_schema
 
 NON_FINITE = "non-finite latent: the autoencoder gave infinity or not a number"
@@ -108,9 +111,7 @@ class Encoder:
         place = shard_name(shard) if whole else f"{PARTS}/{shard_name(shard)}"
         record, refused = self.publish(batch, f"{place}/{layout.chunk_file(chunk)}")
         name = f"{shard_name(shard)}.latents-{chunk:05d}.jsonl"
-        if refused:
-            lines = [json.dumps({"key": key, "offset": None, "reason": NON_FINITE}) for key in refused]
-            self.quarantine.publish(name, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+        publish_refusals(self.quarantine, name, (Refusal(key, NON_FINITE) for key in refused), "key")
         return {
             "shard": [shard],
             "chunk": [chunk],
@@ -195,10 +196,7 @@ def write_file(
         pa.array(class_ids[order]),
         fixed_binary(latents[order]),
     ]
-    out = io.BytesIO()
-    table = pa.Table.from_arrays(columns, schema=schema)
-    pq.write_table(table, out, compression="NONE", use_dictionary=False, write_statistics=False)
-    data = out.getvalue()
+    data = table_bytes(pa.Table.from_arrays(columns, schema=schema))
     folder.publish(name, data)
     return ChunkRecord(name, len(keys), ClassCounts(Counter(class_ids.tolist())), digest_of(data))
 

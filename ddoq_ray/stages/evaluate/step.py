@@ -24,7 +24,7 @@ from ddoq_ray.stages.evaluate.validation import (
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import ResultRow, Scored, StudentManifest
 
 

@@ -6,8 +6,6 @@ told wherever a score is: a figure says of how many images it is.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +16,14 @@ from PIL import Image
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import resized_side
-from ddoq_ray.data.samples import BadSample, read_samples
+from ddoq_ray.data.samples import read_samples
 from ddoq_ray.execution.workers import say
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import shard_name
 from ddoq_ray.storage.manifests import Scored
 from ddoq_ray.storage.prepared import Data
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals, refused_kinds
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -55,26 +54,23 @@ class Validation:
 class Refused:
     """What was refused: shard -> its samples; and how many in all, with those that the index knew and nobody saw."""
 
-    shards: dict[int, list[BadSample]] = field(default_factory=dict)
+    shards: dict[int, list[Refusal]] = field(default_factory=dict)
     total: int = 0
 
-    def note(self, shard: int, bad: Sequence[BadSample], missing: int) -> None:
+    def note(self, shard: int, bad: Sequence[Refusal], missing: int) -> None:
         """Take the refusals of a shard, of which `missing` of the samples in the index did not come."""
         more = missing - sum(b.samples for b in bad)
         if more > 0:
             reason = f"images that the index names cannot be read any more: {more}"
-            bad = [*bad, BadSample("", bad[-1].offset if bad else 0, reason, more)]
+            bad = [*bad, Refusal("", reason, more, bad[-1].offset if bad else 0)]
         if bad:
-            self.shards[shard] = sorted(bad, key=lambda b: b.offset)
+            self.shards[shard] = sorted(bad, key=lambda b: b.offset or 0)
             self.total += sum(b.samples for b in bad)
 
     @property
     def reasons(self) -> str:
         """Kinds of reasons and how often each, in words."""
-        kinds: Counter[str] = Counter()
-        for bad in self.shards.values():
-            for b in bad:
-                kinds[b.reason.split(":")[0]] += b.samples
+        kinds = refused_kinds(b for bad in self.shards.values() for b in bad)
         return ", ".join(f"{reason}: {n}" for reason, n in kinds.most_common(5))
 
     def publish(self, run: Folder) -> None:
@@ -85,13 +81,7 @@ class Refused:
             if name not in written:
                 quarantine.remove(name)
         for shard, bad in self.shards.items():
-            lines = [json.dumps(_line(b)) for b in bad]
-            quarantine.publish(f"val-{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _line(bad: BadSample) -> dict[str, Any]:
-    line: dict[str, Any] = {"key": bad.key, "offset": bad.offset, "reason": bad.reason}
-    return line | ({"samples": bad.samples} if bad.samples > 1 else {})
+            publish_refusals(quarantine, f"val-{shard_name(shard)}.jsonl", bad, "key")
 
 
 def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
@@ -124,7 +114,7 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 def scored_images(validation: Validation, size: int, crop: float, refused: Refused) -> Iterator[tuple[UInt8, int]]:
     """(uint8 [3, size, size], class_id) of every image that can be scored, in order; the others go to `refused`."""
     for shard, (url, indexed) in enumerate(zip(validation.urls, validation.samples, strict=True)):
-        bad: list[BadSample] = []
+        bad: list[Refusal] = []
         usable = 0
         for sample in read_samples(url, validation.num_classes, bad.append):
             usable += 1

@@ -32,7 +32,8 @@ from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
 from ddoq_ray.storage.records import binary_rows

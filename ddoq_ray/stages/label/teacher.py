@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.config import RunConfig
@@ -21,7 +19,8 @@ from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import table_bytes
 from ddoq_ray.storage.records import fixed_binary, label_schema
 
 TORCHVISION = "torchvision:"
@@ -119,13 +118,9 @@ class Teacher:
                 [pa.array(ids), pa.array(np.full(len(ids), epoch, np.int32)), fixed_binary(rows)],
                 schema=label_schema(self.codec_name, self.codec.nbytes),
             )
-            out = io.BytesIO()
-            # Checksums: a byte that a disk turns is then an error with a name, not another label.
-            pq.write_table(
-                table, out, compression="NONE", use_dictionary=False, write_statistics=False, write_page_checksum=True
-            )
-            labels.publish(f"{layout.epoch_folder(epoch)}/{unit.name}.parquet", out.getvalue())
-            total += len(out.getvalue())
+            data = table_bytes(table, checksums=True)
+            labels.publish(f"{layout.epoch_folder(epoch)}/{unit.name}.parquet", data)
+            total += len(data)
         return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
 
     def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from ddoq_ray.execution.workers import say
 from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
 from ddoq_ray.stages.label.teacher import Named, spawner
 from ddoq_ray.stages.step import Step
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import Scored
 from ddoq_ray.storage.prepared import Data
 

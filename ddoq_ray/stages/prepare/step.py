@@ -20,13 +20,15 @@ import numpy as np
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.data.collections import DIGIT_NAMES, digits, kind_of, open_source
-from ddoq_ray.data.samples import encode_png, list_shards, read_classes, write_tar
+from ddoq_ray.data.samples import encode_png, list_shards, read_classes
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.stages.prepare.given_shards import check_unchanged, index_all, publish_damage, survey_shards
 from ddoq_ray.stages.prepare.pack import make_plans, pack, survey_source
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder, Status
+from ddoq_ray.storage.artifact import Artifact, Status
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data, Packed, summary, summary_lines
 from ddoq_ray.storage.records import ClassInfo, ShardInfo, shard_lines
 

@@ -24,8 +24,8 @@ from ddoq_ray.execution.workers import pin_blas_threads
 from ddoq_ray.stages.quantize.class_quantizers import Settings, WholeClasses, assign_grids, new_clvq
 from ddoq_ray.stages.quantize.deaths import Deaths, last_words, too_many
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.records import Codebook, read_shards
 from ddoq_ray.storage.snapshots import read_snapshots, write_snapshot

@@ -27,9 +27,10 @@ from ddoq_ray.stages.encode.step import Encode, quarantine_reasons
 from ddoq_ray.stages.evaluate.step import Evaluate
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import latent_index
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.layout import Place

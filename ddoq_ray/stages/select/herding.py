@@ -10,9 +10,9 @@ import ray
 
 from ddoq_ray.execution.class_tasks import Reading
 from ddoq_ray.stages.select.choice import Choice, Picks, of_class_latents
-from ddoq_ray.storage.artifact import Folder
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import part_classes
+from ddoq_ray.storage.folder import Folder
 
 
 def choose(choice: Choice) -> Picks:

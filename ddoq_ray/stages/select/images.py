@@ -5,7 +5,6 @@ Images pass from the tasks that read shards to those that write image shards; th
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections import Counter
 from typing import Any
@@ -13,13 +12,15 @@ from typing import Any
 import numpy as np
 import ray
 
+from ddoq_ray.data.image_set import NewImage, write_images
 from ddoq_ray.data.pictures import Resize, reframe
-from ddoq_ray.data.samples import encode_png, read_samples, write_tar
+from ddoq_ray.data.samples import encode_png, read_samples
 from ddoq_ray.execution.run import Run
 from ddoq_ray.stages.select.choice import Picks
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex
+from ddoq_ray.storage.quarantine import read_refusals
 
 Key = tuple[int, int]  # class_id, rank of the image in its class
 Where = dict[int, list[tuple[int, int, int]]]  # data shard -> (class_id, position there, rank in the class's picks)
@@ -77,10 +78,8 @@ def not_encoded(latents: Folder) -> dict[int, frozenset[str]]:
     """Shard -> keys of its pictures that can be read but have no latent: the log's positions pass them over."""
     quarantine = Folder(posixpath.dirname(latents.uri)) / layout.QUARANTINE
     found: dict[int, set[str]] = {}
-    for name in quarantine.names("shard-*.latents-*.jsonl"):  # listed once: there may be a file for each shard
-        shard = int(name.partition(".")[0].removeprefix("shard-"))
-        keys = (json.loads(line)["key"] for line in quarantine.read(name).splitlines())
-        found.setdefault(shard, set()).update(keys)
+    for name, refusal in read_refusals(quarantine, "shard-*.latents-*.jsonl"):
+        found.setdefault(layout.shard_index(name.partition(".")[0]), set()).add(refusal.name)
     return {shard: frozenset(keys) for shard, keys in found.items()}
 
 
@@ -128,17 +127,5 @@ def _compose(
 ) -> dict[str, Any]:
     """Publish one image shard; `facts`: class_id -> (images of the class in the set, prompt)."""
     png = {key: data for part in found for key, data in part.items()}
-    members = []
-    for c, rank in keys:
-        name = f"{c:05d}-{rank:04d}"
-        count, prompt = facts[c]
-        info = {"centroid_id": rank, "weight": 1 / count, "prompt": prompt, "seed": seed}
-        members += [
-            (f"{name}.png", png[c, rank]),
-            (f"{name}.cls", str(c).encode()),
-            (f"{name}.json", json.dumps(info).encode()),
-        ]
-    tar = write_tar(members)
-    name = layout.image_shard(place)
-    images.publish(f"{name}.tar", tar)
-    return {"name": name, "images": len(keys), "bytes": len(tar), "sha256": digest_of(tar)}
+    made = (NewImage(c, rank, 1 / facts[c][0], facts[c][1], seed, png[c, rank]) for c, rank in keys)
+    return write_images(images, layout.image_shard(place), made)

@@ -15,9 +15,9 @@ import ray
 
 from ddoq_ray.execution.class_tasks import Reading
 from ddoq_ray.stages.select.choice import Choice, Picks, of_class_latents
-from ddoq_ray.storage.artifact import Folder
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import binary_rows

@@ -7,7 +7,6 @@ is never made again.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import time
 from collections.abc import Sequence
@@ -21,15 +20,16 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.image_set import read_images
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
+from ddoq_ray.data.samples import encode_png
 from ddoq_ray.execution.pool import run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, device, pin_threads
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_files, read_layout, read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.layout import IMAGE_SHARDS, Place
 from ddoq_ray.storage.records import ImageUnit, binary_rows
@@ -104,7 +104,7 @@ class Decoder:
         shape = self.prior.latent_shape
         # Centroids of noised latents are at the strength's level already.
         start = self.options.start if noise_of(self.run_folder / Place(job.folder).codebook) is None else "given"
-        members: list[tuple[str, bytes]] = []
+        images: list[NewImage] = []
         pictures: list[np.ndarray] = []
         for first in range(0, len(keys), self.options.batch):
             inner = keys[first : first + self.options.batch]
@@ -138,16 +138,9 @@ class Decoder:
                 ) from None
             pictures += list(made.numpy())
             for (c, k), picture in zip(inner, made.numpy(), strict=True):
-                name = f"{c:05d}-{k:04d}"
-                facts = {"centroid_id": k, "weight": rows[c, k][1], "prompt": self.classes[c][1], "seed": self.seed}
-                members += [
-                    (f"{name}.png", encode_png(picture)),
-                    (f"{name}.cls", str(c).encode()),
-                    (f"{name}.json", json.dumps(facts).encode()),
-                ]
-        tar = write_tar(members)
-        self.run_folder.publish(f"{job.name}.tar", tar)
-        return _record(unit, tar) | constant_facts(zip(keys, pictures, strict=True))
+                images.append(NewImage(c, k, rows[c, k][1], self.classes[c][1], self.seed, encode_png(picture)))
+        record = write_images(self.run_folder / job.folder / "images", unit.name, images)
+        return record | constant_facts(zip(keys, pictures, strict=True))
 
 
 def _check_finite(z: Any, keys: list[tuple[int, int]], classes: list[tuple[int, str]], what: str) -> None:
@@ -262,8 +255,5 @@ def _again(run_folder: Folder, job: Job) -> dict[str, Any]:
     """The record of a published shard, by what is in it."""
     name = f"{job.name}.tar"
     pictures = (((i.class_id, i.centroid_id), np.asarray(i.picture)) for i in read_images([run_folder.path(name)]))
-    return _record(job.unit, run_folder.read(name)) | constant_facts(pictures)
-
-
-def _record(unit: ImageUnit, tar: bytes) -> dict[str, Any]:
-    return {"name": unit.name, "images": len(unit.class_ids), "bytes": len(tar), "sha256": digest_of(tar)}
+    record = shard_record(job.unit.name, len(job.unit.class_ids), run_folder.read(name))
+    return record | constant_facts(pictures)

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.data.samples import BadSample
 from ddoq_ray.stages.label.step import read_labels
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 
 KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
 
@@ -69,13 +70,13 @@ class Sets:
 
         from ddoq_ray.data.samples import load_arrays
 
-        bad: list[BadSample] = []
+        bad: list[Refusal] = []
         resize = self.config.encoder.resize
         pixels, class_ids, _ = load_arrays(urls, self._side, self.num_classes, bad.append, resize=resize)
         if len(bad) > self.config.max_bad_fraction * (len(bad) + len(class_ids)):
             raise ValueError(
                 f"{len(bad)} of {len(bad) + len(class_ids)} training images cannot be read for the row `full`, more "
-                f"than max_bad_fraction={self.config.max_bad_fraction}; the first is {bad[0].key}: {bad[0].reason}"
+                f"than max_bad_fraction={self.config.max_bad_fraction}; the first is {bad[0].name}: {bad[0].reason}"
             )
         per_class = np.bincount(class_ids, minlength=self.num_classes)
         return Set(torch.from_numpy(pixels).to(self.device), class_ids, 1.0 / per_class[class_ids], len(bad))

@@ -28,7 +28,7 @@ from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again

@@ -25,7 +25,8 @@ from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.ranks import Ranks, share
 from ddoq_ray.stages.train.sets import Sets, SoftLabels
 from ddoq_ray.stages.train.state import Student
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 
 # A report with a checkpoint is a barrier that costs about two seconds; a row that is shorter is simply trained again.
 CHECKPOINT_SECONDS = 60.0

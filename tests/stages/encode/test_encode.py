@@ -20,7 +20,8 @@ from diffusers import AutoencoderKL
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
+from ddoq_ray.data.samples import decode_rgb, to_square
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
@@ -32,7 +33,7 @@ from ddoq_ray.stages.encode.stream import chunk_stream, inner_batch
 from ddoq_ray.stages.encode.stream import encoded as through_encoders
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, write_file
 from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import binary_rows, latent_schema

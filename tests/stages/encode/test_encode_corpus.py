@@ -21,7 +21,7 @@ from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.stages.encode import reader as encode_reader
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 

@@ -15,7 +15,8 @@ import torch
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.distortion import assign, distortion, scheme_weights, voronoi_counts, w2_squared
-from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
+from ddoq_ray.data.samples import decode_rgb, to_square
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
@@ -26,9 +27,10 @@ from ddoq_ray.stages.encode.heldout import Heldout, shares
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.report.step import class_distances
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ClassCounts, Codebook, ShardDone
 

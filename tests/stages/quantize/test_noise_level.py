@@ -14,9 +14,10 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.noising import NoiseLevel, noised
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.stages.encode.worker import write_file
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog, noise_of
 from ddoq_ray.storage.records import ClassCounts, ShardDone, ShardInfo, binary_rows, latent_schema
 

@@ -27,8 +27,9 @@ from support.latent_logs import (
 
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.memory import check_memory, plan_memory
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import CodebookWarning, binary_rows, fixed_binary
 
 pytestmark = pytest.mark.usefixtures("ray_here")

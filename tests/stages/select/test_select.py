@@ -30,8 +30,9 @@ from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.select.choice import wanted_images
 from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.select.step import Select
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, Codebook, ShardDone, fixed_binary, latent_schema
 

@@ -28,7 +28,8 @@ from ddoq_ray.stages.train.memory import check_full, full_bytes
 from ddoq_ray.stages.train.ranks import Ranks, share
 from ddoq_ray.stages.train.sets import SoftLabels, load_head
 from ddoq_ray.stages.train.worker import Trainer
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassCounts, ClassInfo, ShardInfo
 
 ONE = Ranks(0, 1, torch.device("cpu"))
