@@ -89,7 +89,7 @@ def run(config: RunConfig) -> str | None:
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
             demands.plan(config, planned, [own_node(config.cluster)], may_grow=False)
-        known = networks.Inquiry(config, teacher=teacher).result() if config.prior.path is not None else None
+        known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
         with ray_session(config.cluster, where):
             fitted = _fit(config, planned)
             places.check_nodes(run_dir, places.named_paths(config))

@@ -48,11 +48,11 @@ class Networks:
     student_takes_one: bool = True
 
 
-class Inquiry:
-    """A process of its own is loading the networks to see what they are and whether the settings can work on them."""
+class Inspection:
+    """A process of its own loads the networks, to see what they are and whether the settings can work on them."""
 
     def __init__(self, config: RunConfig, *, teacher: bool) -> None:
-        """Start it; the caller does other work until it asks.
+        """What is to be found out; nothing is started yet.
 
         Args:
             teacher: Whether a stage of the run needs the teacher and the student.
@@ -76,20 +76,28 @@ class Inquiry:
             "teacher": config.teacher.path if teacher else None,
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
         }
-        text = json.dumps(question)
-        self._key = (text, _files(config.prior.path, config.encoder.path, question["teacher"]))
-        self._process = None if self._key in _ANSWERS else _ask(text, config.cluster.threads)
+        self._threads = config.cluster.threads
+        taught = config.teacher.path if teacher else None
+        self._key = (json.dumps(question), _files(config.prior.path, config.encoder.path, taught))
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Begin to look, unless it is known; the caller does other work until it asks."""
+        if self._process is None and self._key not in _ANSWERS:
+            self._process = _ask(self._key[0], self._threads)
 
     def result(self) -> Networks:
-        """Wait for the facts.
+        """Wait for the facts; a look that was not started starts now.
 
         Raises:
             ValueError: When a network's folder is missing, incomplete or does not fit together, when a setting cannot
                 work on the networks, or when there is too little memory to load them.
             RuntimeError: When the process ended in a way of its own; its last words are in the message.
         """
+        self.start()
         if self._process is not None:
             _ANSWERS[self._key] = self._answer(self._process)
+            self._process = None
         return Networks(**_ANSWERS[self._key])
 
     @staticmethod

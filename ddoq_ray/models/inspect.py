@@ -24,7 +24,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     """The facts of the networks that `stages.networks.Networks` lists.
 
     Args:
-        question: paths and settings; see `stages.networks.Inquiry`. A part that is None is not looked at.
+        question: paths and settings; see `stages.networks.Inspection`. A part that is None is not looked at.
 
     Raises:
         ValueError: a network does not load, the parts do not fit, or a setting cannot work on them.

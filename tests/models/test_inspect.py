@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.execution.networks import Inquiry, Networks, check_batches
+from ddoq_ray.execution.networks import Inspection, Networks, check_batches
 from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
 from ddoq_ray.models.folders import resolve_folder
@@ -164,9 +164,9 @@ def test_torchvision_normalises_as_its_own_weights_say(monkeypatch: pytest.Monke
 
 
 def test_the_inquiry_is_a_process_that_answers_or_refuses_in_words() -> None:
-    known = Inquiry(load_config(), teacher=True).result()
+    known = Inspection(load_config(), teacher=True).result()
     assert known.prior_id and known.latent_shape and known.teacher_outputs == 10 and known.student_takes_one
-    wrong = Inquiry(load_config(["synthesizer.strength=0.01"]), teacher=False)
+    wrong = Inspection(load_config(["synthesizer.strength=0.01"]), teacher=False)
     with pytest.raises(ValueError, match=r"strength 0\.01 of 25 steps.*synthesizer\.strength=0\.01"):
         wrong.result()
     assert resolve_folder("shipped:digits-prior", "prior").is_dir()

@@ -10,7 +10,7 @@ from typing import Any
 from support.recording import reads
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.execution.networks import Inquiry, Networks
+from ddoq_ray.execution.networks import Inspection, Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.pipeline import steps
@@ -148,7 +148,7 @@ def left_out(config: RunConfig, log: Path, *without_effect: str) -> list[str]:
     Args:
         without_effect: Keys that this configuration reads and does not use.
     """
-    networks = Inquiry(config, teacher=True).result()
+    networks = Inspection(config, teacher=True).result()
     in_identity = held(config, Folder(config.folder), networks)
     left = []
     for module, keys in reads(log).items():

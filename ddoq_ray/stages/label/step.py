@@ -6,16 +6,12 @@ the student finds the same view whatever its batch. The unit is (image shard, ra
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.config import RunConfig
@@ -31,14 +27,13 @@ from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
-from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_log import published_labels
 from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
-from ddoq_ray.storage.records import binary_rows
 
-__all__ = ["Label", "for_teacher", "read_labels", "run", "view_spec"]
+__all__ = ["Label", "for_teacher", "run", "view_spec"]
 
 
 def codec_name(config: RunConfig, networks: Networks) -> str:
@@ -174,24 +169,12 @@ def _units(config: RunConfig, run_dir: Folder, step: Label, manifest: ImagesMani
     """Units of the epochs that are not published yet, each known by its own file: a run may resume in other units."""
     units, offset = [], 0
     names = [shard["name"] for shard in manifest["shards"]]
-    published = _published(run_dir / step.place, names, config.protocol.epochs_for(manifest["items"]))
+    published = published_labels(run_dir / step.place, names, config.protocol.epochs_for(manifest["items"]))
     for shard, there in zip(manifest["shards"], published, strict=True):
         for first, last in _runs(np.flatnonzero(~there).tolist(), config.labels.epochs_per_unit):
             units.append(LabelUnit(step.at.images, step.place, shard["name"], offset, shard["images"], first, last))
         offset += shard["images"]
     return units
-
-
-def _published(labels: Folder, shards: list[str], epochs: int) -> npt.NDArray[np.bool_]:
-    """bool [image shards, epochs]: which files are there. Listed an epoch at a time: there may be millions in all."""
-    place = {f"{name}.parquet": i for i, name in enumerate(shards)}
-    found = np.zeros((len(shards), epochs), bool)
-    for folder in labels.names("epoch-*"):
-        epoch = int(folder.removeprefix("epoch-"))
-        if epoch < epochs:
-            there = (place.get(name.rpartition("/")[2]) for name in labels.names(f"{folder}/*.parquet"))
-            found[[i for i in there if i is not None], epoch] = True
-    return found
 
 
 def _runs(numbers: list[int], longest: int) -> list[tuple[int, int]]:
@@ -203,35 +186,3 @@ def _runs(numbers: list[int], longest: int) -> list[tuple[int, int]]:
         else:
             runs.append((n, n + 1))
     return runs
-
-
-def read_labels(labels: Folder, epoch: int) -> np.ndarray:
-    """uint8 [N, nbytes]: the stored labels of an epoch, in image order.
-
-    Raises:
-        ValueError: When labels of the epoch, or of an image shard in it, are missing or damaged.
-    """
-    parts, offset = [], 0
-    for shard in Artifact(labels, "label").require()["shards"]:
-        parts.append(_read_part(labels, epoch, shard["name"], offset, shard["images"]))
-        offset += shard["images"]
-    return np.concatenate(parts)
-
-
-def _read_part(labels: Folder, epoch: int, shard: str, offset: int, images: int) -> np.ndarray:
-    name = f"{layout.epoch_folder(epoch)}/{shard}.parquet"
-    mend = f"remove {labels.path(layout.MANIFEST)} and run the label stage again, which makes what is missing"
-    try:
-        table = pq.read_table(io.BytesIO(labels.read(name)), page_checksum_verification=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{labels.path(name)} is missing: there are no labels of epoch {epoch} for {shard}; {mend}"
-        ) from None
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{labels.path(name)} is damaged ({str(error).splitlines()[0]}); remove it, {mend}") from error
-    if not np.array_equal(table["image_id"].to_numpy(), np.arange(offset, offset + images)):
-        raise ValueError(
-            f"{labels.path(name)} holds labels of {table.num_rows} images, and not those of images {offset} to "
-            f"{offset + images - 1} in their order; remove it, {mend}"
-        )
-    return binary_rows(table["label"], "u1")

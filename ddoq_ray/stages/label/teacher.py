@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray
 
 from ddoq_ray.config import RunConfig
@@ -20,8 +19,7 @@ from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.parquet import table_bytes
-from ddoq_ray.storage.records import fixed_binary, label_schema
+from ddoq_ray.storage.label_log import write_labels
 
 TORCHVISION = "torchvision:"
 
@@ -114,13 +112,7 @@ class Teacher:
         total = 0
         for epoch in range(unit.first, unit.last):
             rows = np.concatenate([self._labels(unit.set, part, epoch) for part in self._batches(ids)])
-            table = pa.Table.from_arrays(
-                [pa.array(ids), pa.array(np.full(len(ids), epoch, np.int32)), fixed_binary(rows)],
-                schema=label_schema(self.codec_name, self.codec.nbytes),
-            )
-            data = table_bytes(table, checksums=True)
-            labels.publish(f"{layout.epoch_folder(epoch)}/{unit.name}.parquet", data)
-            total += len(data)
+            total += write_labels(labels, unit.name, epoch, ids, rows, self.codec_name)
         return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
 
     def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:

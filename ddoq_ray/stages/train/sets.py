@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.stages.label.step import read_labels
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_log import read_labels
 from ddoq_ray.storage.quarantine import Refusal
 
 KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.stages.label.step import Label, _units, read_labels
+from ddoq_ray.stages.label.step import Label, _units
 from ddoq_ray.stages.label.teacher import Named
 from ddoq_ray.stages.label.teacher_check import judge
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_log import read_labels
 from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ClassInfo, fixed_binary, label_schema
