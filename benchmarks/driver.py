@@ -38,6 +38,7 @@ from benchmarks.driver_records import (
 )
 from benchmarks.provenance import finish, parser, peak_bytes
 from ddoq_ray.data.collections.listing import Listing, Survey
+from ddoq_ray.data.image_set import shard_record
 from ddoq_ray.data.samples import encode_png, read_classes
 from ddoq_ray.execution.class_tasks import readings
 from ddoq_ray.execution.run import Run
@@ -192,7 +193,7 @@ def draw_images(w: World) -> None:
 def plan_images(w: World) -> None:
     jobs = synthesize.image_jobs(w.run, "", w.config.synthesizer.shard_images)
     assert not synthesize._published(w.run, jobs)
-    records = {j.name: synthesize._record(j.unit, b"") for j in jobs}
+    records = {j.name: shard_record(j.unit.name, len(j.unit.class_ids), b"") for j in jobs}
     digest_of([records[j.name]["sha256"] for j in jobs])
 
 
