@@ -19,7 +19,7 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 	$(BIN)/ddoq-ray $(ARGS)
 
 test: $(VENV)/.installed  ## the default suite, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 	$(BIN)/python -m pytest -m ''
@@ -27,7 +27,7 @@ test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ddoq_ray/core ddoq_ray/config ddoq_ray/storage ddoq_ray/data
+	$(BIN)/mypy ddoq_ray/core ddoq_ray/config ddoq_ray/storage ddoq_ray/data ddoq_ray/commands ddoq_ray/cli.py
 
 lock: $(VENV)/.installed  ## write what is installed now to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \

@@ -40,11 +40,13 @@ from benchmarks.provenance import finish, parser, peak_bytes
 from ddoq_ray.data.collections.listing import Listing, Survey
 from ddoq_ray.data.samples import encode_png, read_classes
 from ddoq_ray.execution.class_tasks import readings
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.page import render_page
-from ddoq_ray.pipeline import plan_methods, student_rows
+from ddoq_ray.pipeline import of_kind, steps
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
+from ddoq_ray.stages.encode.stream import shard_done
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
 from ddoq_ray.stages.label import step as label
 from ddoq_ray.stages.prepare import mapping
@@ -52,15 +54,17 @@ from ddoq_ray.stages.prepare.given_shards import check_unchanged
 from ddoq_ray.stages.prepare.pack import make_plans
 from ddoq_ray.stages.prepare.step import check_small_classes
 from ddoq_ray.stages.quantize.class_quantizers import Settings
-from ddoq_ray.stages.quantize.step import Quantizers
+from ddoq_ray.stages.quantize.step import Quantize, Quantizers
 from ddoq_ray.stages.quantize.worker import Quantizer
 from ddoq_ray.stages.report import step as report
-from ddoq_ray.stages.synthesize import select
+from ddoq_ray.stages.select import images as select
+from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.synthesize import step as synthesize
-from ddoq_ray.stages.train.step import Inputs, row_identity
+from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records, latent_index
 from ddoq_ray.storage.prepared import Data, Packed, summary
 from ddoq_ray.storage.records import shard_lines
@@ -69,6 +73,10 @@ COLUMNS = ["what", "order", "shards", "classes", "seconds", "peak_bytes", "growt
 
 
 # ---------------------------------------------------------------------- the loops
+
+
+def run_of(w: World) -> Run:
+    return Run(w.config, w.run, w.data, w.networks, Events(w.run))
 
 
 def write_index(w: World) -> None:
@@ -112,9 +120,9 @@ def end_encode(w: World) -> None:
     """What a log that was cut off is asked, and the manifest of one that is whole."""
     images, digests = 0, []
     for done in done_records(w.latents, sorted(encode.done_shards(w.latents))):
-        images += encode.shard_done(done.shard, done.chunks, done.refused).classes.total
+        images += shard_done(done.shard, done.chunks, done.refused).classes.total
         digests.append([c.sha256 for c in done.chunks])
-    facts = encode.identity(w.config, w.data, w.networks)
+    facts = encode.Encode().identity(run_of(w))
     Artifact(w.latents, "encode").finish(facts, digest=digest_of(digests), kept=True, items=images)
 
 
@@ -124,7 +132,9 @@ def read_quarantine(w: World) -> None:
 
 
 def plan_quantizers(w: World) -> None:
-    w.quantizers = Quantizers(w.config, w.run, "", w.config.quantizer, w.data, w.latents, w.networks)
+    run = run_of(w)
+    w.quantizers = Quantizers(run, of_kind(Quantize, steps(run.config))[0])
+    w.quantizers.plan()
 
 
 def tell_quantizers(w: World) -> None:
@@ -162,7 +172,7 @@ def keep_books(w: World) -> None:
 
 
 def end_quantize(w: World) -> None:
-    w.quantizers._write_manifest(Events(w.run), 1.0)
+    w.quantizers._write_manifest(1.0)
 
 
 def index_log(w: World) -> None:
@@ -175,7 +185,7 @@ def plan_readings(w: World) -> None:
 
 
 def draw_images(w: World) -> None:
-    picks = select.draw(w.config, dict(enumerate(w.index.counts.tolist())), 0)
+    picks = draw(w.config, dict(enumerate(w.index.counts.tolist())), 0)
     select.where(w.index, picks)
 
 
@@ -188,22 +198,22 @@ def plan_images(w: World) -> None:
 
 def plan_heldout(w: World) -> None:
     heldout.shares(w.data, w.config.report.heldout_images)
-    heldout.identity(w.config, w.data, w.networks)
+    heldout.EncodeHeldout().identity(run_of(w))
 
 
 def plan_labels(w: World) -> None:
-    made = Artifact(w.run / "labels", "label").require()
-    units = label._units(w.config, w.run, {"": made})
+    step = of_kind(label.Label, steps(w.config))[0]
+    made = step.artifact(w.run).require()
+    units = label._units(w.config, w.run, step, made)
     assert sum(u.last - u.first for u in units) == (300 - LABELLED) * len(made["shards"])
 
 
 def plan_students(w: World) -> None:
-    inputs, counts = Inputs(w.run, w.data, w.networks), w.data.counts
-    rows = student_rows(w.config, plan_methods(w.config))
+    run, counts = run_of(w), w.data.counts
     job = Job(
         run=w.run,
         config=w.config,
-        rows=tuple((row, row_identity(w.config, row, inputs)) for row in rows),
+        rows=tuple((step.cell, step.identity(run)) for step in of_kind(Train, steps(w.config))),
         train_urls=tuple(w.data.train_urls),
         validation=Validation.of(w.config, w.data),
         teacher_index=teacher_columns(w.data),

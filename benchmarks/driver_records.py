@@ -15,10 +15,13 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.quantizer import QuantizerConfig
 from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.stages.cells import label_key
 from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes, write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex
+from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ClassInfo, Codebook, ShardDone, ShardInfo
 
@@ -101,10 +104,11 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
     write_codebook(run / "codebook", classes, ipc, int(np.prod(SHAPE)))
     units = -(-classes * ipc // config.synthesizer.shard_images)
     shown = [{"name": f"images-{i:06d}", "images": config.synthesizer.shard_images} for i in range(units)]
-    Artifact(run / "labels", "label").finish({}, digest="labels", shards=shown, items=classes * ipc)
+    labels = run / Place().labels(label_key(config))
+    Artifact(labels, "label").finish({}, digest="labels", shards=shown, items=classes * ipc)
     for epoch in range(LABELLED):
         for shard in shown:
-            put(run / "labels", f"epoch-{epoch:04d}/{shard['name']}.parquet")
+            put(labels, f"epoch-{epoch:04d}/{shard['name']}.parquet")
     return World(run, config, listed, infos, infos[: -(-shards // 20)], networks, exact)
 
 

@@ -63,10 +63,11 @@ def stage(folder: Path, encoder: Path, batch: int) -> dict[str, float]:
     """One run of the encode stage in this process's Ray."""
     import ray
 
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.stages.encode import step as encode
     from ddoq_ray.stages.prepare import step as prepare
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))
     gpu = ["cluster.encoder.num_gpus=1"] if ray.cluster_resources().get("GPU") else []
@@ -76,9 +77,9 @@ def stage(folder: Path, encoder: Path, batch: int) -> dict[str, float]:
     times: list[tuple[float, int]] = []
     start = time.perf_counter()
     manifest = encode.run(
-        config, run, data, Events(run), facts(SIZE),
+        Run(config, run, data, facts(SIZE), Events(run)),
         lambda shard: times.append((time.perf_counter(), data.train[shard].samples)),
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - start
     steady = sum(n for _, n in times[1:]) / (times[-1][0] - times[0][0])
     shutil.rmtree(run.uri)

@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 
 SIZE = 256
 MEMORY_SIZE, MEMORY_SHARDS = 64, 160  # pixels a side, and shards of 100 images at 1x
@@ -123,7 +123,7 @@ def reader_read(urls: list[str], chunk: int, quarantine: Any) -> int:
 
 def processor_time(urls: list[str], chunk: int, turns: int) -> dict[str, float]:
     """Microseconds of processor an image, in this process: what other work on the machine changes least."""
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     taken: dict[str, list[float]] = {"webdataset": [], "ray": []}
     for turn in range(turns + 1):
@@ -178,15 +178,15 @@ def settings(folder: Path, *more: str) -> Any:
 
 def ray_rate(folder: Path, passes: int) -> float:
     """Images a second through Ray Data, counted where the chunks reach the object store."""
-    from ddoq_ray.stages.encode import step as encode
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.stages.encode.stream import chunk_stream
+    from ddoq_ray.storage.folder import Folder
 
     config = settings(folder, "cluster.reader.num_cpus=1")
     shards = sorted(folder.glob("*.tar")) * passes
     todo = [{"shard": i, "url": str(path), "bytes": path.stat().st_size} for i, path in enumerate(shards)]
     quarantine = Folder(tempfile.mkdtemp(dir=folder.parent))
     start = time.perf_counter()
-    chunks = encode.chunk_stream(config, todo, quarantine, CLASSES, SIZE, config.encoder.batch)
+    chunks = chunk_stream(config, todo, quarantine, CLASSES, SIZE, config.encoder.batch)
     count = sum(chunk_images(bundle) for bundle in chunks.iter_internal_ref_bundles())
     return count / (time.perf_counter() - start)
 
@@ -250,10 +250,11 @@ def facts(size: int) -> Any:
 
 def memory(folder: Path, encoder: Path, processes: int) -> dict[str, Any]:
     """The encode stage over a folder of shards: peaks of this process and of the workers."""
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.stages.encode import step as encode
     from ddoq_ray.stages.prepare import step as prepare
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     start_ray(processes, STORE_BYTES)
     run = Folder(tempfile.mkdtemp(dir=encoder.parent))
@@ -262,7 +263,7 @@ def memory(folder: Path, encoder: Path, processes: int) -> dict[str, Any]:
     watch = WorkerPeaks()
     watch.start()
     start = time.perf_counter()
-    manifest = encode.run(config, run, data, Events(run), facts(MEMORY_SIZE), lambda shard: None)
+    manifest = encode.run(Run(config, run, data, facts(MEMORY_SIZE), Events(run)), lambda shard: None)
     seconds = time.perf_counter() - start
     watch.ended.set()
     return {

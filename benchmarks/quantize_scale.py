@@ -16,7 +16,6 @@ the process's own high-water mark (VmHWM); `stated_bytes` is what `plan_memory` 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -30,10 +29,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from benchmarks.provenance import finish, parser, peak_bytes
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import table_bytes
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ShardDone, ShardInfo, fixed_binary, latent_schema
 
 POOL = 16_384
@@ -56,13 +56,11 @@ def write_log(run: Folder, layout: str, classes: int, per_class: int, dim: int, 
             mine = np.sort(ids[start : start + chunk_rows], kind="stable")
             latents = pool[rng.integers(POOL, size=len(mine))]
             columns = [pa.array([""] * len(mine), pa.string()), pa.array(mine), fixed_binary(latents)]
-            out = io.BytesIO()
-            table = pa.Table.from_arrays(columns, schema=schema)
-            pq.write_table(table, out, compression="NONE", use_dictionary=False, write_statistics=False)
+            data = table_bytes(pa.Table.from_arrays(columns, schema=schema))
             name = f"shard-{shard:06d}/chunk-{chunk:05d}.parquet"
-            (run / "latents").publish(name, out.getvalue())
+            (run / "latents").publish(name, data)
             counts = ClassCounts(Counter(mine.tolist()))
-            records.append(ChunkRecord(name, len(mine), counts, digest_of(out.getvalue())))
+            records.append(ChunkRecord(name, len(mine), counts, digest_of(data)))
         counts = ClassCounts(Counter(ids.tolist()))
         (run / "latents").publish(f"shard-{shard:06d}/done.json", ShardDone(shard, tuple(records), counts, 0).dumps())
         infos.append(ShardInfo(f"/data/{shard}.tar", len(ids), 1, counts, str(shard)))
@@ -140,16 +138,17 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
 
 def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str, Any]:
     """The stage: its wall seconds (Ray's own start left out), peaks of actors and driver, and what was stated."""
-    import dataclasses
-
     import ray
 
     from ddoq_ray.config.compose import load_config
+    from ddoq_ray.config.methods import SPECS
     from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
-    from ddoq_ray.stages.prepare.step import Data
     from ddoq_ray.stages.quantize.memory import check_memory
-    from ddoq_ray.stages.quantize.step import Quantizers
+    from ddoq_ray.stages.quantize.step import Quantize, Quantizers
+    from ddoq_ray.storage.layout import Place
+    from ddoq_ray.storage.prepared import Data
 
     config = load_config(
         [
@@ -160,8 +159,8 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     networks = Networks("synthetic", (dim,), 16, None, 0, None, None, None, 0, 0, {})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     data = Data.load(run)
-    algorithm = dataclasses.replace(config.quantizer)
-    made = Quantizers(config, run, f"actors-{number}", algorithm, data, run / "latents", networks)
+    made = Quantizers(Run(config, run, data, networks, Events(run)), Quantize(SPECS["ddoq"], Place(f"actors-{number}")))
+    made.plan()
     check_memory(made.needs)
     made.launch()
     pids = ray.get([a.__ray_call__.remote(lambda self: os.getpid()) for a in made.actors])
@@ -174,7 +173,7 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
     seconds = time.monotonic() - start
     worked = sum(map(cpu_seconds, pids)) - worked
     peaks = [peak_bytes(pid) for pid in pids]
-    manifest = made.finish(Events(run))
+    manifest = made.finish()
     assert manifest["items"] == sum(s.samples for s in data.train)
     return {
         "seconds": seconds,

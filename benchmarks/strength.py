@@ -18,7 +18,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.execution.session import ray_session
 from ddoq_ray.stages.prepare.step import digit_shards
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 
 def write_selection(folder: str) -> list[str]:

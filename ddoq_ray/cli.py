@@ -2,142 +2,91 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import ddoq_ray
-from ddoq_ray.config import STAGES, RunConfig
-from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.commands.sweep import configurations
+from ddoq_ray.commands.table import BY_NAME, named
 from ddoq_ray.execution import signals
 from ddoq_ray.execution.streams import emit, open_all
 
-_INTRO = """\
-ddoq-ray distils a labelled image dataset into a few weighted synthetic images per class,
-by optimal quantization in a diffusion model's latent space (DDOQ), and measures what they are worth.
 
-Use:  ddoq-ray [command] key=value ...
+@dataclass(frozen=True)
+class Line:
+    """A command line taken apart: the command's name, `key=value` words, and what the flags ask for."""
 
-  ddoq-ray                                    distil scikit-learn's digits at 10 images per class, on this machine
-  ddoq-ray ipc=50 quantizer=gram              another size, another quantizer
-  ddoq-ray prepare dataset=imagefolder dataset.path=photos run_dir=DIR     any labelled images to shards
-  ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR \\
-           student=resnet18-small protocol=d4m
-  ddoq-ray label                              one stage of a run whose earlier stages are done
-  ddoq-ray stages=[label,train,evaluate,report]
-  ddoq-ray train-prior dataset=digits out=my-prior
-  ddoq-ray train-teacher dataset=digits out=my-teacher
-
-Commands
-  run (or nothing)   the configured stages, in order; what is done already is reused, what was cut off resumes
-  {stages}
-                     one stage
-  train-prior        a small latent diffusion prior of your own, in diffusers' format, with what it is run by
-  train-teacher      a classifier of your own that labels views
-
-Everything of a run goes to run_dir; report/index.html is the page to open. A value is read by the kind of its key:
-paths need no quotes but the shell's, lists are [a,b] or a,b; of a key given twice the last counts.
-"""
-
-
-def help_text() -> str:
-    """What ``--help`` prints: the commands, then every key with its words and its value when nothing is asked."""
-    from ddoq_ray.config.compose import config_dir, load_config
-    from ddoq_ray.config.quantizer import QUANTIZERS
-
-    config = load_config()
-    lines = [_INTRO.format(stages=", ".join(STAGES)), "Keys (group=CHOICE takes a whole set of values at once)"]
-    groups = [f for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(config, f.name))]
-    lines += [_line(f.name, f, getattr(config, f.name)) for f in dataclasses.fields(RunConfig) if f not in groups]
-    for field in groups:
-        choices = sorted(p.stem for p in (config_dir() / field.name).glob("*.yaml"))
-        lines += ["", f"{field.name}: {field.metadata['help']} ({field.name}={'|'.join(choices)})"]
-        shown = [getattr(config, field.name)]
-        if field.name == "quantizer":  # the keys of every algorithm, each once
-            shown += [load_config([f"quantizer={name}"]).quantizer for name in QUANTIZERS]
-        seen: set[str] = set()
-        for group in shown:
-            lines += _group_lines(group, f"{field.name}.", seen)
-    return "\n".join(lines) + "\n"
-
-
-TRAINING_COMMANDS = ("train-prior", "train-teacher")
-
-
-def command_help(command: str) -> str:
-    """What ``train-prior --help`` and ``train-teacher --help`` print."""
-    from ddoq_ray.commands.train_prior import TrainPriorConfig
-    from ddoq_ray.commands.train_teacher import TrainTeacherConfig
-
-    config = {"train-prior": TrainPriorConfig, "train-teacher": TrainTeacherConfig}[command]
-    default = config(dataset=DatasetConfig(source="digits"))
-    lines = [f"ddoq-ray {command} [dataset=digits] out=FOLDER key=value ...", ""]
-    for field in dataclasses.fields(config):
-        value = getattr(default, field.name)
-        if not dataclasses.is_dataclass(value):
-            lines.append(_line(field.name, field, value))
-    lines += _group_lines(default.dataset, "dataset.", set())
-    for field in dataclasses.fields(default.training):
-        lines.append(f"  training.{field.name:<19} [{getattr(default.training, field.name)}]")
-    return "\n".join(lines) + "\n"
-
-
-def _group_lines(group: Any, prefix: str, seen: set[str]) -> list[str]:
-    lines = []
-    for field in dataclasses.fields(group):
-        key = f"{prefix}{field.name}"
-        if key in seen:
-            continue
-        seen.add(key)
-        lines.append(_line(key, field, getattr(group, field.name)))
-    return lines
-
-
-def _line(key: str, field: Any, value: Any) -> str:
-    words = field.metadata["help"]
-    if dataclasses.is_dataclass(value):
-        words += f" [{', '.join(f'{f.name}={getattr(value, f.name)}' for f in dataclasses.fields(value))}]"
-    elif isinstance(value, tuple):
-        words += f" [{','.join(map(str, value))}]" if value else " [none]"
-    elif value is not None:
-        words += f" [{str(value).lower() if isinstance(value, bool) else value}]"
-    return textwrap.fill(words, width=100, initial_indent=f"  {key:<28} ", subsequent_indent=" " * 31)
+    command: str
+    words: list[str]
+    several: bool = False  # --multirun
+    shown: bool = False  # --cfg job
+    completion: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 2 for what the person can mend, 1 for a bug or a lost cluster, 128 + a signal."""
+    """Run a command; the exit code: 2 for what the user can mend, 1 for a bug or a lost cluster, 128 + a signal."""
     open_all()
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
-        emit(command_help(args[0]) if args[0] in TRAINING_COMMANDS else help_text(), sys.stdout, end="")
+        from ddoq_ray.commands.help import command_help, help_text
+
+        emit(command_help(BY_NAME[args[0]]) if args[0] in BY_NAME else help_text(), sys.stdout, end="")
         return 0
     if "--version" in args:
         emit(f"ddoq-ray {ddoq_ray.__version__}", sys.stdout)
         return 0
-    command = args.pop(0) if args and "=" not in args[0] else "run"
     with signals.watching():
-        return _told(command, args)
+        return _told(args)
 
 
-def _told(command: str, args: list[str]) -> int:
+def read_line(args: Sequence[str]) -> Line:
+    """Take a command line apart; flags are Hydra's and may stand anywhere.
+
+    Raises:
+        ValueError: For a flag without what belongs to it, or with what is not known here.
+    """
+    left, words, flags = list(args), [], {"several": False, "shown": False}
+    completion: str | None = None
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        if word in ("--multirun", "-m"):
+            flags["several"] = True
+        elif flag in ("--cfg", "-c", "--shell-completion", "-sc"):
+            value = value if equals else left.pop(0) if left else ""
+            if flag in ("--shell-completion", "-sc"):
+                completion = value
+            elif value == "job":
+                flags["shown"] = True
+            else:
+                raise ValueError(f"{flag} {value}: expected {flag} job, which prints the composed configuration")
+        else:
+            words.append(word)
+    command = words.pop(0) if words and "=" not in words[0] else "run"
+    return Line(command, words, completion=completion, **flags)
+
+
+def _told(args: list[str]) -> int:
     """Run the command and put its end into words: (exit code)."""
+    again = True
     try:
-        _dispatch(command, args)
+        line = read_line(args)
+        again = line.command not in BY_NAME or BY_NAME[line.command].goes_on
+        _dispatch(line)
     except (KeyboardInterrupt, SystemExit):
-        return _interrupted(command)
+        return _interrupted(again)
     except Exception as error:
         told = user_error(error)
         if told is not None:
             emit(f"ddoq-ray: error: {told}", sys.stderr)
             return 2
         if signals.received() is not None:  # a library's own error on the way out
-            return _interrupted(command)
+            return _interrupted(again)
         if words := _lost():
             emit(f"ddoq-ray: error: {words}", sys.stderr)
             return 1
@@ -145,10 +94,10 @@ def _told(command: str, args: list[str]) -> int:
     return 0
 
 
-def _interrupted(command: str) -> int:
+def _interrupted(goes_on: bool) -> int:
     number = signals.received() or signal.SIGINT
     what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    again = "begins anew" if command in TRAINING_COMMANDS else "goes on where this one stopped"
+    again = "goes on where this one stopped" if goes_on else "begins anew"
     emit(f"ddoq-ray: {what}; the same command again {again}", sys.stderr)
     return 128 + number
 
@@ -159,34 +108,30 @@ def _lost() -> str:
     return str(session.lost()) if session is not None else ""
 
 
-def _dispatch(command: str, args: list[str]) -> None:
-    if command == "train-prior":
-        from ddoq_ray.commands import train_prior
+def _dispatch(line: Line) -> None:
+    if line.completion is not None:
+        from ddoq_ray.commands.completion import script
 
-        train_prior.main(args)
-    elif command == "train-teacher":
-        from ddoq_ray.commands import train_teacher
+        emit(script(line.completion), sys.stdout, end="")
+        return
+    command = named(line.command)
+    for odd in (
+        a for a in line.words if any("\ud800" <= ch <= "\udfff" for ch in a)
+    ):  # Ray records the command as text
+        raise ValueError(
+            f"{odd.encode('utf-8', 'backslashreplace').decode()} is no UTF-8: set LC_ALL=C.UTF-8 (or PYTHONUTF8=1) "
+            "where the terminal has another; a folder whose name is no UTF-8 needs a link with a plain name"
+        )
+    runs = configurations(command, line.words) if line.several else [("", command.compose(line.words))]
+    if line.shown:
+        from ddoq_ray.config.compose import to_yaml  # Hydra is not for --help
 
-        train_teacher.main(args)
-    elif command == "run" or command in STAGES:
-        from ddoq_ray.config.compose import load_config
-
-        for odd in (a for a in args if any("\ud800" <= ch <= "\udfff" for ch in a)):  # Ray records the command as text
-            raise ValueError(
-                f"{odd.encode('utf-8', 'backslashreplace').decode()} is no UTF-8: set LC_ALL=C.UTF-8 (or PYTHONUTF8=1) "
-                "where the terminal has another; a folder whose name is no UTF-8 needs a link with a plain name"
-            )
-        if command != "run":
-            if any(a.startswith("stages=") for a in args):
-                raise ValueError(f"`ddoq-ray {command}` is one stage; leave stages= out, or leave the command out")
-            args = [*args, f"stages=[{command}]"]
-        config = load_config(args)
-        from ddoq_ray import pipeline
-
-        pipeline.run(config)
-    else:
-        known = ", ".join(("run", *STAGES, "train-prior", "train-teacher"))
-        raise ValueError(f"unknown command {command!r}; expected one of {known}, or key=value")
+        emit("---\n".join(to_yaml(config) for _, config in runs), sys.stdout, end="")
+        return
+    for number, (words, config) in enumerate(runs, 1):
+        if line.several:
+            emit(f"run {number} of {len(runs)}: {words} in {config.folder}", sys.stderr)
+        command.run(config)
 
 
 def user_error(error: BaseException) -> str | None:

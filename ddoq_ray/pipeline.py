@@ -1,30 +1,26 @@
-"""The stages in order, top to bottom: the only file that knows them all.
-
-A run's own method lives in the run directory itself; every other method has the same folders under
-``compare/<method>-ipc<K>/``. Latents, data and the teacher are shared.
-"""
+"""The steps of a run in order, top to bottom: the only file that knows them all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import ray
 
 from ddoq_ray import __version__
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
-from ddoq_ray.config.quantizer import MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.execution import lease, networks, places, signals
 from ddoq_ray.execution.console import doing
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.execution.workers import Events, commit, say
 from ddoq_ray.stages import demands
+from ddoq_ray.stages.cells import cells, label_key, methods
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.evaluate import step as evaluate
@@ -35,143 +31,99 @@ from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
 from ddoq_ray.stages.report import step as report
-from ddoq_ray.stages.synthesize import select
+from ddoq_ray.stages.select import step as select
+from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train.memory import check_full
-from ddoq_ray.storage.artifact import Artifact, Folder
-from ddoq_ray.storage.records import StudentRow
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
+
+AStep = TypeVar("AStep", bound=Step)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method of the comparison, and where its parts are, relative to the run directory.
-
-    Attributes:
-        name: The word of the report's rows.
-        images: Folders with an image set each (`random` draws one a seed); empty when it trains on the real data.
-        students: Folder under which its students/ is.
-        quantizer: How its codebook is made; None when it has none of its own.
-        scheme: Weight scheme of its images.
-    """
-
-    name: str
-    images: tuple[str, ...]
-    students: str
-    quantizer: QuantizerConfig | None
-    scheme: str
-
-
-def plan_methods(config: RunConfig) -> list[Method]:
-    """The run's own method and its baselines, as folders, quantizers and weights."""
-    methods = []
-    for name in config.methods:
-        place = "" if name == config.own_method else f"compare/{name}-ipc{config.ipc}"
-        if name.startswith("ddoq"):
-            scheme = {"ddoq": "counts", "ddoq-sqrt": "sqrt", "ddoq-uniform": "uniform"}[name]
-            own = name == config.own_method
-            methods.append(Method(name, ("",), place, config.quantizer if own else None, scheme))
-        elif name == "d4m":
-            d4m = MinibatchKmeansConfig(name="minibatch_kmeans", variant="d4m", num_shards=config.quantizer.num_shards)
-            methods.append(Method(name, (place,), place, d4m, "uniform"))
-        elif name == "random":
-            draws = tuple(f"{place}/draw-{k}" for k in range(config.num_seeds))
-            methods.append(Method(name, draws, place, None, "uniform"))
-        elif name in select.METHODS:
-            methods.append(Method(name, (place,), place, None, "uniform"))
-        else:
-            assert name == "full", name
-            methods.append(Method(name, (), place, None, "uniform"))
-    return methods
+def steps(config: RunConfig) -> list[Step]:
+    """Every step of a run, in order; which of them are wanted is for each to say (`Step.wanted`)."""
+    found: list[Step] = [prepare.Prepare(), encode.Encode()]
+    sets: dict[Place, synthesize.Synthesize | select.Select] = {}
+    for method in methods(config):
+        for draw, place in enumerate(method.sets):
+            if place not in sets and method.spec.images == "synthesize":
+                found.append(quantize.Quantize(method.spec, place))
+                sets[place] = synthesize.Synthesize(place)
+            elif place not in sets:
+                sets[place] = select.Select(method.spec, place, draw)
+    found += [step for step in sets.values() if isinstance(step, synthesize.Synthesize)]
+    found += [step for step in sets.values() if isinstance(step, select.Select)]
+    labels = {place: label.Label(source, place, label_key(config)) for place, source in sets.items()}
+    found += [*labels.values(), heldout.EncodeHeldout()]
+    by_place = {place.images: place for place in sets}
+    for cell in cells(config):
+        at = by_place.get(cell.images or "")
+        source, learnt = (sets[at], labels[at]) if at is not None else (None, None)
+        found.append(train.Train(cell, source, learnt if cell.labels is not None else None))
+    return [*found, evaluate.Evaluate(), report.Report()]
 
 
-def student_rows(config: RunConfig, methods: Sequence[Method]) -> list[StudentRow]:
-    """Every (method, seed), rows of one image set next to each other."""
-    rows = []
-    for m in methods:
-        for seed in range(config.num_seeds):
-            place = m.images[seed if len(m.images) > 1 else 0] if m.images else None
-            folder = posixpath.join(m.students, "students", f"{config.student.arch}-seed{seed}")
-            online = config.labels.mode == "online"
-            rows.append(
-                StudentRow(
-                    method=m.name,
-                    images="data" if place is None else posixpath.join(place, "images"),
-                    labels=None if place is None or online else posixpath.join(place, "labels"),
-                    folder=folder,
-                    scheme=m.scheme,
-                    seed=seed,
-                )
-            )
-    return rows
+def of_kind(kind: type[AStep], planned: Sequence[Step]) -> list[AStep]:
+    return [step for step in planned if isinstance(step, kind)]
 
 
 def run(config: RunConfig) -> str | None:
     """Run the configured stages; return the report's path when there is one.
 
     Raises:
-        ValueError: For anything that the person can mend: data, configuration, permissions, class mappings.
+        ValueError: For anything that users can mend: data, configuration, permissions, class mappings.
     """
     start = time.time()
     places.check_lasting(config.folder, "run_dir")
     places.check_apart(config)
-    folder = Folder(config.folder)
-    folder.check_writable()
-    check_run_folder(config, folder)
-    with lease.held(folder) as hold, doing("run"):
+    run_dir = Folder(config.folder)
+    run_dir.check_writable()
+    planned = steps(config)
+    check_run_dir(config, run_dir, planned)
+    with lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
         teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
-            demands.plan(config, _codebooks(config), [own_node(config.cluster)], may_grow=False)
+            demands.plan(config, planned, [own_node(config.cluster)], may_grow=False)
         known = networks.Inquiry(config, teacher=teacher).result() if config.prior.path is not None else None
         with ray_session(config.cluster, where):
-            fitted = _fit(config)
-            places.check_nodes(folder, places.named_paths(config))
-            events = Events(folder)
+            fitted = _fit(config, planned)
+            places.check_nodes(run_dir, places.named_paths(config))
+            events = Events(run_dir)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
-                path = _stages(config, fitted, folder, events, hold, known)
+                path = _steps(config, fitted, run_dir, events, known, hold.check)
             except BaseException as error:
                 with contextlib.suppress(Exception):
                     events.add("run stopped", reason=type(error).__name__)
                 raise
             events.add("run finished", seconds=round(time.time() - start, 1))
-    say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {folder.uri}")
+    say(f"finished   {', '.join(config.stages)} in {time.time() - start:.0f} s; everything is in {run_dir.uri}")
     return path
 
 
-def _codebooks(config: RunConfig) -> int:
-    return sum(m.quantizer is not None for m in plan_methods(config))
-
-
-def _fit(config: RunConfig) -> RunConfig:
+def _fit(config: RunConfig, planned: Sequence[Step]) -> RunConfig:
     """The configuration with pools that this Ray has room for; what depends on them is said, never a result.
 
     Raises:
         ValueError: When a wanted stage cannot fit, naming it and the key to change.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitted, words = demands.plan(config, _codebooks(config), nodes, may_grow=may_grow())
+    fitted, words = demands.plan(config, planned, nodes, may_grow=may_grow())
     for line in words:
         say(line)
     return fitted
 
 
-def check_run_folder(config: RunConfig, folder: Folder) -> None:
+def check_run_dir(config: RunConfig, run_dir: Folder, planned: Sequence[Step]) -> None:
     """Before Ray starts: refuse a run directory that another configuration made, naming both."""
-    if config.overwrite:
-        return
-    Artifact(folder / "data", "prepare").check(prepare.identity(config))
-    if "report" in config.stages and config.report.heldout_images:
-        Artifact(folder / "heldout", "heldout").check({"heldout_images": config.report.heldout_images})
-    for method in plan_methods(config):
-        for place in method.images:
-            if method.quantizer is not None:
-                made = quantize.identity(config, method.quantizer)
-                Artifact(folder / place / "codebook", "quantize").check(made)
-                Artifact(folder / place / "images", "synthesize").check(synthesize.identity(config))
-            Artifact(folder / place / "labels", "label").check(label.identity(config))
+    for step in planned if not config.overwrite else ():
+        if step.checked(config):
+            step.artifact(run_dir).check(step.settings(config), partial=True)
 
 
 def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
@@ -181,112 +133,105 @@ def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
     return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
 
 
-def _publish_config(asked: RunConfig, folder: Folder, environment: Mapping[str, object]) -> None:
+def _publish_config(asked: RunConfig, run_dir: Folder, environment: Mapping[str, object]) -> None:
     made_with = {"commit": commit(), "ddoq_ray": __version__, **environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
-    folder.publish("config.yaml", (header + to_yaml(asked)).encode())
+    run_dir.publish(layout.CONFIG, (header + to_yaml(asked)).encode())
 
 
-def _stages(
+def _steps(
     asked: RunConfig,
     config: RunConfig,
-    folder: Folder,
+    run_dir: Folder,
     events: Events,
-    hold: lease.Lease,
     known: networks.Networks | None,
+    still_ours: Callable[[], None],
 ) -> str | None:
-    """Run what is wanted.
+    """Prepare, then everything that is wanted.
 
     Args:
         asked: The configuration as given, which is recorded.
         config: The same, with pools that fit the cluster.
         known: Facts of the networks; None where data is prepared for a prior that is yet to be chosen.
+        still_ours: Raises when another run has taken the run directory over.
     """
     wanted = set(config.stages)
-    methods = plan_methods(config)
-    rows = student_rows(config, methods)
-    image_folders = list(dict.fromkeys(f for m in methods for f in m.images))
-    codebooks = {m.name: m.images[0] for m in methods if m.quantizer is not None}
-
-    # Every stage needs the index of the data; making it is cheap, and a finished one is reused.
     with doing("prepare"):
-        data = prepare.run(config, folder, events)
+        data = prepare.run(config, run_dir, events)
     if known is None:
         assert wanted == {"prepare"}, wanted
-        _publish_config(asked, folder, {})
+        _publish_config(asked, run_dir, {})
         return None
     if wanted & {"quantize", "synthesize"}:
         prepare.check_small_classes(config, data.counts, data.classes)
     data = mapping.resolve(data, known, required=wanted != {"prepare"})
+    run = Run(config, run_dir, data, known, events)
+    planned = steps(config)
+    labels, students = of_kind(label.Label, planned), of_kind(train.Train, planned)
+    # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
         networks.check_batches(_set_sizes(config, data.counts), config, known)
         check_full(config, data)
-    # Before anything is spent: a wrong class mapping, or validation images that cannot be read.
-    checked = None
-    if "label" in wanted:
-        checked = teacher_check.check_early(config, folder, image_folders, data, events, known)
-    _publish_config(asked, folder, known.environment)
+    checked = teacher_check.check_early(run, labels) if "label" in wanted else None
+    _publish_config(asked, run_dir, known.environment)
 
-    latents = Folder(config.latents.path) if config.latents.path else folder / "latents"
-    if wanted & {"encode", "quantize"}:
-        # Quantizers pull the latent log while encoders still write it.
-        quantizers = [
-            quantize.Quantizers(config, folder, m.images[0], m.quantizer, data, latents, known)
-            for m in methods
-            if m.quantizer is not None and "quantize" in wanted
-        ]
-        check_memory([need for q in quantizers for need in q.needs])
-
-        def on_shard(shard: int) -> None:
-            for q in quantizers:
-                q.shard_done(shard)
-
-        try:
-            for q in quantizers:
-                q.launch()
-            with doing("encode"):
-                if "encode" in wanted and not config.latents.path:
-                    encode.run(config, folder, data, events, networks=known, on_shard=on_shard)
-                else:
-                    encode.reuse(latents, data, known, on_shard)
-            with doing("quantize"):
-                for q in quantizers:
-                    q.finish(events)
-        finally:
-            for q in quantizers:
-                q.close()
-    hold.check()
-    if "synthesize" in wanted:
-        made = [m.images[0] for m in methods if m.quantizer is not None]
-        with doing("synthesize"):
-            synthesize.run(config, folder, made, data, events, known)
-        for m in methods:
-            if m.name in select.METHODS:
-                for k, place in enumerate(m.images):
-                    with doing(m.name):
-                        select.run(config, folder, place, data, latents, events, k, method=m.name)
-    hold.check()
+    _distil(run, planned)
+    still_ours()
     if "label" in wanted:
         with doing("label"):
-            label.run(config, folder, image_folders, data, events, known, teacher=checked)
+            label.run(run, labels, checked)
     # Started here, waited for by the report: it takes no time of its own while students train.
-    unseen = heldout.Heldout(config, folder, data, known, latents) if "report" in wanted else None
+    unseen = heldout.Heldout(run) if "report" in wanted else None
+    if unseen is not None:
+        unseen.start()
     if "train" in wanted:
         with signals.own_ctrl_c(), doing("train"):
-            train.run(config, folder, rows, data, events, known)
-    hold.check()
+            train.run(run, students)
+    still_ours()
     if "evaluate" in wanted:
         with doing("evaluate"):
-            evaluate.run(config, folder, rows, data, events)
-    path = None
-    if unseen is not None:
-        # ddoq-sqrt beside ddoq has the same images: the page shows them once.
-        shown = {m.name: m.images[0] for m in methods if m.images and (m.quantizer or m.name in select.METHODS)}
-        path = report.run(asked, folder, data, known, latents, unseen, codebooks, shown, image_folders, rows, events)
+            evaluate.run(run, students)
+    path = report.run(run, asked, unseen, planned) if unseen is not None else None
     if not config.latents.keep:
-        encode.discard(folder / "latents", events)
-        encode.discard(folder / "heldout", events)
+        encode.discard(run_dir / layout.LATENTS, events)
+        encode.discard(run_dir / layout.HELDOUT, events)
     return path
+
+
+def _distil(run: Run, planned: Sequence[Step]) -> None:
+    """Real images to image sets: encode and quantize at the same time, then synthesize and select."""
+    wanted = set(run.config.stages)
+    if wanted & {"encode", "quantize"}:
+        books = [quantize.Quantizers(run, step) for step in of_kind(quantize.Quantize, planned) if "quantize" in wanted]
+        # Quantizers pull the latent log while encoders still write it.
+        try:
+            for book in books:
+                book.plan()
+            check_memory([need for book in books for need in book.needs])
+            for book in books:
+                book.launch()
+
+            def on_shard(shard: int) -> None:
+                for book in books:
+                    book.shard_done(shard)
+
+            with doing("encode"):
+                if encode.Encode().wanted(run.config):
+                    encode.run(run, on_shard)
+                else:
+                    encode.reuse(run, on_shard)
+            with doing("quantize"):
+                for book in books:
+                    book.finish()
+        finally:
+            for book in books:
+                book.close()
+    if "synthesize" in wanted:
+        with doing("synthesize"):
+            synthesize.run(run, of_kind(synthesize.Synthesize, planned))
+        for step in of_kind(select.Select, planned):
+            with doing(step.method.name):
+                select.run(run, step)
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.tar_writing import write_tar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share this process's Ray run first, one after another: starting it costs seconds."""
+    """Tests that share this process's Ray run first, one after another: starting it costs seconds.
+
+    With several processes (`pytest -n`) a module is what one of them takes, for the fixtures that its tests share.
+    """
     items.sort(key=lambda item: "ray_here" not in getattr(item, "fixturenames", ()))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -22,10 +22,11 @@ import ddoq_ray
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.collections import digits
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.encode.step import quarantine_reasons
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 NAMES = ["zero", "one", "two"]
@@ -269,7 +270,7 @@ def test_another_configuration_is_refused_by_both_values(corpus: Path, run_dir: 
 def test_a_teacher_of_other_classes_labels_nothing(corpus: Path, run_dir: Path) -> None:
     with refused(run_dir, "3 of 3 classes by another name", "'zero' are called 'two' in 100 %", "teacher_index"):
         go(run_dir, corpus, "small_class=cap", "teacher.min_top1=90", "stages=[label]")
-    assert not list(run_dir.glob("labels/epoch-*"))
+    assert not list(run_dir.glob("labels/*/epoch-*"))
 
 
 def test_overwrite_makes_it_anew_from_the_other_data(corpus: Path, run_dir: Path) -> None:

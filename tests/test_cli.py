@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import getbase
 
 import ddoq_ray
 from ddoq_ray import cli
+from ddoq_ray.commands.help import command_help, keys_of
+from ddoq_ray.commands.sweep import configurations
+from ddoq_ray.commands.table import BY_NAME, COMMANDS, RUN
 from ddoq_ray.config import STAGES
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.run import run_config
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +27,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ddoq-ray {ddoq_ray.__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"], ["label", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
 def test_help_goes_to_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
@@ -86,3 +95,83 @@ def test_an_argument_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["stages=[prepare]", "dataset.path=/caf\udce9"]) == 2
     err = capsys.readouterr().err
     assert "dataset.path=/caf\\udce9 is no UTF-8" in err and "LC_ALL=C.UTF-8" in err
+
+
+def test_a_commands_help_names_each_of_its_keys_with_words() -> None:
+    every = set()
+    for command in COMMANDS:
+        text = command_help(command)
+        keys = keys_of(command.keys)
+        read = [k for k, _, _ in keys if not command.reads or any(
+            k == r or (r.endswith(".") and k.startswith(r)) for r in command.reads)]  # fmt: skip
+        assert all(words for _, words, _ in keys)
+        for key in read:
+            assert any(line.startswith(f"  {key} ") and line[len(key) + 2 :].strip() for line in text.splitlines()), key
+        if command.means:
+            every |= set(read)
+            for r in command.reads:
+                assert any(k == r or (r.endswith(".") and k.startswith(r)) for k, _, _ in keys), (command.name, r)
+    # Every key of a run is read by a stage, but for those that choose stages or only name something.
+    assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages"}
+    assert "soft labels" in command_help(BY_NAME["label"]) and "synthesizer" not in command_help(BY_NAME["label"])
+
+
+def test_cfg_job_prints_the_composed_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--cfg", "job", "ipc=3"]) == 0
+    assert run_config(yaml.safe_load(capsys.readouterr().out)) == load_config(["ipc=3"])
+    assert cli.main(["train-prior", "out=x", "--cfg=job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["training"]["denoiser_steps"] == 3500
+    assert cli.main(["--cfg", "hydra"]) == 2
+    assert "expected --cfg job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "folders"),
+    [
+        (["ipc=1,5,10"], ["runs/digits-ipc1", "runs/digits-ipc5", "runs/digits-ipc10"]),
+        (["ipc=1,5", "run_dir=x/"], ["x-ipc-1", "x-ipc-5"]),
+        (["quantizer=gram,kmeans"], ["runs/digits-ipc10-quantizer-gram", "runs/digits-ipc10-quantizer-kmeans"]),
+        (["baselines=[d4m],[random]", "run_dir=a,b", "ipc=2"], None),
+        (["baselines=d4m,random"], ["runs/digits-ipc10"]),
+    ],
+)
+def test_a_sweep_gives_each_run_a_folder(words: list[str], folders: list[str] | None) -> None:
+    found = [config.folder for _, config in configurations(RUN, words)]
+    assert found == folders if folders else len(set(found)) == 4
+
+
+def test_a_sweep_is_checked_whole_before_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-m", "ipc=1,0"]) == 2
+    assert "ipc=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--shell-completion", f"install={shell}"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("train-prior", "quantizer=gram", "training.ema=", "complete "))
+    if shell == "bash":
+        asked = 'COMP_LINE="ddoq-ray quantizer=gr"; COMP_POINT=${#COMP_LINE}; _ddoq_ray; echo "${COMPREPLY[@]}"'
+        out = subprocess.run(["bash", "-c", text + asked], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "gram", out.stderr
+    assert cli.main(["-sc", "install=tcsh"]) == 2
+
+
+def test_help_loads_neither_torch_nor_ray_nor_hydra() -> None:
+    code = (
+        "import sys; from ddoq_ray import cli; cli.main(['--help']); cli.main(['train-prior', '--help']); "
+        "print(sorted({'ray', 'torch', 'hydra', 'diffusers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_callers_own_hydra_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("x: 3\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        load_config(["quantizer=gram"])
+        with pytest.raises(ValueError):
+            load_config(["run_dir=${nope}"])
+        assert compose("mine").x == 3 and str(getbase()) == "1.2"
+    load_config()
+    assert not GlobalHydra.instance().is_initialized()

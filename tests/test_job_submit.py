@@ -79,7 +79,14 @@ def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-def test_a_good_job_exits_0_and_leaves_its_codebook(head, tmp_path):
+def test_a_good_job_exits_0_and_leaves_its_results(head, tmp_path):
+    done = submit(head, f"run_dir={tmp_path}/run", "ipc=1", "stages=[prepare]", "baselines=[]")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "run/data/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_good_job_leaves_its_codebook(head, tmp_path):
     done = submit(head, f"run_dir={tmp_path}/run", "ipc=1", "stages=[prepare,encode,quantize]", "baselines=[]")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "run/codebook/manifest.json").is_file()

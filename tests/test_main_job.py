@@ -21,8 +21,10 @@ from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.stages.label.step import read_labels, view_spec
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
+LABELS = "labels/digits-teacher-digits-16px"  # teacher, protocol, what a student sees
+STUDENT = "students/convnet3-w32-digits-teacher-digits-16px"
 SMALL = [
     "ipc=2",
     "num_seeds=2",
@@ -116,7 +118,7 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
     images = torch.from_numpy(arrays.images)
     teacher = load_classifier("shipped:digits-teacher")
     for epoch in (0, 11):
-        stored = LogitsCodec(10).decode(read_labels(Folder(str(run / "labels")), epoch))
+        stored = LogitsCodec(10).decode(read_labels(Folder(str(run / LABELS)), epoch))
         order = np.random.default_rng(epoch).permutation(20)
         pixels, _, _ = batch_views(images, order, view_spec(config.protocol, 16), config.seed, epoch)
         with torch.inference_mode():
@@ -124,7 +126,7 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
 
 
 def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
-    epochs = sorted((run / "labels").glob("epoch-*"))
+    epochs = sorted((run / LABELS).glob("epoch-*"))
     assert [p.name for p in epochs] == [f"epoch-{e:04d}" for e in range(12)]
     table = pq.read_table(io.BytesIO((epochs[5] / "images-000001.parquet").read_bytes()))
     assert table["image_id"].to_pylist() == list(range(8, 16)) and set(table["epoch"].to_pylist()) == {5}
@@ -132,7 +134,7 @@ def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
 
 @pytest.mark.slow
 def test_one_student_trained_again_is_the_same_and_leaves_the_others(run: Path) -> None:
-    lost, kept = run / "students/convnet3-w32-seed1", run / "students/convnet3-w32-seed0"
+    lost, kept = run / f"{STUDENT}-seed1", run / f"{STUDENT}-seed0"
     before, other = (lost / "model.safetensors").read_bytes(), (kept / "model.safetensors").stat().st_mtime_ns
     for name in ("manifest.json", "model.safetensors"):
         (lost / name).unlink()
@@ -155,8 +157,8 @@ def test_two_workers_train_on_the_labels_of_features(run: Path) -> None:
     """The other codec, and DDP: two ranks see each image once an epoch between them."""
     own = [*SMALL, f"run_dir={run}-2", f"latents.path={run}/latents", "baselines=[]", "num_seeds=1"]
     pipeline.run(load_config([*own, "labels.mode=features", "cluster.trainer.workers=2"]))
-    labels = json.loads(Path(f"{run}-2/labels/manifest.json").read_text())
-    assert labels["codec"] == "features" and (Path(f"{run}-2") / "labels/head.safetensors").is_file()
+    labels = json.loads(Path(f"{run}-2/{LABELS}/manifest.json").read_text())
+    assert labels["codec"] == "features" and (Path(f"{run}-2") / LABELS / "head.safetensors").is_file()
     rows = json.loads(Path(f"{run}-2/report/results.json").read_text())["rows"]
     assert [(r["method"], r["train_images"]) for r in rows] == [("ddoq", 20)]
     assert [p.read_bytes() for p in sorted(Path(f"{run}-2/images").glob("*.tar"))] == [
@@ -176,5 +178,5 @@ def test_online_labels_store_nothing_and_latents_need_not_be_kept(run: Path) -> 
     online = [*SMALL, f"run_dir={run}-2", "labels.mode=online", "overwrite=true", "baselines=[]", "num_seeds=1"]
     online = [o for o in online if "epochs_per_unit" not in o]
     pipeline.run(load_config([*online, "stages=[label,train,evaluate]"]))
-    assert not list(Path(f"{run}-2/labels").glob("epoch-*"))
-    assert json.loads(Path(f"{run}-2/students/convnet3-w32-seed0/manifest.json").read_text())["train_images"] == 20
+    assert not list(Path(f"{run}-2/labels").glob("*/epoch-*"))
+    assert json.loads(Path(f"{run}-2/{STUDENT}-seed0/manifest.json").read_text())["train_images"] == 20

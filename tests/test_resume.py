@@ -1,8 +1,8 @@
 """The fault promise, through the real command: killed anywhere, the same command goes on and ends in the same bytes.
 
-One run is killed three times with SIGKILL, in encode, in quantize and in synthesize, each time when some of the
-stage's units are published and some are not; a second run is left alone. The driver owns its Ray, so its death takes
-the whole local cluster along.
+A run is killed with SIGKILL in encode and ended in this process. In `make test-all` one is killed three times, in
+encode, in quantize and in synthesize, each time when some of the stage's units are published and some are not; a second
+run is left alone. The driver owns its Ray, so its death takes the whole local cluster along.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ TIMEOUT = 180
 Stamp = dict[str, tuple[int, int]]  # name -> inode and time of change
 
 
-def command(corpus: Path, run: Path) -> list[str]:
+def overrides(corpus: Path, run: Path) -> list[str]:
     return [
-        sys.executable, "-m", "ddoq_ray", f"run_dir={run}", "experiment=digits",
+        f"run_dir={run}", "experiment=digits",
         "dataset=webdataset", f"dataset.path={corpus}",
         f"ipc={IPC}", "stages=[prepare,encode,quantize,synthesize]", "baselines=[]",
         "encoder.chunk_samples=1", "encoder.batch=1", "quantizer.snapshot_every=1",
         f"synthesizer.shard_images={10 * IPC // TARS}", "synthesizer.max_workers=1",
     ]  # fmt: skip
+
+
+def command(corpus: Path, run: Path) -> list[str]:
+    return [sys.executable, "-m", "ddoq_ray", *overrides(corpus, run)]
 
 
 def start(corpus: Path, run: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -169,6 +173,22 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     yield history
 
 
+@pytest.mark.usefixtures("ray_here")
+def test_killed_in_encode_it_ends_in_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    from ddoq_ray import pipeline
+    from ddoq_ray.config.compose import load_config
+
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    kill_when(lambda: any(run.glob("latents/shard-*/done.json")), corpus, run, tmp_path / "log")
+    kept = stamps(run, "latents/shard-*/done.json")
+    assert 1 <= len(kept) < SHARDS
+    for place in (run, alone):
+        pipeline.run(load_config(overrides(corpus, place)))
+    assert {n: s for n, s in stamps(run, "latents/shard-*/done.json").items() if n in kept} == kept
+    assert len(list(run.glob("images/*.tar"))) == TARS and content(run) == content(alone)
+
+
+@pytest.mark.slow
 def test_the_kills_were_in_the_middle(killed: History) -> None:
     shards = [n for n in killed.kept["encode"] if n.endswith("done.json")]
     assert 1 <= len(shards) < SHARDS
@@ -178,17 +198,20 @@ def test_the_kills_were_in_the_middle(killed: History) -> None:
     assert killed.events["encode"] == ["run started ", "stage finished prepare"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["encode", "quantize", "synthesize"])
 def test_what_was_finished_is_not_made_again(killed: History, stage: str) -> None:
     assert killed.kept[stage] and killed.after[stage] == killed.kept[stage]
 
 
+@pytest.mark.slow
 def test_each_stage_finished_once(killed: History) -> None:
     finished = [e.removeprefix("stage finished ") for e in killed.events["end"] if e.startswith("stage finished")]
     assert finished == ["prepare", "encode", "quantize", "synthesize"]
     assert killed.events["end"].count("run started ") == 4 and killed.events["end"][-1] == "run finished "
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(killed: History, reference: Path) -> None:
     expected, made = content(reference), content(killed.run)
     assert len([n for n in expected if n.endswith(".tar")]) == TARS
@@ -196,6 +219,7 @@ def test_a_killed_run_ends_in_the_same_bytes(killed: History, reference: Path) -
     assert [n for n in expected if made[n] != expected[n]] == []
 
 
+@pytest.mark.slow
 def test_nothing_temporary_is_left(killed: History) -> None:
     assert not (killed.run / "codebook" / "snapshots").exists()
     for manifest in ("latents", "codebook", "images"):
@@ -216,12 +240,11 @@ def test_the_same_command_on_a_finished_run_reuses_everything(corpus: Path, refe
 def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) -> None:
     import dataclasses
 
+    from support.latent_logs import planned
+
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
-    from ddoq_ray.execution.workers import Events
-    from ddoq_ray.stages.prepare.step import Data
-    from ddoq_ray.stages.quantize.step import Quantizers
-    from ddoq_ray.storage.artifact import Folder
+    from ddoq_ray.storage.folder import Folder
 
     run = Folder(str(reference))
     encoded = run.read_json("latents/manifest.json")
@@ -230,14 +253,14 @@ def test_the_number_of_quantizers_does_not_change_the_codebook(reference: Path) 
     config = load_config([f"ipc={IPC}", "baselines=[]"])
     expected = {p.name: p.read_bytes() for p in reference.glob("codebook/part-*.parquet")}
     for number in (1, 3):
-        algorithm = dataclasses.replace(config.quantizer, num_shards=number)
         place = f"with-{number}"
-        quantizers = Quantizers(config, run, place, algorithm, Data.load(run), run / "latents", facts)
+        fewer = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, num_shards=number))
+        quantizers = planned(fewer, run, place, facts)
         try:
             quantizers.launch()
             for shard in range(SHARDS):
                 quantizers.shard_done(shard)
-            quantizers.finish(Events(run))
+            quantizers.finish()
         finally:
             quantizers.close()
         assert {p.name: p.read_bytes() for p in reference.glob(f"{place}/codebook/part-*.parquet")} == expected

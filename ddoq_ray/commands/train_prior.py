@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ddoq_ray.commands.training import DIGITS_SIDE, TrainingCommand, train
-from ddoq_ray.config.compose import load_command, load_config
+from ddoq_ray.commands.training import train
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.network_training import DIGITS_SIDE, TrainPriorConfig
 from ddoq_ray.config.presets import BROUGHT
-from ddoq_ray.config.schema import option
 from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
-from ddoq_ray.models.training.prior import PriorTraining, train_prior
+from ddoq_ray.models.training.prior import train_prior
 
 
-@dataclass(frozen=True)
-class TrainPriorConfig(TrainingCommand):
-    training: PriorTraining = option(PriorTraining, "networks, steps, rates")
-
-
-def main(overrides: Sequence[str]) -> None:
+def main(command: TrainPriorConfig) -> None:
     """Train and save a prior.
 
     Raises:
-        ValueError: For bad data, a folder in the way, or an invalid key.
+        ValueError: For bad data, or a folder in the way.
     """
-    command = load_command(TrainPriorConfig, overrides)
     train(command, train_prior, "train-prior", config=command.training, run_by=run_by(command))
 
 

@@ -1,50 +1,28 @@
-"""What the training commands share: their keys, the images they read (whole, in one process), their progress."""
+"""What the training commands share: the images they read (whole, in one process), their progress."""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ddoq_ray.config.dataset import PACKED, DatasetConfig
-from ddoq_ray.config.schema import option, require
+from ddoq_ray.config.dataset import PACKED
+from ddoq_ray.config.network_training import TrainingCommand
+from ddoq_ray.config.schema import require
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
-from ddoq_ray.data.pictures import Resize
-from ddoq_ray.data.samples import BadSample, list_shards, load_arrays, read_classes, to_square
+from ddoq_ray.data.samples import list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.storage.quarantine import Refusal
 
 Split = tuple[np.ndarray, np.ndarray]
-DIGITS_SIDE = 16
 PREPARE_FIRST = (
     "write them by `ddoq-ray prepare dataset=... run_dir=RUN`, then give dataset.path=RUN/data/train (and "
     "dataset.val_path=RUN/data/val)"
 )
-
-
-@dataclass(frozen=True)
-class TrainingCommand:
-    """The keys of both commands; each adds `training`, how its network is trained."""
-
-    dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
-    out: str = option("model", "folder to write")
-    image_size: int | None = option(None, "side of the images, in pixels: 16 for the digits, asked for with other data")
-    resize: Resize = option("squash", "how a picture becomes a square: squash, center-crop or pad, as encoder.resize")
-    device: str = option("cpu", "cpu or cuda")
-    threads: int = option(1, "torch threads; the weights' bytes depend on it")
-    overwrite: bool = option(False, "replace the folder when it exists")
-
-    def __post_init__(self) -> None:
-        require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
-        require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
-
-    @property
-    def side(self) -> int:
-        return DIGITS_SIDE if self.image_size is None else self.image_size
 
 
 def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], name: str, **options: Any) -> None:
@@ -106,13 +84,13 @@ def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Split:
 
 
 def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: str) -> Split:
-    bad: list[BadSample] = []
+    bad: list[Refusal] = []
     images, class_ids, _ = load_arrays(shards, command.side, num_classes, bad.append, command.resize)
     if not len(images):
-        why = f"the first refused one is {bad[0].key}: {bad[0].reason}" if bad else "they hold no members"
+        why = f"the first refused one is {bad[0].name}: {bad[0].reason}" if bad else "they hold no members"
         raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
     if bad:
-        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].key}: {bad[0].reason}")
+        say(f"{key}: {len(bad)} samples refused, the first one {bad[0].name}: {bad[0].reason}")
     return images, class_ids
 
 

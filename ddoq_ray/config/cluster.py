@@ -15,7 +15,7 @@ class WorkerResources:
 
 @dataclass(frozen=True)
 class TrainerResources:
-    workers: int = option(1, "Ray Train workers (DDP ranks)")
+    workers: int = option(1, "DDP ranks")
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")
@@ -27,6 +27,8 @@ class TrainerResources:
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """What runs on this machine has small shares, so that the stages overlap on two cores."""
+
     address: str | None = option(
         None,
         "local: a Ray of this run's own; auto: the running cluster; HOST:PORT: that one; by default RAY_ADDRESS if it "
@@ -34,12 +36,13 @@ class ClusterConfig:
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
-    reader: WorkerResources = option(WorkerResources, "tasks that read and decode shards")
-    encoder: WorkerResources = option(WorkerResources, "encoder actors")
-    quantizer: WorkerResources = option(WorkerResources, "quantizer actors")
+    reader: WorkerResources = option(WorkerResources(0.5), "tasks that read and decode shards")
+    encoder: WorkerResources = option(WorkerResources(0.2), "encoder actors")
+    quantizer: WorkerResources = option(WorkerResources(0.0), "quantizer actors")
     decoder: WorkerResources = option(WorkerResources, "decoder actors")
     teacher: WorkerResources = option(WorkerResources, "teacher actors")
     trainer: TrainerResources = option(TrainerResources, "Ray Train workers")
+    evaluator: WorkerResources = option(WorkerResources, "tasks that score trained students")
 
     def __post_init__(self) -> None:
         require(
@@ -48,7 +51,7 @@ class ClusterConfig:
         )
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
         require(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus={self.num_cpus}: expected 1 or more")
-        for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer"):
+        for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer", "evaluator"):
             for key in ("num_cpus", "num_gpus"):
                 value = getattr(getattr(self, worker), key)
                 require(value >= 0, f"cluster.{worker}.{key}={value}: expected 0 or more")

@@ -7,17 +7,13 @@ from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
+Resize = Literal["squash", "center-crop", "pad"]  # `data.pictures.to_square` says what each does
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
     path: str | None = option(None, "the latents/ folder of another run to quantize instead of encoding again")
     keep: bool = option(True, "keep the latents after the run, so that another IPC or quantizer need not encode")
-
-    def __post_init__(self) -> None:
-        require(
-            self.path is None or self.keep,
-            "latents.keep=false has no effect with latents.path: a run never removes another run's latents",
-        )
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class EncoderConfig:
     path: str | None = option(
         None, "another autoencoder of the prior's latent space, a folder or hub id; by default the prior's own"
     )
-    resize: Literal["squash", "center-crop", "pad"] = option(
+    resize: Resize = option(
         "squash",
         "how a picture becomes the prior's square; squash: both edges (as D4M); center-crop: the shorter edge, then "
         "the middle (as DiT); pad: the longer edge, on black",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ddoq_ray.config.schema import option, require
@@ -36,6 +37,11 @@ class TeacherConfig:
             f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100",
         )
         require(self.batch >= 1, f"teacher.batch={self.batch}: expected 1 or more")
+
+    @property
+    def title(self) -> str:
+        """A word for it in tables and in folders' names: the last part of its path."""
+        return re.split(r"[/:]", (self.path or "none").rstrip("/"))[-1]
 
     def threshold(self, num_classes: int) -> float:
         """The least top-1 in % that is accepted; without a figure, what no wrong class mapping reaches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,9 @@ from typing import Any
 import yaml
 
 from ddoq_ray.config.latents import EncoderConfig
+from ddoq_ray.config.models import PriorConfig
 from ddoq_ray.config.paths import plain_path
+from ddoq_ray.config.run import RunConfig
 from ddoq_ray.config.schema import from_mapping
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 
@@ -32,9 +35,10 @@ def config_dir() -> Path:
 
 
 @cache
-def groups() -> tuple[str, ...]:
-    """The keys whose value is a choice's name."""
-    return tuple(sorted(p.name for p in config_dir().iterdir() if p.is_dir()))
+def groups_of(cls: type) -> tuple[str, ...]:
+    """The keys of a configuration whose value is a choice's name; an experiment chooses for a whole run."""
+    fields = {f.name for f in dataclasses.fields(cls)} | ({"experiment"} if cls is RunConfig else set())
+    return tuple(sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name in fields))
 
 
 @cache
@@ -47,7 +51,8 @@ def prior_paths() -> dict[str, str]:
     """path -> name of each prior's preset."""
     found = {}
     for name in choices("prior"):
-        path = yaml.safe_load((config_dir() / "prior" / f"{name}.yaml").read_text())["prior"]["path"]
+        chosen = yaml.safe_load((config_dir() / "prior" / f"{name}.yaml").read_text()) or {}
+        path = chosen.get("prior", {}).get("path", PriorConfig.path)
         if path is not None:
             found[path] = name
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ddoq_ray.config.schema import option, require
+from ddoq_ray.config.schema import option, plain, require
+
+_NAME = "the algorithm; set by the choice of the group (quantizer=gram)"
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class QuantizerConfig:
     """What every quantizer has. `streaming`: centroids move while latents arrive; else when a class is complete."""
 
     streaming: ClassVar[bool] = False
-    name: str = option("", "the algorithm; set by the choice of the group (quantizer=gram)")
+    name: str = option("", _NAME)
     num_shards: int = option(2, "quantizer actors; the codebook's bytes do not depend on it")
     noise_level: float = option(
         0.0, "quantize latents noised to this level, as the paper does; 0 = clean, else equal to synthesizer.strength"
@@ -27,14 +29,13 @@ class QuantizerConfig:
 
     def identity(self) -> dict[str, Any]:
         """The keys that change centroids; how many actors hold them does not."""
-        from ddoq_ray.config.schema import plain
-
         return {k: v for k, v in plain(self).items() if k not in ("num_shards", "snapshot_every")}
 
 
 @dataclass(frozen=True)
 class ClvqConfig(QuantizerConfig):
     streaming: ClassVar[bool] = True
+    name: str = option("clvq", _NAME)
     winner: Literal["corrected", "paper"] = option(
         "corrected", "corrected: argmin v/(v+1)||x-c||^2; paper: Algorithm 3's nearest centroid"
     )
@@ -49,6 +50,7 @@ class ClvqConfig(QuantizerConfig):
 
 @dataclass(frozen=True)
 class GramConfig(QuantizerConfig):
+    name: str = option("gram", _NAME)
     hartigan: bool = option(True, "finish Lloyd's optimum with Hartigan exchanges")
     restarts: int = option(1, "independent runs on a class's one Gram matrix; the lowest distortion is kept")
     product: Literal["float32", "bfloat16"] = option(
@@ -66,6 +68,7 @@ class GramConfig(QuantizerConfig):
 
 @dataclass(frozen=True)
 class MinibatchKmeansConfig(QuantizerConfig):
+    name: str = option("minibatch_kmeans", _NAME)
     variant: Literal["d4m", "sklearn"] = option(
         "d4m", "d4m: partial_fit on batches of K, leftovers dropped, as D4M ran it; sklearn: MiniBatchKMeans.fit"
     )
@@ -75,16 +78,17 @@ class MinibatchKmeansConfig(QuantizerConfig):
 class KmeansConfig(QuantizerConfig):
     """scikit-learn's Lloyd with k-means++; no keys of its own."""
 
+    name: str = option("kmeans", _NAME)
+
 
 @dataclass(frozen=True)
 class FaissConfig(QuantizerConfig):
     """faiss.Kmeans; no keys of its own."""
 
+    name: str = option("faiss", _NAME)
 
-QUANTIZERS: dict[str, type[QuantizerConfig]] = {
-    "clvq": ClvqConfig,
-    "gram": GramConfig,
-    "minibatch_kmeans": MinibatchKmeansConfig,
-    "kmeans": KmeansConfig,
-    "faiss": FaissConfig,
-}
+
+_ALGORITHMS: tuple[type[QuantizerConfig], ...] = (
+    ClvqConfig, GramConfig, MinibatchKmeansConfig, KmeansConfig, FaissConfig,
+)  # fmt: skip
+QUANTIZERS: dict[str, type[QuantizerConfig]] = {algorithm.name: algorithm for algorithm in _ALGORITHMS}

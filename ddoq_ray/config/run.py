@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
+from ddoq_ray.config.methods import METHODS, own_method
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
@@ -18,7 +19,6 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
-METHODS = ("ddoq", "ddoq-sqrt", "ddoq-uniform", "d4m", "random", "herding", "medoids", "full")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class RunConfig:
     num_seeds: int = option(3, "students of each method, with seeds 0 to num_seeds - 1")
     max_bad_fraction: float = option(0.01, "stop when more than this part of the samples is refused")
     overwrite: bool = option(False, "make anew a stage that another configuration made in the same run_dir")
-    dataset: DatasetConfig = dataclasses.field(
-        default_factory=lambda: DatasetConfig(source="digits"), metadata={"help": "what is distilled"}
-    )
+    dataset: DatasetConfig = option(DatasetConfig, "what is distilled")
     latents: LatentsConfig = option(LatentsConfig, "the latent store")
     prior: PriorConfig = option(PriorConfig, "encoder, latent diffusion and decoder")
     encoder: EncoderConfig = option(EncoderConfig, "images to latents")
@@ -75,10 +73,6 @@ class RunConfig:
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
             "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",
         )
-        require(
-            self.latents.path is None or "encode" not in self.stages or len(self.stages) > 1,
-            "latents.path has no effect on the encode stage alone; leave it out, or run the stages after it",
-        )
         level, start, strength = self.quantizer.noise_level, self.synthesizer.start, self.synthesizer.strength
         require(
             level == 0 or (start == "noised" and strength == level),
@@ -94,7 +88,7 @@ class RunConfig:
     @property
     def own_method(self) -> str:
         """The word of this run's own rows: Algorithm 4 is `ddoq`; other weights add their scheme."""
-        return "ddoq" if self.weights.scheme == "counts" else f"ddoq-{self.weights.scheme}"
+        return own_method(self.weights.scheme)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -108,8 +102,8 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         ValueError: Naming the key, what was expected and what came.
     """
     values = plain_paths(values)
-    quantizer = values.pop("quantizer", {"name": "clvq"})
-    name = quantizer.get("name")
+    quantizer = values.pop("quantizer", {})
+    name = quantizer.get("name", ClvqConfig.name)
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer.name={name}: expected one of {', '.join(QUANTIZERS)}")
     config = from_mapping(RunConfig, values)

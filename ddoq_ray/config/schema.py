@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+SWEEP = "for a run of each, one after the other, add --multirun"
 
 
 def option(default: Any, text: str) -> Any:
@@ -18,8 +19,8 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Build the dataclass `cls` from `values`.
+def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "", over: T | None = None) -> T:
+    """Build the dataclass `cls` from `values`; what they lack is as in `over`, or the default.
 
     Raises:
         ValueError: For an unknown key (with the nearest known one) or a value of the wrong type, naming the key.
@@ -29,8 +30,18 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T
         if key not in fields:
             raise ValueError(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in fields]))
     hints = get_type_hints(cls)
-    built = {name: _convert(hints[name], values[name], f"{prefix}{name}") for name in fields if name in values}
-    return cls(**built)
+    built = {
+        name: _convert(hints[name], values[name], f"{prefix}{name}", _default(field))
+        for name, field in fields.items()
+        if name in values
+    }
+    return cls(**built) if over is None else dataclasses.replace(over, **built)  # type: ignore[type-var]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -40,7 +51,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown configuration key {key}{hint} (known here: {', '.join(sorted(known))})"
 
 
-def _convert(kind: Any, value: Any, key: str) -> Any:
+def _convert(kind: Any, value: Any, key: str, default: Any = None) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if value is None and origin not in (Union, types.UnionType):
         raise ValueError(f"{key}=null: this key needs a value; leave it out to keep its default")
@@ -60,7 +71,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         raise ValueError(f"{key}={value!r}: expected {_words(kind)}")
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{key}={value}: expected one of {', '.join(map(str, args))}")
+            raise ValueError(f"{key}={value}: expected one of {', '.join(map(str, args))}{_several(value)}")
         return value
     if origin is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -68,25 +79,30 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{key}={value!r}: expected a group of keys")
-        return from_mapping(kind, value, f"{key}.")  # type: ignore[arg-type]
+            known = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(kind))
+            raise ValueError(f"{key}={value!r}: expected a group of keys; give one by itself: {known}")
+        return from_mapping(kind, value, f"{key}.", default)  # type: ignore[arg-type]
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}: expected true or false")
         return value
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key}={value!r}: expected a whole number")
+            raise ValueError(f"{key}={value!r}: expected a whole number{_several(value)}")
         return value
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key}={value!r}: expected a number")
+            raise ValueError(f"{key}={value!r}: expected a number{_several(value)}")
         return float(value)
     if kind is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise ValueError(f"{key}={value!r}: expected text")
         return str(value)
     raise AssertionError(f"no conversion for {kind} at {key}")
+
+
+def _several(value: Any) -> str:
+    return f"; {SWEEP}" if isinstance(value, str) and "," in value else ""
 
 
 def _words(kind: Any) -> str:

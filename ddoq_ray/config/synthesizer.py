@@ -10,6 +10,12 @@ from ddoq_ray.config.schema import option, require
 
 @dataclass(frozen=True)
 class SynthesizerConfig:
+    """The defaults of `start` to `guidance` are for the digits' prior, as every prior brings its own (configs/prior).
+
+    Its strength was chosen on the digits' selection split: the best mean over IPC 1, 5 and 10
+    (benchmarks/results/strength.json).
+    """
+
     start: Literal["noised", "inversion", "noise"] = option(
         "noised", "noised: centroid noised to the strength, then denoised; inversion: DDIM inversion; noise: baseline"
     )

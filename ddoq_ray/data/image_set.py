@@ -1,4 +1,4 @@
-"""A distilled dataset on disk, read back: images, labels and weights.
+"""A distilled dataset on disk, written and read back: images, labels and weights.
 
 The folder is a plain WebDataset (``<class_id>-<centroid_id>.{png,cls,json}``), so that the webdataset library and
 Hugging Face datasets read it too; this module is the short way.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture
 from ddoq_ray.data.samples import decode_rgb, list_shards, to_square
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.data.tar_writing import write_tar
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.transport import open_shard
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,47 @@ class DistilledImage:
             ) from None
 
 
+@dataclass(frozen=True)
+class NewImage:
+    """An image to write; `seed` is what its noise, or the draw of real images, came from."""
+
+    class_id: int
+    centroid_id: int
+    weight: float
+    prompt: str
+    seed: int
+    png: bytes
+
+    @property
+    def key(self) -> str:
+        return f"{self.class_id:05d}-{self.centroid_id:04d}"
+
+
+def write_images(images: Folder, name: str, made: Iterable[NewImage]) -> dict[str, Any]:
+    """Publish an image shard, and give its record. The same images are the same bytes, whoever writes them."""
+    members = []
+    for image in made:
+        facts = {
+            "centroid_id": image.centroid_id,
+            "weight": image.weight,
+            "prompt": image.prompt,
+            "seed": image.seed,
+        }
+        members += [
+            (f"{image.key}.png", image.png),
+            (f"{image.key}.cls", str(image.class_id).encode()),
+            (f"{image.key}.json", json.dumps(facts).encode()),
+        ]
+    tar = write_tar(members)
+    images.publish(f"{name}.tar", tar)
+    return shard_record(name, len(members) // 3, tar)
+
+
+def shard_record(name: str, images: int, tar: bytes) -> dict[str, Any]:
+    """What a manifest says of an image shard."""
+    return {"name": name, "images": images, "bytes": len(tar), "sha256": digest_of(tar)}
+
+
 def read_images(shards: list[str]) -> Iterator[DistilledImage]:
     """The images of image shards, in order.
 
@@ -63,7 +106,7 @@ def read_images(shards: list[str]) -> Iterator[DistilledImage]:
 
 
 def _read_shard(shard: str) -> Iterator[DistilledImage]:
-    with fsspec.open(shard, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
+    with open_shard(shard) as f, tarfile.open(fileobj=f, mode="r:") as tar:
         members: dict[str, bytes] = {}
         key = ""
         for info in tar:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from ddoq_ray.config.latents import Resize as Resize
 from ddoq_ray.data.picture_kinds import signature, unread
 
 # As shards usually have them; then the others of the same formats.
@@ -19,7 +20,6 @@ IMAGE_EXTENSIONS = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content: a name may be wrong
 MAX_MEGAPIXELS = 80  # 240 MB decoded; PIL itself warns from 89 on and refuses from 179 on
 
-Resize = Literal["squash", "center-crop", "pad"]
 RESIZE_MODES: tuple[Resize, ...] = get_args(Resize)
 
 # Tags of a TIFF.

@@ -1,4 +1,4 @@
-"""Labelled samples in WebDataset shards: decoded one by one, written.
+"""Labelled samples in WebDataset shards, decoded one by one.
 
 No Ray here: the encode stage, the training commands and the evaluation all read through this file.
 A sample that cannot be used is never dropped silently: it is handed to `on_bad` with its key, its byte
@@ -7,25 +7,22 @@ offset and the reason. What a sample is: `tar_samples`.
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture, Resize, decode_rgb, encode_png, to_square
-from ddoq_ray.data.tar_samples import BadSample, OnBad, labelled, open_samples
+from ddoq_ray.data.tar_samples import OnBad, labelled, open_samples
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
-from ddoq_ray.storage.transport import list_shards, open_shard, retried
+from ddoq_ray.storage.transport import list_shards, open_shard, read_file
 
 __all__ = [
-    "BadSample", "Sample", "decode_rgb", "encode_png", "list_shards", "load_arrays", "read_classes",
-    "read_samples", "to_square", "write_tar",
+    "Sample", "decode_rgb", "encode_png", "list_shards", "load_arrays", "read_classes", "read_samples", "to_square",
 ]  # fmt: skip
 
 
@@ -46,8 +43,7 @@ def read_classes(path: str) -> list[ClassInfo]:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
     """
     try:
-        fs, root = fsspec.core.url_to_fs(path)
-        rows = json.loads(retried(path, lambda: fs.cat_file(root)))
+        rows = json.loads(read_file(path))
     except FileNotFoundError:
         raise ValueError(
             f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
@@ -118,14 +114,14 @@ def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample
         for group, class_id in labelled(tar, on_bad) if tar is not None else ():
             if not 0 <= class_id < num_classes:
                 reason = f"label is outside the class list (0 to {num_classes - 1}): {class_id}"
-                on_bad(BadSample(group.key, group.offset, reason))
+                on_bad(Refusal(group.key, reason, offset=group.offset))
                 continue
             data = group.members[group.images[0]]
             assert data is not None
             try:
                 image = decode_rgb(data)
             except RefusedPicture as error:
-                on_bad(BadSample(group.key, group.offset, str(error)))
+                on_bad(Refusal(group.key, str(error), offset=group.offset))
             else:
                 yield Sample(group.key, class_id, image, group.offset)
 
@@ -160,19 +156,7 @@ def load_arrays(
 
 
 def _refuse(shard: str) -> OnBad:
-    def on_bad(bad: BadSample) -> None:
-        raise ValueError(f"{shard}: sample {bad.key or f'at byte {bad.offset}'} cannot be used: {bad.reason}")
+    def on_bad(bad: Refusal) -> None:
+        raise ValueError(f"{shard}: sample {bad.name or f'at byte {bad.offset}'} cannot be used: {bad.reason}")
 
     return on_bad
-
-
-def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar whose bytes depend on names and contents only (no times, owners or modes of this machine)."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            info.mode = 0o644
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import fsspec
 
+from ddoq_ray.config.split_words import SPLIT_WORDS, tokens
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.data.split_words import SPLIT_WORDS, tokens
-from ddoq_ray.data.tar_samples import DAMAGE, BadSample, labelled, open_samples
+from ddoq_ray.data.tar_samples import DAMAGE, labelled, open_samples
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassCounts, LabelsOutside, ShardInfo
 from ddoq_ray.storage.transport import list_shards, open_shard
 
@@ -81,13 +82,13 @@ def index_shard(shard: str, num_classes: int, pictures: Pictures | None = None) 
     digest = hashlib.blake2b(digest_size=16)
     images: Counter[int] = Counter()
     outside: Counter[int] = Counter()
-    damage: list[BadSample] = []
+    damage: list[Refusal] = []
 
     def on_member(info: tarfile.TarInfo) -> None:
         digest.update(f"{info.name}:{info.size}:{info.mtime}:{info.chksum};".encode("utf-8", "surrogateescape"))
 
-    def on_bad(bad: BadSample) -> None:
-        digest.update(repr((bad.key, bad.offset, bad.reason)).encode())
+    def on_bad(bad: Refusal) -> None:
+        digest.update(repr((bad.name, bad.offset, bad.reason)).encode())
         if bad.reason.startswith(DAMAGE):
             damage.append(bad)
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.data.tar_headers import Header, open_tar
+from ddoq_ray.storage.quarantine import Refusal
 
 NOT_ADJACENT = "members of one key are not next to each other in the tar"
 NOT_A_TAR = "not a tar"
@@ -27,20 +28,7 @@ DAMAGE = (NOT_A_TAR, "broken tar")  # reasons that say nothing of how many sampl
 AT_ONCE = 16  # dotted parts of one name that are held while more of them may come
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A refused sample: key, byte offset of its first member, reason (``kind`` or ``kind: detail``).
-
-    `samples` is more than one where damage took more, as far as can be told.
-    """
-
-    key: str
-    offset: int
-    reason: str
-    samples: int = 1
-
-
-OnBad = Callable[[BadSample], None]
+OnBad = Callable[[Refusal], None]
 OnMember = Callable[[tarfile.TarInfo], None]
 Needed = Callable[[str, int], bool]  # whether the content of a member is wanted: by its extension and its size
 
@@ -210,10 +198,10 @@ def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Needed, on_member: OnMe
             on_member(info)
             split = _split(info.name)
             if split is None:
-                on_bad(BadSample(info.name, info.offset, "member without an extension"))
+                on_bad(Refusal(info.name, "member without an extension", offset=info.offset))
                 continue
             if not info.isreg():
-                on_bad(BadSample(info.name, info.offset, "member is a link or device, not a file"))
+                on_bad(Refusal(info.name, "member is a link or device, not a file", offset=info.offset))
                 continue
             key, stem, extension = split
             group, complete = parts.add(key, stem, info.offset)
@@ -231,7 +219,7 @@ def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Needed, on_member: OnMe
         for group in parts.close():
             group.cut = True
             yield group
-        on_bad(BadSample("", position, f"broken tar: from byte {position} on nothing can be read: {why}"))
+        on_bad(Refusal("", f"broken tar: from byte {position} on nothing can be read: {why}", offset=position))
         return
     yield from parts.close()
 
@@ -251,7 +239,7 @@ def labelled(
             again.add(group.key)
             twice = group.whole and came[group.key]
             reason = "a sample with this key came before in the shard" if twice else NOT_ADJACENT
-            on_bad(BadSample(group.key, group.offset, reason))
+            on_bad(Refusal(group.key, reason, offset=group.offset))
             continue
         came[group.key] = group.whole
         if not group.whole and not group.cut and group.duplicate is None:
@@ -260,7 +248,7 @@ def labelled(
             continue
         label = _label(group)
         if isinstance(label, str):
-            on_bad(BadSample(group.key, group.offset, label))
+            on_bad(Refusal(group.key, label, offset=group.offset))
         else:
             yield group, label
     for group in lacking:
@@ -270,7 +258,7 @@ def labelled(
             lack = "no label (.cls)" + (
                 ": a .json is there, but labels are read from .cls" if "json" in group.members else ""
             )
-        on_bad(BadSample(group.key, group.offset, NOT_ADJACENT if group.key in again else lack))
+        on_bad(Refusal(group.key, NOT_ADJACENT if group.key in again else lack, offset=group.offset))
 
 
 def _label(group: _Group) -> int | str:
@@ -311,7 +299,7 @@ def open_samples(file: IO[bytes], on_bad: OnBad) -> tarfile.TarFile | None:
         return open_tar(file)
     except _BROKEN as error:
         _why_broken(error)
-        on_bad(BadSample("", 0, f"{NOT_A_TAR}: {_looks_like(file)}"))
+        on_bad(Refusal("", f"{NOT_A_TAR}: {_looks_like(file)}", offset=0))
         return None
 
 

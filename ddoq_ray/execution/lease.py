@@ -22,9 +22,9 @@ from typing import Any
 
 from ddoq_ray.execution.console import say
 from ddoq_ray.execution.signals import last_resort
-from ddoq_ray.storage.artifact import TEMPORARY, Folder, write_error
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
-NAME = "lease.json"
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
 SETTLE_SECONDS = 1.0  # between writing and reading again on an object store
@@ -112,26 +112,28 @@ class Lease:
         with contextlib.suppress(Exception):
             there = self._read()
             if there is not None and there["token"] == self.token:
-                self.run.remove(NAME)
+                self.run.remove(layout.LEASE)
 
     def _content(self) -> bytes:
         return (json.dumps(self.facts | {"renewed": time.time()}, indent=1) + "\n").encode()
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(self.run.read(NAME)))
+            data = self.run.read(layout.LEASE)
         except FileNotFoundError:
             return None
+        try:
+            return dict(json.loads(data))
         except (json.JSONDecodeError, TypeError, ValueError):  # not whole: no run that follows these rules wrote it
             return {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
 
     def _create(self) -> bool:
         if not self.run.local:
-            self.run.publish(NAME, self._content())
+            self.run.publish(layout.LEASE, self._content())
             time.sleep(SETTLE_SECONDS)
             there = self._read()
             return there is not None and there["token"] == self.token
-        path = self.run.path(NAME)
+        path = self.run.path(layout.LEASE)
         os.makedirs(self.run.uri, exist_ok=True)
         temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
         try:
@@ -159,16 +161,16 @@ class Lease:
         """Take a stale lease away, by a rename that one of two can make; False when it is another's by now."""
         if not self.run.local:
             return True  # _create writes over it
-        aside = self.run.path(f"{NAME}.{self.token[:8]}{TEMPORARY}")
+        aside = self.run.path(f"{layout.LEASE}.{self.token[:8]}{TEMPORARY}")
         try:
-            os.rename(self.run.path(NAME), aside)
+            os.rename(self.run.path(layout.LEASE), aside)
         except FileNotFoundError:
             return False
         try:
             with contextlib.suppress(ValueError):
                 if json.loads(Path(aside).read_bytes())["token"] != stale["token"]:
                     with contextlib.suppress(OSError):
-                        os.link(aside, self.run.path(NAME))  # a new one: it goes back
+                        os.link(aside, self.run.path(layout.LEASE))  # a new one: it goes back
                     return False
             return True
         finally:
@@ -184,7 +186,7 @@ class Lease:
                         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 if not self._stop.is_set():
-                    self.run.publish(NAME, self._content())
+                    self.run.publish(layout.LEASE, self._content())
             except Exception:  # a full disk, a store that is away: the next time may do
                 continue
 
@@ -209,7 +211,7 @@ def _refusal(run: Folder, there: dict[str, Any]) -> str:
     return (
         f"another run holds {run.uri}: {_holder(there)}, last renewed {renewed:.0f} s ago. Wait until it ends or stop "
         f"it, or use another run_dir. (If it was killed on another machine, its lease runs out {STALE_SECONDS:.0f} s "
-        f"after its last renewal, and the same command takes over; {run.path(NAME)} is the lease)"
+        f"after its last renewal, and the same command takes over; {run.path(layout.LEASE)} is the lease)"
     )
 
 

@@ -16,7 +16,8 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.data.collections import kind_of
 from ddoq_ray.execution.console import doing, say
 from ddoq_ray.execution.workers import DEATHS
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
 
 LOOK_SECONDS = 60.0  # for a node to answer
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
@@ -71,12 +72,12 @@ def check_apart(config: RunConfig) -> None:
         if folder is None or not folder.local:
             continue
         place = Path(os.path.realpath(folder.uri))
-        if walked and mine.is_relative_to(place) and not (mine / "data/manifest.json").exists():
+        if walked and mine.is_relative_to(place) and not (mine / layout.DATA / layout.MANIFEST).exists():
             raise ValueError(
                 f"run_dir={config.folder} lies inside {key}={path}, where what the run writes would be taken for "
                 "images: choose a run_dir outside"
             )
-        if place.is_relative_to(mine / "data"):
+        if place.is_relative_to(mine / layout.DATA):
             raise ValueError(
                 f"{key}={path} lies in data/ of run_dir={config.folder}, where this run writes its own: choose another "
                 "run_dir"

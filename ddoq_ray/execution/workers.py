@@ -18,7 +18,8 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
 from ddoq_ray.execution.console import say as say
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
 
 # Deaths that a stage survives by doing the unit again elsewhere. RayTaskError is not among them: it carries an
 # exception of our own code, and a bug must surface.
@@ -60,14 +61,14 @@ class Events:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str) + "\n"
         if self.run.local:
             os.makedirs(self.run.uri, exist_ok=True)
-            with open(self.run.path("events.jsonl"), "a") as f:
+            with open(self.run.path(layout.EVENTS), "a") as f:
                 f.write(line)
             return
         if self._lines is None:  # an object store cannot append: publish the (short) log again
-            there = self.run.read("events.jsonl").decode() if self.run.exists("events.jsonl") else ""
+            there = self.run.read(layout.EVENTS).decode() if self.run.exists(layout.EVENTS) else ""
             self._lines = there.splitlines(True)
         self._lines.append(line)
-        self.run.publish("events.jsonl", "".join(self._lines).encode())
+        self.run.publish(layout.EVENTS, "".join(self._lines).encode())
 
 
 def pin_blas_threads(threads: int) -> None:

@@ -8,18 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-METHODS: dict[str, str] = {
-    "ddoq": "Optimal quantization of each class in latent space; an image weighs the share of real images nearest "
-    "to its centroid (Algorithm 4).",
-    "ddoq-sqrt": "The same images as ddoq; their weights in the loss follow the square root of that share (Eq. 33).",
-    "ddoq-uniform": "The same images as ddoq, all with the same weight.",
-    "d4m": "Centroids of mini-batch k-means in latent space, decoded; all with the same weight.",
-    "herding": "Real images chosen one by one so that their mean in latent space follows that of the class; all with "
-    "the same weight.",
-    "medoids": "The real images nearest to the centroids of the run's own codebook; all with the same weight.",
-    "random": "Real images drawn at random from each class; all with the same weight.",
-    "full": "The whole training set, nothing distilled: the upper reference.",
-}
+from ddoq_ray.config.methods import SPECS
+
+METHODS = {name: spec.words for name, spec in SPECS.items()}
 _NAMED_SLOTS = {"random": "random", "full": "full"}
 _FREE_SLOTS = ("a", "b", "c", "d", "e")
 

@@ -1,4 +1,4 @@
-"""What each stage holds of the cluster at the same time, at least: a table made from the configuration alone.
+"""What each stage holds of the cluster at the same time, at least: a table made of the steps.
 
 Ray lets what does not fit wait for ever. So before work starts the table is laid beside the nodes: a pool that has a
 range or a count is made smaller on this machine's own Ray, and what cannot fit is refused with the key to change; on a
@@ -7,87 +7,34 @@ cluster, which may grow, it is said what will be waited for. Nothing here change
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.cluster import TrainerResources, WorkerResources
-from ddoq_ray.stages.encode.reader import READER_BYTES
+from ddoq_ray.stages.step import Ask, Step
 
 UNITS = {"CPU": "CPU", "GPU": "GPU", "memory": "GiB of memory"}
-SELECTIONS = ("random", "herding", "medoids")
 
 Room = Mapping[str, float]  # what a node has, by Ray's names: CPU, GPU, memory (bytes)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """`count` workers of one kind, each with its resources on one node.
-
-    Attributes:
-        what: The workers, in words.
-        key: The configuration's group whose num_cpus and num_gpus each of them asks for; empty where it is fixed.
-        pool: The key that says how many there are; empty where that is fixed.
-        least: How many the stage can do with.
-    """
-
-    what: str
-    count: int
-    cpus: float
-    gpus: float = 0.0
-    memory: float = 0.0
-    key: str = ""
-    pool: str = ""
-    least: int = 1
-
-    @property
-    def room(self) -> dict[str, float]:
-        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
-
-
-def table(config: RunConfig, codebooks: int = 1) -> dict[str, list[Ask]]:
-    """stage -> what it holds at the same time, of the stages that the run wants.
-
-    Args:
-        codebooks: Codebooks that are quantized at once, each with `quantizer.num_shards` actors.
-    """
-    c, wanted = config.cluster, set(config.stages)
+def table(config: RunConfig, steps: Sequence[Step]) -> dict[str, list[Ask]]:
+    """Name of a step -> what it holds at the same time, of the steps that the run wants."""
     found: dict[str, list[Ask]] = {}
-
-    def ask(what: str, count: int, of: WorkerResources | TrainerResources, key: str, pool: str, least: int = 1) -> Ask:
-        return Ask(what, count, of.num_cpus, of.num_gpus, key=f"cluster.{key}", pool=pool, least=least)
-
-    found["prepare"] = [Ask("task that reads the data", 1, 1.0)]
-    quantizers = []
-    if "quantize" in wanted:
-        count = codebooks * config.quantizer.num_shards
-        quantizers = [ask("quantizer", count, c.quantizer, "quantizer", "quantizer.num_shards", codebooks)]
-    if "encode" in wanted and config.latents.path is None:
-        reader = dataclasses.replace(ask("reader", 1, c.reader, "reader", ""), memory=READER_BYTES)
-        found["encode"] = [ask("encoder", config.encoder.workers, c.encoder, "encoder", "encoder.workers"), reader]
-        found["encode"] += quantizers  # they take the latents while encoders write them
-    elif quantizers:
-        found["quantize"] = quantizers
-    if "synthesize" in wanted:
-        found["synthesize"] = [
-            ask("decoder", config.synthesizer.max_workers, c.decoder, "decoder", "synthesizer.max_workers")
-        ]
-        if set(config.methods) & set(SELECTIONS):
-            found["select"] = [ask("reader", 1, c.reader, "reader", "")]
-    if "label" in wanted:
-        count = 1 if config.labels.mode == "online" else config.labels.workers
-        found["label"] = [ask("teacher", count, c.teacher, "teacher", "labels.workers")]
-    if "train" in wanted:  # its controller asks for nothing
-        workers = c.trainer.workers
-        found["train"] = [ask("trainer", workers, c.trainer, "trainer", "cluster.trainer.workers", workers)]
-    if "evaluate" in wanted:
-        found["evaluate"] = [ask("evaluation task", 1, c.teacher, "teacher", "")]
-    if "report" in wanted:
-        found["report"] = [Ask("task that measures codebooks", 1, 0.5)]
-        if config.report.heldout_images:
-            found["heldout"] = [ask("encoder", 1, c.encoder, "encoder", "")]
-    return found
+    for step in steps:
+        if not step.wanted(config):
+            continue
+        asks = step.asks(config)
+        there = found.get(step.name)
+        if there is None:
+            found[step.name] = asks
+        elif step.at_once:
+            found[step.name] = [
+                replace(a, count=a.count + b.count, least=a.least + b.least) for a, b in zip(there, asks, strict=True)
+            ]
+    if "encode" in found and "quantize" in found:
+        found["encode"] += found.pop("quantize")  # they take the latents while encoders write them
+    return {name: asks for name, asks in found.items() if asks}
 
 
 def fits(asks: Iterable[Ask], nodes: Sequence[Room]) -> bool:
@@ -111,7 +58,7 @@ def _has(node: Room, room: Room) -> bool:
 
 def fitted(asks: Sequence[Ask], nodes: Sequence[Room]) -> list[Ask] | None:
     """The largest pools that fit, the first ask shrunk last; None when not even the least do."""
-    now = [dataclasses.replace(ask, count=ask.least) for ask in asks]
+    now = [replace(ask, count=ask.least) for ask in asks]
     if not fits(now, nodes):
         return None
     for i in reversed(range(len(asks))):
@@ -119,11 +66,11 @@ def fitted(asks: Sequence[Ask], nodes: Sequence[Room]) -> list[Ask] | None:
         step = low if asks[i].pool == "quantizer.num_shards" else 1  # as many for each codebook
         while low < high:
             middle = low + step * max(1, (high - low + step - 1) // (2 * step))
-            if fits([*now[:i], dataclasses.replace(asks[i], count=middle), *now[i + 1 :]], nodes):
+            if fits([*now[:i], replace(asks[i], count=middle), *now[i + 1 :]], nodes):
                 low = middle
             else:
                 high = middle - step
-        now[i] = dataclasses.replace(now[i], count=low)
+        now[i] = replace(now[i], count=low)
     return now
 
 
@@ -152,13 +99,13 @@ def shrink(config: RunConfig, asks: Sequence[Ask]) -> tuple[RunConfig, list[str]
 
 
 def _with(config: RunConfig, group: str, **values: int) -> RunConfig:
-    made: dict[str, object] = {group: dataclasses.replace(getattr(config, group), **values)}
-    return dataclasses.replace(config, **made)  # type: ignore[arg-type]
+    made: dict[str, object] = {group: replace(getattr(config, group), **values)}
+    return replace(config, **made)  # type: ignore[arg-type]
 
 
 def misfit(stage: str, asks: Sequence[Ask], nodes: Sequence[Room]) -> str:
     """Why the least demand of a stage does not fit, and which key to change."""
-    least = [dataclasses.replace(ask, count=ask.least) for ask in asks]
+    least = [replace(ask, count=ask.least) for ask in asks]
     needs = " and ".join(f"{a.count} {a.what}{'s' * (a.count > 1)} of {_amount(a.room)}" for a in least)
     together = {name: sum(a.count * a.room[name] for a in least) for name in UNITS}
     have = {name: sum(node.get(name, 0.0) for node in nodes) for name in UNITS}
@@ -199,7 +146,9 @@ def _amount(room: Room) -> str:
     return " and ".join(f"{round(a, 2):g} {UNITS.get(n, n)}" for n, a in some.items())
 
 
-def plan(config: RunConfig, codebooks: int, nodes: Sequence[Room], *, may_grow: bool) -> tuple[RunConfig, list[str]]:
+def plan(
+    config: RunConfig, steps: Sequence[Step], nodes: Sequence[Room], *, may_grow: bool
+) -> tuple[RunConfig, list[str]]:
     """The configuration whose pools fit these nodes, and lines to say.
 
     Args:
@@ -211,7 +160,7 @@ def plan(config: RunConfig, codebooks: int, nodes: Sequence[Room], *, may_grow: 
     """
     words: list[str] = []
     refused: list[str] = []
-    for stage, asks in table(config, codebooks).items():
+    for stage, asks in table(config, steps).items():
         if fits(asks, nodes):
             continue
         pools = fitted(asks, nodes)

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.noising import NoiseLevel
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 
 
 def class_latents(
-    latents: Folder, shards: int | Sequence[int], classes: Collection[int], noise: NoiseLevel | None = None
+    latents: Folder,
+    shards: int | Sequence[int] | npt.NDArray[np.int32],
+    classes: Collection[int],
+    noise: NoiseLevel | None = None,
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """(class_id, its latents float32 [n, D] in the log's order), ascending; a class without latents is left out.
 
@@ -32,7 +35,7 @@ def class_latents(
     log = LatentLog(latents, noise=noise)
     pieces: dict[int, list[npt.NDArray[np.float16]]] = {c: [] for c in sorted(classes)}
     wanted = np.fromiter(pieces, np.int64, len(pieces))
-    for shard in range(shards) if isinstance(shards, int) else shards:
+    for shard in range(shards) if isinstance(shards, int) else list(shards):
         for chunk in log.done(shard).chunks:
             for c, x in log.read(chunk, wanted):
                 pieces[c].append(x.copy())  # a view would keep the whole file in memory

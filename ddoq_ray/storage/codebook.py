@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import row_group_writer
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
@@ -49,14 +52,6 @@ def part_classes(num_classes: int, ipc: int, dim: int) -> list[list[int]]:
     return [list(range(first, min(first + size, num_classes))) for first in range(0, num_classes, size)]
 
 
-def part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
-
-
-def record_name(part: int) -> str:
-    return f"part-{part:05d}.json"
-
-
 def write_part(
     codebook: Folder,
     part: int,
@@ -70,9 +65,7 @@ def write_part(
 ) -> None:
     """Publish a part, a row group a class (so that one class can be read alone), then its record."""
     schema = codebook_schema(latent_shape, prior_id)
-    plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-    # By its path: through a Python file object Arrow writes eight times slower.
-    with codebook.writing(part_name(part)) as f, pq.ParquetWriter(f.name, schema, **plain) as writer:
+    with codebook.writing(layout.codebook_part(part)) as f, row_group_writer(f.name, schema) as writer:
         for b in books:
             columns = [
                 pa.array(np.full(b.k, b.class_id, np.int32)),
@@ -84,10 +77,10 @@ def write_part(
                 pa.array(b.stream_counts),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-    digest, size = codebook.digest(part_name(part))
+    digest, size = codebook.digest(layout.codebook_part(part))
     latents, centroids = sum(int(b.counts.sum()) for b in books), sum(b.k for b in books)
     record = PartRecord(digest, size, latents, centroids, dropped, algorithms, warnings)
-    codebook.publish_json(record_name(part), asdict(record))
+    codebook.publish_json(layout.codebook_record(part), asdict(record))
 
 
 def read_record(codebook: Folder, part: int) -> PartRecord:
@@ -97,11 +90,15 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
         ValueError: When it is gone or damaged.
     """
     try:
-        return PartRecord(**codebook.read_json(record_name(part)))
+        data = codebook.read(layout.codebook_record(part))
     except FileNotFoundError:
-        raise ValueError(f"{codebook.path(record_name(part))} is missing; {MEND}") from None
+        raise ValueError(f"{codebook.path(layout.codebook_record(part))} is missing; {MEND}") from None
+    try:
+        return PartRecord(**json.loads(data))
     except (ValueError, TypeError):
-        raise ValueError(f"{codebook.path(record_name(part))} is damaged: it is not a part's record; {MEND}") from None
+        raise ValueError(
+            f"{codebook.path(layout.codebook_record(part))} is damaged: it is not a part's record; {MEND}"
+        ) from None
 
 
 def part_files(codebook: Folder) -> list[str]:
@@ -110,10 +107,13 @@ def part_files(codebook: Folder) -> list[str]:
     Raises:
         ValueError: When one is gone: what it held would be left out of everything that follows, without a word.
     """
-    stems = {name.split(".")[0] for name in (*codebook.names("part-*.parquet"), *codebook.names("part-*.json"))}
+    stems = {
+        name.split(".")[0]
+        for name in (*codebook.names(layout.CODEBOOK_PARTS), *codebook.names(layout.CODEBOOK_RECORDS))
+    }
     records = [read_record(codebook, part) for part in range(len(stems))]
-    names = [part_name(part) for part in range(len(stems))]
-    there = set(codebook.names("part-*.parquet"))
+    names = [layout.codebook_part(part) for part in range(len(stems))]
+    there = set(codebook.names(layout.CODEBOOK_PARTS))
     for name in names:
         if name not in there:
             raise ValueError(f"codebook part {codebook.path(name)} is missing although it was written; {MEND}")
@@ -192,9 +192,5 @@ def parts_with_classes(codebook: Folder) -> tuple[list[str], list[list[int]], in
     for name in names:
         layout = read_layout(codebook, name)
         classes.append(np.unique(layout["class_id"].to_numpy()).tolist())
-        dim = int(np.prod(latent_shape_of(layout)))
+        dim = int(np.prod(json.loads(layout.schema.metadata[b"latent_shape"])))
     return names, classes, dim
-
-
-def latent_shape_of(table: pa.Table) -> tuple[int, ...]:
-    return tuple(json.loads(table.schema.metadata[b"latent_shape"]))

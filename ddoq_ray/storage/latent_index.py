@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassCounts, ShardDone
 
 READ_AT_ONCE = 32  # done records on their way: each is a wait where the log is in an object store
@@ -120,7 +122,7 @@ def done_records(latents: Folder, shards: Sequence[int] | range) -> Iterator[Sha
     """
 
     def read(shard: int) -> bytes:
-        name = f"shard-{shard:06d}/done.json"
+        name = f"{layout.shard_name(shard)}/{layout.DONE}"
         try:
             return latents.read(name)
         except FileNotFoundError:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddoq_ray.core.noising import NoiseLevel, noised
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ChunkRecord, ShardDone, binary_rows
 
 DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would fill gigabytes
@@ -37,7 +39,7 @@ class LatentLog:
 
     def done(self, shard: int) -> ShardDone:
         if shard not in self._done:
-            self._done[shard] = ShardDone.loads(self.folder.read(f"shard-{shard:06d}/done.json"))
+            self._done[shard] = ShardDone.loads(self.folder.read(f"{layout.shard_name(shard)}/{layout.DONE}"))
             if len(self._done) > DONE_RECORDS:
                 self._done.popitem(last=False)
         return self._done[shard]

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, ShardInfo, read_shards, total_counts
 
 
@@ -57,11 +59,11 @@ class Data:
         Raises:
             ValueError: When prepare has not finished.
         """
-        folder = run / "data"
+        folder = run / layout.DATA
         Artifact(folder, "prepare").require()
-        classes = tuple(ClassInfo(**row) for row in folder.read_json("source-classes.json"))
-        train = tuple(read_shards(folder.read("shards.json")))
-        val = tuple(read_shards(folder.read("val-shards.json")))
+        classes = tuple(ClassInfo(**row) for row in folder.read_json(layout.SOURCE_CLASSES))
+        train = tuple(read_shards(folder.read(layout.SHARDS)))
+        val = tuple(read_shards(folder.read(layout.VAL_SHARDS)))
         return Data(run, classes, train, val)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ddoq_ray.storage.layout import image_shard
+
 
 class ClassCounts(Mapping[int, int]):
     """A read-only class_id -> count, in ascending order of class_id, in 12 bytes an entry.
@@ -376,25 +378,4 @@ class ImageUnit:
 
     @property
     def name(self) -> str:
-        return f"images-{self.index:06d}"
-
-
-@dataclass(frozen=True)
-class StudentRow:
-    """One student to train: a line of the report.
-
-    Attributes:
-        method: The word of the report's row.
-        images: The images/ folder, relative to the run directory; the word `data` for all the real images.
-        labels: The labels/ folder; None when the teacher labels while training.
-        folder: Where the student's checkpoint and metrics go.
-        scheme: Weight scheme (`counts`, `sqrt`, `uniform`).
-        seed: The student's own seed (initialization and order).
-    """
-
-    method: str
-    images: str
-    labels: str | None
-    folder: str
-    scheme: str
-    seed: int
+        return image_shard(self.index)

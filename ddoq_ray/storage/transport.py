@@ -1,12 +1,13 @@
-"""Shards wherever they are: found by name, and read as one stream that a bad network cannot cut short.
+"""Files wherever they are: found by name, and read so that a bad network cannot cut them short.
 
 Anything that fsspec opens will do: local paths, ``s3://``, ``gs://``, ``memory://``. A store of one's own is named as
 its libraries want it: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY`` for S3 (or a profile, or
 the machine's role); for Google ``GOOGLE_APPLICATION_CREDENTIALS`` (``FSSPEC_GS_TOKEN=anon`` for a public bucket), and
 ``STORAGE_EMULATOR_HOST`` for a server that speaks its language. On a cluster every node needs them.
 
-An object is read in blocks, each by a request of its own: what fails is asked for again, and no byte comes twice.
+A large object is read in blocks, each by a request of its own: what fails is asked for again, and no byte comes twice.
 The object's own size says where it ends: fewer bytes than that are an error of the transport, never the end of a tar.
+Every file that is not one of this machine's own is read by `open_file`, `open_shard`, `read_file` or `read_range`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import contextlib
 import glob
 import io
 import os
+import posixpath
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any, TypeVar
@@ -123,7 +125,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
         ValueError: Here or in reading, when it cannot be read: the store refuses it, or every try failed.
     """
     try:
-        with _opened(url) as f:
+        with open_file(url) as f:
             yield f
     except Exception as error:
         if not isinstance(error, ImportError) and not is_store_error(error):
@@ -131,14 +133,74 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
         raise ValueError(f"cannot read {url}: {_words(error)}") from error
 
 
-def _opened(url: str) -> IO[bytes]:
-    fs, root = fsspec.core.url_to_fs(url)
+def open_file(url: str) -> IO[bytes]:
+    """A file to read and seek in.
+
+    Raises:
+        OSError: When it is not there or may not be read, as a disk says it (FileNotFoundError, PermissionError).
+        ValueError: Here or in reading, when every try failed.
+    """
+    fs, root = _place(url)
     if _is_local(fs):
         return open(root, "rb")
     size = retried(url, lambda: fs.size(root))
     if size is None:
         raise ValueError(f"cannot read {url}: its store does not tell its size; copy it to a disk, S3 or Google store")
-    return io.BufferedReader(_RemoteFile(fs, root, url, int(size)), 1 << 16)
+    return io.BufferedReader(_RemoteFile(url, int(size)), 1 << 16)
+
+
+def read_file(url: str) -> bytes:
+    """All bytes of a file, by one request.
+
+    Raises:
+        OSError: As `open_file`.
+        ValueError: When every try failed.
+    """
+    fs, root = _place(url)
+    if _is_local(fs):
+        with open(root, "rb") as f:
+            return f.read()
+
+    def request() -> bytes:
+        size, data = fs.size(root), bytes(fs.cat_file(root))
+        if size is not None and len(data) != size:  # a web server may not tell a size
+            fs.invalidate_cache()  # whoever wrote the file anew meanwhile has changed its size
+            raise OSError(f"a short read: {len(data)} of {size} bytes")
+        return data
+
+    return retried(url, request)
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` to before `end`, by one request.
+
+    Raises:
+        OSError, ValueError: As `read_file`.
+    """
+    fs, root = _place(url)
+
+    def request() -> bytes:
+        data = bytes(fs.cat_file(root, start=start, end=end))
+        if len(data) != end - start:
+            raise OSError(f"a short read: {len(data)} of the {end - start} bytes from byte {start} on")
+        return data
+
+    return request() if _is_local(fs) else retried(url, request)
+
+
+def read_heads(root: str, names: Sequence[str], length: int) -> list[bytes]:
+    """The first bytes of files below a root, many by one call; none of those that cannot be read."""
+    fs, place = _place(root)
+    paths = [posixpath.join(place, name) for name in names]
+
+    def request() -> list[bytes]:
+        heads = fs.cat_ranges(paths, [0] * len(paths), [length] * len(paths), on_error="return")
+        for head in heads:
+            if isinstance(head, BaseException) and is_transient(head):
+                raise head
+        return [head if isinstance(head, bytes) else b"" for head in heads]
+
+    return retried(root, request) if paths else []
 
 
 def retried(url: str, call: Callable[[], T]) -> T:
@@ -184,8 +246,8 @@ def is_store_error(error: BaseException) -> bool:
 class _RemoteFile(io.RawIOBase):
     """An object as a file: one block in hand, the next one on its way while this one is decoded."""
 
-    def __init__(self, fs: Any, root: str, url: str, size: int) -> None:
-        self._fs, self._root, self._url, self._size = fs, root, url, size
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size = url, size
         self._at = 0
         self._index, self._block = -1, b""
         self._next: tuple[int, Future[bytes]] | None = None
@@ -235,18 +297,21 @@ class _RemoteFile(io.RawIOBase):
         start = index * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._size)
 
-        def request() -> bytes:
-            data = bytes(self._fs.cat_file(self._root, start=start, end=end))
-            if len(data) != end - start:
-                raise OSError(f"a short read: {len(data)} of the {end - start} bytes from byte {start} on")
-            return data
-
         try:
-            return retried(self._url, request)
+            return read_range(self._url, start, end)
         except Exception as error:  # what no try mends; an OSError would pass for a damaged tar further up
             if not is_store_error(error):
                 raise
             raise ValueError(f"cannot read {self._url}: {_words(error)}") from error
+
+
+def _place(url: str) -> tuple[Any, str]:
+    """(the file system, its own name of a file); `::` inside a name is no chain: those begin with a bare protocol."""
+    first, several, rest = url.partition("::")
+    if not several or "/" not in first:
+        first, several, rest = url, "", ""
+    fs, root = fsspec.core.url_to_fs(first)
+    return fs, root + several + rest
 
 
 def _is_local(fs: Any) -> bool:

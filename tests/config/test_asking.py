@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddoq_ray.commands.train_prior import TrainPriorConfig, run_by
-from ddoq_ray.config.compose import load_command, load_config, to_yaml
+from ddoq_ray.commands.train_prior import run_by
+from ddoq_ray.config.compose import load, load_config, to_yaml
+from ddoq_ray.config.network_training import TrainPriorConfig
 from ddoq_ray.config.run import run_config
 from ddoq_ray.config.schema import plain
 
@@ -119,7 +120,7 @@ def test_another_prior_leaves_the_digits_settings_behind(tmp_path: Path) -> None
 
 def test_a_trained_prior_says_what_it_is_run_by(tmp_path: Path) -> None:
     def told(*overrides: str) -> tuple[object, ...]:
-        block = run_by(load_command(TrainPriorConfig, list(overrides)))
+        block = run_by(load(TrainPriorConfig, list(overrides)))
         (tmp_path / "ddoq_prior.json").write_text(json.dumps(block))
         return brought(*OWN, *NETWORKS[1:], f"prior.path={tmp_path}")
 

@@ -12,76 +12,45 @@ from typing import Any
 import pytest
 import yaml
 
-from ddoq_ray.cli import help_text
-from ddoq_ray.commands.train_prior import TrainPriorConfig
+from ddoq_ray.commands.help import help_text
 from ddoq_ray.config import METHODS, STAGES, RunConfig
-from ddoq_ray.config.compose import config_dir, load_command, load_config, to_yaml
+from ddoq_ray.config.compose import config_dir, load, load_config, to_yaml
 from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.config.presets import BROUGHT
+from ddoq_ray.config.grammar import leaves
+from ddoq_ray.config.network_training import TrainPriorConfig
 from ddoq_ray.config.quantizer import QUANTIZERS
 from ddoq_ray.config.run import run_config
 from ddoq_ray.config.schema import plain
 
-GROUPS = sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "experiment")
 # A file that sets several groups at once ("@package _global_") has tests of its own.
 CHOICES = sorted(
     (p.parent.name, p.stem) for p in config_dir().glob("*/*.yaml") if "@package _global_" not in p.read_text()
 )
-# What a choice cannot do without.
-NEEDS = {
-    ("dataset", "webdataset"): {"path": "train", "val_path": "val"},
-    ("dataset", "imagefolder"): {"path": "train", "val_path": "val"},
-    ("dataset", "parquet"): {"path": "train", "val_path": "val"},
-    ("dataset", "idx"): {"path": "train"},
-    ("dataset", "torchvision"): {"torchvision": "CIFAR10"},
-}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+def test_composed_configurations_are_what_they_were() -> None:
+    """composed.yaml holds what each line composes beyond digits.yaml: no default and no preset changes unnoticed."""
+    here = Path(__file__).parent
+    base = dict(leaves(yaml.safe_load((here / "digits.yaml").read_text())))
+    for line, pinned in yaml.safe_load((here / "composed.yaml").read_text()).items():
+        now = dict(leaves(plain(load_config([] if line == "nothing" else line.split()))))
+        differing = {k: v for k, v in now.items() if k not in base or base[k] != v}
+        assert differing | dict.fromkeys(set(base) - set(now), "absent") == pinned, line
 
 
-def keys(config: Any) -> dict[str, Any]:
-    """A dataclass's field names, nested ones as dicts."""
-    named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {k: keys(v) if dataclasses.is_dataclass(v) else None for k, v in named.items()}
+def test_the_dataclasses_alone_are_what_runs_when_nothing_is_asked() -> None:
+    assert RunConfig() == load_config()
 
 
-def names(values: Any) -> Any:
-    return {k: names(v) if isinstance(v, dict) else None for k, v in values.items()}
-
-
-def compose_choice(group: str, choice: str) -> RunConfig:
-    needs = NEEDS.get((group, choice), {})
-    return load_config(
-        ["experiment=digits", f"{group}={choice}", *(f"{group}.{key}={value}" for key, value in needs.items())]
-    )
-
-
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_to_its_own_values(group: str, choice: str) -> None:
-    config = compose_choice(group, choice)
-    there = read_yaml(config_dir() / group / f"{choice}.yaml") | NEEDS.get((group, choice), {})
-    if group in BROUGHT:  # by the prior, here the digits'
-        there |= {key: getattr(getattr(load_config(), group), key) for key in BROUGHT[group]}
-    assert plain(getattr(config, group)) == there
-
-
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_yaml_and_dataclass_have_the_same_keys(group: str, choice: str) -> None:
-    values = read_yaml(config_dir() / group / f"{choice}.yaml")
-    config = compose_choice(group, choice)
-    if (group, choice) == ("teacher", "digits"):
-        assert set(values) == set(keys(config.teacher))
-    assert names(values) == keys(getattr(config, group))
-
-
-def test_groups_and_top_level_keys_are_the_fields_of_run_config() -> None:
-    top = read_yaml(config_dir() / "config.yaml")
-    defaults = [next(iter(d)) for d in top.pop("defaults") if isinstance(d, dict)]
-    assert sorted(defaults) == sorted([*GROUPS, "experiment"])
-    defaults.remove("experiment")
-    assert sorted([*defaults, *top]) == sorted(f.name for f in dataclasses.fields(RunConfig))
+def test_files_hold_differences_only() -> None:
+    defaults = dict(leaves(plain(RunConfig())))
+    for path in sorted(config_dir().rglob("*.yaml")):
+        text = path.read_text()
+        values = yaml.safe_load(text) or {}
+        values.pop("defaults", None)
+        below = "" if "@package _global_" in text or path.name == "config.yaml" else f"{path.parent.name}."
+        repeated = {k: v for k, v in leaves(values, below) if k not in defaults or defaults[k] == v}
+        assert not repeated, f"{path.name} repeats defaults, or names no key: {repeated}"
 
 
 def test_quantizer_choices_are_the_registered_algorithms() -> None:
@@ -172,7 +141,7 @@ def test_of_a_key_given_twice_the_last_counts() -> None:
 
 
 def test_training_commands_read_values_in_the_same_way() -> None:
-    command = load_command(TrainPriorConfig, ["out=1e5", "dataset.path=a,b=[c] é", "training.unet_widths=8,8"])
+    command = load(TrainPriorConfig, ["out=1e5", "dataset.path=a,b=[c] é", "training.unet_widths=8,8"])
     assert (command.out, command.dataset.path, command.training.unet_widths) == ("1e5", "a,b=[c] é", (8, 8))
 
 
@@ -180,7 +149,9 @@ def test_run_folder_has_a_word_for_the_data() -> None:
     assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
     for path, title in [
         ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),
-        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"), ("data/cats/*.parquet", "cats"),
+        ("s3://b/birds/*.tar", "birds"), ("x.tar", "data"),
+        ("runs/photos/data/train", "photos"), ("photos/val_images", "photos"), ("data/train", "train"),
+        ("data/cats/*.parquet", "cats"),
     ]:  # fmt: skip
         assert DatasetConfig(path=path).title == title
     assert DatasetConfig(path="data/flowers", name="f").title == "f"
@@ -328,16 +299,9 @@ def test_a_stage_alone_takes_the_keys_of_the_whole_run() -> None:
 def test_help_names_every_key_with_the_composed_default() -> None:
     text = " ".join(help_text().split())
     config = load_config()
-    for field in dataclasses.fields(RunConfig):
-        assert field.name in text
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            for inner in dataclasses.fields(value):
-                assert f"{field.name}.{inner.name} " in text
     assert f"the same bytes [{config.teacher.batch}]" in text
     assert "d4m, random, herding, medoids, full" in text  # every baseline by its name
     assert "quantizer.hartigan" in text and "quantizer.variant" in text  # other algorithms' keys too
-    assert config.protocol.steps is not None  # the dataclass alone has none
     assert f"same compute for every method [{config.protocol.steps}]" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 import ddoq_ray
-from ddoq_ray.data.image_set import load_image_arrays, read_images
-from ddoq_ray.data.samples import encode_png, to_square, write_tar
+from ddoq_ray.data.image_set import NewImage, load_image_arrays, read_images, write_images
+from ddoq_ray.data.samples import encode_png, to_square
+from ddoq_ray.data.tar_writing import write_tar
+from ddoq_ray.storage.folder import Folder
 
 WEIGHTS = {0: [0.5, 0.3, 0.2], 1: [1.0], 4: [0.25, 0.75]}  # ragged: 3, 1 and 2 centroids
 
@@ -38,6 +41,23 @@ def run(tmp_path: Path) -> Path:
     for i, part in enumerate((keys[:4], keys[4:])):
         (tmp_path / f"images/images-{i:06d}.tar").write_bytes(write_tar([m for key in part for m in members(*key)]))
     return tmp_path
+
+
+def test_written_as_it_is_read_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    made = [
+        NewImage(c, k, weight, f"p{c}", 0, encode_png(picture(c, k)))
+        for c, weights in WEIGHTS.items()
+        for k, weight in enumerate(weights)
+    ]
+    record = write_images(Folder(str(tmp_path)), "images-000000", made)
+    tar = (tmp_path / "images-000000.tar").read_bytes()
+    assert tar == write_tar([m for image in made for m in members(image.class_id, image.centroid_id)])
+    digest = hashlib.sha256(tar).hexdigest()
+    assert record == {"name": "images-000000", "images": 6, "bytes": len(tar), "sha256": digest}
+    again = list(read_images([str(tmp_path / "images-000000.tar")]))
+    assert [(i.key, i.class_id, i.centroid_id, i.weight, i.prompt, i.data) for i in again] == [
+        (i.key, i.class_id, i.centroid_id, i.weight, i.prompt, i.png) for i in made
+    ]
 
 
 def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:

@@ -18,16 +18,16 @@ from PIL import Image
 from support.corpus import NUM_CLASSES, malformed
 
 from ddoq_ray.data.samples import (
-    BadSample,
     Sample,
     encode_png,
     list_shards,
     load_arrays,
     read_classes,
     read_samples,
-    write_tar,
 )
 from ddoq_ray.data.shard_index import Pictures, index_shard, split_of, with_losses
+from ddoq_ray.data.tar_writing import write_tar
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import LabelsOutside, ShardInfo
 
 RED = np.broadcast_to(np.array([200, 10, 30], np.uint8), (4, 6, 3))
@@ -43,10 +43,10 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return out.getvalue()
 
 
-def read(data: bytes, tmp_path: Path, classes: int = 3) -> tuple[list[Sample], list[BadSample]]:
+def read(data: bytes, tmp_path: Path, classes: int = 3) -> tuple[list[Sample], list[Refusal]]:
     shard = tmp_path / "x.tar"
     shard.write_bytes(data)
-    bad: list[BadSample] = []
+    bad: list[Refusal] = []
     return list(read_samples(str(shard), classes, bad.append)), bad
 
 
@@ -184,9 +184,9 @@ def test_every_bad_kind_is_refused_by_name_and_the_good_ones_stay(tmp_path: Path
         "twice": ("twice.png", "two members named .png"), "empty": ("empty.png", "undecodable image"),
         "README": ("README", "without an extension"),
     }  # fmt: skip
-    assert sorted(b.key for b in bad) == sorted(expected)
+    assert sorted(b.name for b in bad) == sorted(expected)
     for b in bad:
-        member, reason = expected[b.key]
+        member, reason = expected[b.name]
         assert b.offset == offsets[member], b
         assert reason in b.reason, b
     for sample in good:
@@ -232,7 +232,7 @@ def test_a_tar_without_end_blocks_is_whole(tmp_path: Path) -> None:
 
 def test_load_arrays(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(write_tar([*sample_members(3), ("bad.png", b""), ("bad.cls", b"0")]))
-    bad: list[BadSample] = []
+    bad: list[Refusal] = []
     images, class_ids, keys = load_arrays([str(tmp_path / "a.tar")] * 2, 4, 1, bad.append)
     assert images.shape == (6, 3, 4, 4) and images.dtype == np.uint8
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2] * 2
@@ -354,8 +354,8 @@ def test_corpus(name: str, tmp_path: Path) -> None:
         assert 0 < len(good) < len(shard.good) and all(b.reason.startswith("broken tar: ") for b in bad)
     else:
         assert sorted(s.key for s in good) == sorted(shard.good)  # one that shares its name may wait for others
-        found = sorted(bad, key=lambda b: (b.offset, -len(b.key)))
-        assert [(b.offset, b.key) for b in found] == [(offset, key) for offset, key, _ in shard.bad]
+        found = sorted(bad, key=lambda b: (b.offset, -len(b.name)))
+        assert [(b.offset, b.name) for b in found] == [(offset, key) for offset, key, _ in shard.bad]
         for b, (_, _, reason) in zip(found, shard.bad, strict=True):
             assert b.reason.startswith(reason), b
     for sample in good:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ddoq_ray.execution import lease
-from ddoq_ray.execution.lease import NAME, Lease, held, why_stale
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.execution.lease import Lease, held, why_stale
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import LEASE
 
 
 @pytest.mark.parametrize("kind", ["disk", "store"])
@@ -25,8 +26,8 @@ def test_a_second_run_is_refused_by_name_and_the_first_gives_it_back(
     with held(run):
         with pytest.raises(ValueError, match=rf"another run holds .*process {os.getpid()} on .*another run_dir"):
             Lease(run).acquire()
-        assert run.exists(NAME)
-    assert not run.exists(NAME)
+        assert run.exists(LEASE)
+    assert not run.exists(LEASE)
     with held(run):
         pass
     if kind == "disk":
@@ -43,7 +44,7 @@ def test_a_dead_run_of_this_machine_is_taken_over_at_once(tmp_path: Path, capfd:
     process = multiprocessing.get_context("fork").Process(target=_die_holding, args=(str(tmp_path),))
     process.start()
     process.join()
-    assert (tmp_path / NAME).exists()
+    assert (tmp_path / LEASE).exists()
     start = time.monotonic()
     with held(Folder(str(tmp_path))):
         assert time.monotonic() - start < 2
@@ -70,9 +71,9 @@ def test_a_run_that_lost_its_directory_stops(tmp_path: Path, monkeypatch: pytest
     ):
         other = {"token": "x", "host": "elsewhere", "machine": "m", "pid": 7, "process": "1", "since": 0, "renewed": 0}
         for _ in range(150):  # a renewal that had read before the first of these wrote over it
-            (tmp_path / NAME).write_text(json.dumps(other))
+            (tmp_path / LEASE).write_text(json.dumps(other))
             time.sleep(0.2)  # interrupted by the thread that renews
-    assert json.loads((tmp_path / NAME).read_text())["token"] == "x"
+    assert json.loads((tmp_path / LEASE).read_text())["token"] == "x"
 
 
 def _race(place: str, start: float, out: str) -> None:
@@ -90,7 +91,7 @@ def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> Non
     (tmp_path / "won").mkdir()
     (tmp_path / "run").mkdir()
     dead = Lease(Folder("memory://nothing")).facts | {"token": "x", "process": "no", "renewed": 0}
-    (tmp_path / "run" / NAME).write_text(json.dumps(dead))  # to be taken over by one of them
+    (tmp_path / "run" / LEASE).write_text(json.dumps(dead))  # to be taken over by one of them
     context = multiprocessing.get_context("fork")
     start = time.time() + 0.5
     places = (str(tmp_path / "run"), start, str(tmp_path / "won"))

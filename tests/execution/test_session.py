@@ -17,7 +17,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.execution.cluster_address import Where, find, probe
 from ddoq_ray.execution.places import check_apart, check_lasting, complaint, named_paths, unseen
 from ddoq_ray.execution.session import short_temporary
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:

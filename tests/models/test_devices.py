@@ -30,7 +30,7 @@ from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
-from ddoq_ray.stages.evaluate.step import accuracy
+from ddoq_ray.stages.evaluate.validation import accuracy
 from ddoq_ray.stages.label.teacher import for_teacher
 
 SCHEDULERS: tuple[Any, ...] = (

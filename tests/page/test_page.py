@@ -16,7 +16,7 @@ from ddoq_ray.page import METHODS, accuracy_table, render_page
 from ddoq_ray.page.charts import DASHES, Series, line_chart, ticks
 from ddoq_ray.page.tables import accuracy_lines, method_order, method_slots
 from ddoq_ray.stages.report.step import finite, paired
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 EMPTY_SVG = {"line", "polyline", "polygon", "circle", "path", "rect"}

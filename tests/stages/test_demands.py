@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.stages.demands import Ask, fits, plan, table
+from ddoq_ray.pipeline import steps
+from ddoq_ray.stages.demands import fits, plan, table
+from ddoq_ray.stages.step import Ask
 
 ROOM = {"memory": 8.0 * 2**30}
 TWO = [{"CPU": 2.0} | ROOM]
@@ -13,7 +15,7 @@ TWO = [{"CPU": 2.0} | ROOM]
 
 def test_the_default_run_fits_two_cpus_as_it_is() -> None:
     config = load_config()
-    assert plan(config, 2, TWO, may_grow=False) == (config, [])
+    assert plan(config, steps(config), TWO, may_grow=False) == (config, [])
 
 
 @pytest.mark.parametrize(
@@ -39,18 +41,18 @@ def test_what_does_not_fit_is_named_with_the_key(
 ) -> None:
     config = load_config(overrides)
     with pytest.raises(ValueError) as error:
-        plan(config, 2, nodes, may_grow=False)
+        plan(config, steps(config), nodes, may_grow=False)
     assert all(word in str(error.value) for word in words), error.value
-    same, told = plan(config, 2, nodes, may_grow=True)  # a cluster may grow: it is said, and waited for
+    same, told = plan(config, steps(config), nodes, may_grow=True)  # a cluster may grow: it is said, and waited for
     assert same == config and all(line.startswith("waiting ") for line in told) and told
 
 
 def test_pools_are_fitted_and_said() -> None:
     asked = load_config(["encoder.workers=20", "synthesizer.max_workers=9", "labels.workers=8"])
-    config, told = plan(asked, 2, TWO, may_grow=False)
+    config, told = plan(asked, steps(asked), TWO, may_grow=False)
     assert (config.encoder.workers, config.synthesizer.max_workers, config.labels.workers) == (7, 2, 2)
     assert any("encoder.workers=20 has room for 7" in line for line in told) and len(told) == 3
-    assert plan(config, 2, TWO, may_grow=False) == (config, [])
+    assert plan(config, steps(config), TWO, may_grow=False) == (config, [])
 
 
 def test_workers_are_never_cut_across_nodes() -> None:
@@ -60,4 +62,5 @@ def test_workers_are_never_cut_across_nodes() -> None:
 
 
 def test_only_wanted_stages_count() -> None:
-    assert set(table(load_config(["stages=[prepare,encode]"]))) == {"prepare", "encode"}
+    config = load_config(["stages=[prepare,encode]"])
+    assert set(table(config, steps(config))) == {"prepare", "encode"}

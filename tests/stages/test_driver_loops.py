@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.driver import LOOPS, make_world
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ShardDone, ShardInfo
 
 SIZES = (32, 64, 128)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ddoq_ray.storage.artifact import Artifact, Folder, canonical, differences, digest_of, write_error
+from ddoq_ray.storage.artifact import Artifact, canonical, differences, digest_of
+from ddoq_ray.storage.folder import Folder, write_error
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -131,7 +132,7 @@ def test_a_place_that_cannot_be_written_says_so_in_its_own_name(tmp_path: Path) 
 def test_a_place_that_takes_names_but_no_bytes(tmp_path: Path, call: str) -> None:
     """A full disk, as a limit on the size of files shows it: nothing is left behind, and no traceback."""
     code = "; ".join((
-        "import resource", "from ddoq_ray.storage.artifact import Folder", "from ddoq_ray.execution.lease import Lease",
+        "import resource", "from ddoq_ray.storage.folder import Folder", "from ddoq_ray.execution.lease import Lease",
         f"folder = Folder({str(tmp_path)!r})", "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))", call,
     ))  # fmt: skip
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

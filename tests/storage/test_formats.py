@@ -10,7 +10,8 @@ import pytest
 import webdataset as wds
 
 import ddoq_ray
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.tar_writing import write_tar
 
 # As stages/synthesize/step.py writes them: <class_id:05d>-<centroid_id:04d>.{png,cls,json}, here with a ragged class.
 KEYS = [(c, k) for c, ipc in ((0, 4), (3, 2), (11, 4)) for k in range(ipc)]

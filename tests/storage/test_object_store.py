@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 from support.wire import Wire
 
-from ddoq_ray.data.samples import encode_png, list_shards, read_samples, write_tar
+from ddoq_ray.data.samples import encode_png, list_shards, read_samples
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage import transport
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 
 BUCKET = "pictures"
 BLOCK = 32 << 10  # of bytes: a shard of the test is several requests
@@ -274,12 +276,12 @@ def test_a_run_directory_shows_what_other_processes_publish(store: Store) -> Non
 def test_the_environment_is_all_that_a_process_needs(store: Store) -> None:
     """A process that begins with the store's name reads and writes there, and waits for nobody else.
 
-    An actor may know run directories only, so `ddoq_ray.storage.artifact` comes first.
+    An actor may know run directories only, so `ddoq_ray.storage.folder` comes first.
     """
     program = """if True:
         import sys
         url, run = sys.argv[1:]
-        from ddoq_ray.storage.artifact import Folder
+        from ddoq_ray.storage.folder import Folder
         Folder(run).publish("x", b"1")
         print(Folder(run).names("*"), Folder(run).read("x"))
         from ddoq_ray.data.samples import list_shards, read_samples
@@ -300,6 +302,7 @@ def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
 
     from ddoq_ray.config.compose import load_config
     from ddoq_ray.execution.networks import Networks
+    from ddoq_ray.execution.run import Run
     from ddoq_ray.execution.workers import Events
     from ddoq_ray.models.priors.load import load_prior
     from ddoq_ray.stages.encode import step as encode
@@ -324,7 +327,7 @@ def test_encode_from_the_store(store: Store, tmp_path: Path) -> None:
             folder = Folder(run)
             events = Events(folder)
             data = prepare.run(config, folder, events)
-            manifest = encode.run(config, folder, data, events, facts, lambda shard: None)
+            manifest = encode.run(Run(config, folder, data, facts, events), lambda shard: None)
             assert (manifest["items"], manifest["refused"], manifest["refused_by_reason"]) == (300, 0, {})
             digests[name] = manifest["digest"]
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,19 +13,30 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ddoq_ray.data.samples import read_classes, read_samples, write_tar
+from ddoq_ray.data.collections import folders, metadata, table_columns
+from ddoq_ray.data.collections.idx import Idx
+from ddoq_ray.data.image_set import NewImage, read_images, write_images
+from ddoq_ray.data.samples import encode_png, read_classes, read_samples
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage import transport
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.transport import (
     BLOCK_BYTES,
     WAITS,
     is_store_error,
     is_transient,
     list_shards,
+    open_file,
     open_shard,
+    read_file,
+    read_heads,
+    read_range,
     retried,
 )
 
@@ -219,9 +230,72 @@ def test_waits_grow_and_are_stated() -> None:
 # Shards
 
 
-def png(value: int) -> bytes:
-    from ddoq_ray.data.samples import encode_png
+@pytest.mark.parametrize("faults", [FAULTS[:5], FAULTS[1:]])
+def test_a_whole_file_and_a_range_of_it_through_faults(url: str, faults: list[Any]) -> None:
+    for read, expected in (
+        (partial(read_file, url), CONTENT),
+        (partial(read_range, url, 7, 1007), CONTENT[7:1007]),
+        (partial(Folder("flaky://store").read, "x.tar"), CONTENT),
+        (partial(read_heads, "flaky://store", ["x.tar"], 1000), [CONTENT[:1000]]),
+    ):
+        Flaky.faults = list(faults) if read.func is not read_heads else [f for f in faults if isinstance(f, Exception)]
+        assert read() == expected and not Flaky.faults
+    with Folder("flaky://store").reading("x.tar") as f:
+        assert f.read() == CONTENT
 
+
+def test_a_file_that_stays_short_or_is_not_there(url: str) -> None:
+    Flaky.faults = [1] * 100
+    with pytest.raises(ValueError, match=r"6 tries .*a short read: 9999 of 10000 bytes"):
+        read_file(url)
+    Flaky.faults = []
+    for read in (read_file, open_file, lambda u: read_range(u, 0, 1)):
+        with pytest.raises(FileNotFoundError):
+            read("flaky://store/none")
+    assert read_heads("flaky://store", ["none", "x.tar"], 4) == [b"", CONTENT[:4]]
+
+
+def test_a_name_with_two_colons_is_no_chain(tmp_path: Path) -> None:
+    (tmp_path / "a::b").write_bytes(b"12345")
+    assert read_file(f"{tmp_path}/a::b") == b"12345"
+    MemoryFileSystem().pipe_file("/store/a::b", b"12345")
+    assert read_range("flaky://store/a::b", 1, 3) == b"23"
+
+
+def test_what_is_no_shard_is_read_through_faults_too(url: str, tmp_path: Path) -> None:
+    """A distilled set, IDX files, a metadata table, Parquet files and a class list."""
+    store = MemoryFileSystem()
+    pixels = np.arange(2 * 16, dtype=np.uint8).reshape(2, 4, 4)
+    made = [NewImage(0, k, 0.5, "p", 0, encode_png(np.full((8, 8), k, np.uint8))) for k in range(2)]
+    write_images(Folder("memory://store"), "images-0", made)
+    table = pa.table({"image": [m.png for m in made], "label": [0, 1]})
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    for name, data in {
+        "train-images-idx3-ubyte": bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 4]) + pixels.tobytes(),
+        "train-labels-idx1-ubyte": bytes([0, 0, 8, 1, 0, 0, 0, 2, 0, 1]),
+        "metadata.csv": b"file_name,label\na.png,cat\n",
+        "rows.parquet": out.getvalue(),
+    }.items():
+        store.pipe_file(f"/store/{name}", data)
+
+    def faulty(read: Callable[[], Any]) -> Any:
+        Flaky.faults = [ConnectionResetError("reset"), 1, None] * 4
+        found = read()
+        assert len(Flaky.faults) < 12
+        return found
+
+    images = faulty(lambda: list(read_images(["flaky://store/images-0.tar"])))
+    assert [i.data for i in images] == [m.png for m in made]
+    assert faulty(lambda: len(Idx("flaky://store", None).survey().train.names)) == 2
+    assert faulty(lambda: metadata._rows("flaky://store/metadata.csv")) == [{"file_name": "a.png", "label": "cat"}]
+    assert faulty(lambda: list(table_columns.read_images("flaky://store/rows.parquet", "image"))) == [
+        m.png for m in made
+    ]
+    assert faulty(lambda: list(folders.read_files("flaky://store", ["metadata.csv"])))[0].data.startswith(b"file_name")
+
+
+def png(value: int) -> bytes:
     return encode_png(np.full((8, 8), value, np.uint8))
 
 
@@ -261,7 +335,7 @@ def test_an_object_that_is_cut_is_a_cut_tar(url: str, shard: bytes) -> None:
     MemoryFileSystem().pipe_file("/store/x.tar", shard[: 10 * 2048 + 700])
     bad: list[Any] = []
     assert len(list(read_samples(url, 1, bad.append))) == 10
-    assert [b.key for b in bad] == ["s10", ""] and all("broken tar" in b.reason for b in bad)
+    assert [b.name for b in bad] == ["s10", ""] and all("broken tar" in b.reason for b in bad)
 
 
 def test_listing_and_class_lists_are_tried_again_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

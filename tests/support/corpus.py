@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddoq_ray.data.samples import encode_png, write_tar
+from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.tar_writing import write_tar
 
 NUM_CLASSES = 3
 NO_LABEL = "no label (.cls)"

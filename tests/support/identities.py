@@ -11,20 +11,14 @@ from support.recording import reads
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.execution.networks import Inquiry, Networks
-from ddoq_ray.pipeline import plan_methods
-from ddoq_ray.stages.encode import heldout
-from ddoq_ray.stages.encode import step as encode
-from ddoq_ray.stages.label import step as label
-from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.stages.quantize import step as quantize
-from ddoq_ray.stages.synthesize import select
-from ddoq_ray.stages.synthesize import step as synthesize
-from ddoq_ray.stages.train import step as train
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Events
+from ddoq_ray.pipeline import steps
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 # Modules with outputs of their own; all others belong to their package's stage.
-OF_THEIR_OWN = {"encode/heldout": "heldout", "synthesize/select": "select"}
+OF_THEIR_OWN = {"encode/heldout": "heldout"}
 MADE_ANEW = {"evaluate", "report"}  # in every run, so without an identity
 
 # Stage -> the stages whose digests its identity holds.
@@ -75,6 +69,7 @@ DECLARED = {
     ): "how the teacher is checked; what it does to stored pictures is in the identity",
     ("label", "teacher.min_top1"): "when the teacher is refused",
     ("train", "synthesizer.shard_images"): "how images lie in files",
+    ("train", "weights.scheme"): "which methods there are; a student's own scheme is in its identity",
     ("prepare", "ipc"): "classes that are too small are told of",
     ("prepare", "small_class"): "the same",
 }
@@ -110,26 +105,27 @@ def _with(config: Any, key: str, value: Any) -> Any:
     return made
 
 
-def identities(run: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
-    """Stage -> what its outputs of the finished run in `run` are known by, as a function of the configuration."""
-    data = Data.load(run)
-    latents = run / "latents"
-    return {
-        "prepare": prepare.identity,
-        "encode": lambda c: encode.identity(c, data, networks),
-        "quantize": lambda c: [quantize.identity(c, m.quantizer) for m in plan_methods(c) if m.quantizer],
-        "synthesize": synthesize.identity,
-        "select": lambda c: [select.identity(c, run, data, latents, 0, m) for m in c.methods if m in select.METHODS],
-        "heldout": lambda c: heldout.identity(c, data, networks),
-        "label": label.identity,
-        "train": train.identity,
-    }
+def identities(planned: RunConfig, run_dir: Folder, networks: Networks) -> dict[str, Callable[[RunConfig], Any]]:
+    """Name of a step -> what its outputs of the finished run are known by, as a function of the configuration.
+
+    The steps are those that were `planned`, so that another configuration is compared in the same places.
+    """
+    data, events = Data.load(run_dir), Events(run_dir)
+
+    def of(name: str) -> Callable[[RunConfig], Any]:
+        def identity(config: RunConfig) -> Any:
+            run = Run(config, run_dir, data, networks, events)
+            return [step.identity(run) for step in steps(planned) if step.name == name]
+
+        return identity
+
+    return {name: of(name) for name in MADE_FROM}
 
 
 def held(config: RunConfig, run: Folder, networks: Networks) -> dict[str, set[str]]:
     """Stage -> the keys that its identity, or one that it is made from, follows."""
     own: dict[str, set[str]] = {}
-    for stage, identity in identities(run, networks).items():
+    for stage, identity in identities(config, run, networks).items():
         plain = identity(config)
         own[stage] = {
             key for key, value in leaves(config) if _differs(identity, plain, _with(config, key, _other(value)))

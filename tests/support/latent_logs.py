@@ -16,13 +16,17 @@ import pytest
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.methods import SPECS
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.stages.quantize.step import Quantize, Quantizers
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
+from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import (
     ChunkRecord,
     ClassCounts,
@@ -94,14 +98,21 @@ def settings(*overrides: str, **quantizer: Any) -> RunConfig:
     return dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, **quantizer))
 
 
+def planned(config: RunConfig, run_dir: Folder, place: str, networks: Networks = FACTS) -> Quantizers:
+    """Quantizers of the run's own algorithm, whose codebook goes to `place`; planned, and not yet launched."""
+    run = Run(config, run_dir, Data.load(run_dir), networks, Events(run_dir))
+    handle = Quantizers(run, Quantize(SPECS["ddoq"], Place(place)))
+    handle.plan()
+    return handle
+
+
 class Running:
     """Quantizers at work on the log of `run`, closed at the end of the block."""
 
     def __init__(self, run: Path, place: str, config: RunConfig) -> None:
         self.run = Folder(str(run))
         self.place = self.run / place / "codebook"
-        latents = self.run / "latents"
-        self.handle = Quantizers(config, self.run, place, config.quantizer, Data.load(self.run), latents, FACTS)
+        self.handle = planned(config, self.run, place)
 
     def __enter__(self) -> Running:
         self.handle.launch()
@@ -113,7 +124,7 @@ class Running:
     def finish(self, order: Sequence[int]) -> dict[str, bytes]:
         for shard in order:
             self.handle.shard_done(shard)
-        self.handle.finish(Events(self.run))
+        self.handle.finish()
         return {name: self.place.read(name) for name in self.place.names("part-*.parquet")}
 
 

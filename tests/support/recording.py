@@ -19,6 +19,7 @@ import ray.cloudpickle
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import tests
 
 COPIES = {"replace", "_replace", "plain", "__post_init__", "__repr__", "__eq__", "__reduce_ex__"}
+OF_STEPS = {"settings", "inputs", "identity", "log_identity", "asks", "wanted", "checked"}
 _WATCHED: dict[tuple[str, str, str], type] = {}
 
 
@@ -30,9 +31,9 @@ def modules_here(frame: Any) -> set[str]:
     found: set[str] = set()
     while frame is not None:
         code = frame.f_code
-        if code.co_name in COPIES or code.co_name.endswith("identity"):
-            return set()
         _, inside, module = code.co_filename.rpartition("/ddoq_ray/stages/")
+        if code.co_name in COPIES or (inside and code.co_name in OF_STEPS):
+            return set()
         if inside and "/" in module:
             found.add(module.removesuffix(".py"))
         frame = frame.f_back

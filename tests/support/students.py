@@ -16,11 +16,14 @@ import torch
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
+from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact, Folder
-from ddoq_ray.storage.records import StudentRow, fixed_binary, label_schema
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
+from ddoq_ray.storage.records import fixed_binary, label_schema
 
 IMAGES, CLASSES, EPOCHS = 8, 2, 6
 
@@ -52,7 +55,7 @@ def small_job(folder: Path, *keys: str, codec: str = "logits", size: int = 8) ->
         ["student.arch=convnet3-w4", f"student.image_size={size}", f"protocol.steps={2 * EPOCHS}", "protocol.batch=4",
          "protocol.eval_every=1", *keys]
     )  # fmt: skip
-    row = StudentRow("ddoq", "images", "labels", "students/s-seed0", "uniform", 0)
+    row = Cell("ddoq", 4, "s", size, "t", "p", 0, "images", "labels", "uniform", Place())
     validation = Validation((run.path("val.tar"),), (6,), CLASSES, 1.0)
     return Job(run, config, ((row, {"row": 0}),), (), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import io
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import partial
 
-import fsspec
 import numpy as np
 
-from ddoq_ray.data.collections.listing import Picture, Refused, Source
-from ddoq_ray.storage.artifact import Folder
-from ddoq_ray.storage.transport import retried
+from ddoq_ray.data.collections.listing import Picture, Source
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
+from ddoq_ray.storage.transport import read_range
 
 
 def row_names(container: int, rows: Sequence[int]) -> list[str]:
@@ -45,8 +44,7 @@ class Containers(Source):
         np.savez(out, ends=np.asarray(ends, np.int64), extensions=np.asarray(extensions, dtype="U8"))
         scratch.publish(index, out.getvalue())  # after the bytes: where it is, they are
 
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
-        fs, root = fsspec.core.url_to_fs(scratch.uri)
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         indices: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in names:
             container, _, row = name.partition("#")
@@ -55,8 +53,5 @@ class Containers(Source):
                     indices[container] = (stored["ends"], stored["extensions"])
             ends, extensions = indices[container]
             start, end = (int(e) for e in ends[int(row) : int(row) + 2])
-            path = f"{root}/{container}.bin"
-            data = b""
-            if end > start:
-                data = retried(path, partial(fs.cat_file, path, start=start, end=end))
-            yield Picture(data, str(extensions[int(row)]) or None) if data else Refused(name, "no image bytes")
+            data = read_range(scratch.path(f"{container}.bin"), start, end) if end > start else b""
+            yield Picture(data, str(extensions[int(row)]) or None) if data else Refusal(name, "no image bytes")

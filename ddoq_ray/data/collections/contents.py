@@ -8,12 +8,12 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Sequence
 
-import fsspec
-
 from ddoq_ray.data.collections.classes import shown
-from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, Refused, image_extension
+from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, image_extension
 from ddoq_ray.data.collections.tree import Entry, leftover
 from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, UNREAD, WAYS_OUT, signature, unread_words
+from ddoq_ray.storage.quarantine import Refusal
+from ddoq_ray.storage.transport import read_heads
 
 # Endings of what is no picture: not looked into, as each look into a store is a request.
 _OTHERS = frozenset((
@@ -64,16 +64,13 @@ def _heads(root: str, names: Sequence[str]) -> list[bytes]:
                 head = f.read(HEAD_BYTES)
             out.append(head)
         return out
-    fs, place = fsspec.core.url_to_fs(root)
     found: list[bytes] = []
     for start in range(0, len(names), 1000):
-        paths = [posixpath.join(place, name) for name in names[start : start + 1000]]
-        heads = fs.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths), on_error="return")
-        found += [h if isinstance(h, bytes) else b"" for h in heads]
+        found += read_heads(root, names[start : start + 1000], HEAD_BYTES)
     return found
 
 
-def unread_notes(refused: Sequence[Refused]) -> list[str]:
+def unread_notes(refused: Sequence[Refusal]) -> list[str]:
     """A line for each kind of picture that is not read: how many, which, and what to do."""
     by_words: dict[str, list[str]] = defaultdict(list)
     for r in refused:

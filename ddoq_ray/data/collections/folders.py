@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import fsspec
 
@@ -16,7 +15,6 @@ from ddoq_ray.data.collections.listing import (
     NO_LABEL,
     Listing,
     Picture,
-    Refused,
     Source,
     Survey,
     absolute,
@@ -27,9 +25,10 @@ from ddoq_ray.data.collections.metadata import is_metadata
 from ddoq_ray.data.collections.table_labels import Tree, survey_tables
 from ddoq_ray.data.collections.tree import Entry, top, walk
 from ddoq_ray.data.collections.unread_places import table_hint
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
-from ddoq_ray.storage.transport import retried
+from ddoq_ray.storage.transport import read_file
 
 
 class ImageFolder(Source):
@@ -92,21 +91,19 @@ class ImageFolder(Source):
         listings = {split: _listing(*by_class[split], trees[split], classes) for split in trees}
         return Survey(classes, listings["train"], listings.get("val"), notes)
 
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         _, layout = self._layout()
         root = layout.val if split == "val" and layout.val is not None else layout.train
         return read_files(root, names)
 
 
-def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refused]:
+def read_files(root: str, names: Sequence[str]) -> Iterator[Picture | Refusal]:
     """The files with these names below a root, with the bytes that they have."""
-    fs, place = fsspec.core.url_to_fs(root)
     for name in names:
-        path = posixpath.join(place, name)
         try:
-            data = fs.cat_file(path) if "://" not in root else retried(f"{root}/{name}", partial(fs.cat_file, path))
+            data = read_file(posixpath.join(root, name))
         except OSError as error:
-            yield Refused(name, f"unreadable: {error.strerror or type(error).__name__}")
+            yield Refusal(name, f"unreadable: {error.strerror or type(error).__name__}")
         else:
             yield Picture(data, image_extension(name))
 
@@ -174,16 +171,16 @@ def _listing(folders: dict[str, list[Entry]], stray: list[Entry], tree: Tree, cl
     names, ids, sizes, refused = [], [], [], []
     for name, _ in stray:
         outside = NO_LABEL if name.startswith("-1/") else "image outside a class folder"
-        refused.append(Refused(name, tree.no_image.get(name, outside)))
+        refused.append(Refusal(name, tree.no_image.get(name, outside)))
     for folder, files in folders.items():
         label = text_of(folder)
         if all(name in tree.no_image for name, _ in files):
-            refused.append(Refused(f"{folder}/", NO_CLASS_IMAGE))
+            refused.append(Refusal(f"{folder}/", NO_CLASS_IMAGE))
         for name, size in files:
             if name in tree.no_image:
-                refused.append(Refused(name, tree.no_image[name]))
+                refused.append(Refusal(name, tree.no_image[name]))
             elif label not in class_ids:
-                refused.append(Refused(name, "its class has no training image"))
+                refused.append(Refusal(name, "its class has no training image"))
             else:
                 names.append(name)
                 ids.append(class_ids[label])

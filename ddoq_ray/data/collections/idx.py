@@ -11,9 +11,11 @@ import fsspec
 import numpy as np
 
 from ddoq_ray.data.collections.classes import given_classes, numbered_classes
-from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Picture, Refused, Source, Survey, absolute
+from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Picture, Source, Survey, absolute
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
+from ddoq_ray.storage.transport import read_file
 
 # Split -> (images, labels) by the files' usual names, each possibly followed by .gz.
 FILES = {
@@ -56,10 +58,10 @@ class Idx(Source):
         # -1 is no label; as an unsigned byte it is 255, unless 254 shows that there are so many classes.
         nothing = labels == (255 if labels.dtype == np.uint8 and 254 not in labels else -1)
         names = [f"{i:09d}" for i in np.flatnonzero(~nothing)]
-        refused = [Refused(f"{FILES[split][0]}#{i:09d}", NO_LABEL) for i in np.flatnonzero(nothing)]
+        refused = [Refusal(f"{FILES[split][0]}#{i:09d}", NO_LABEL) for i in np.flatnonzero(nothing)]
         return Listing(names, labels[~nothing].astype(np.int32), np.full(len(names), size, np.int64), refused)
 
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         images = self._images(split)
         for name in names:
             yield Picture(encode_png(images[int(name)]), "png")
@@ -77,8 +79,7 @@ class Idx(Source):
         if found is None:
             raise ValueError(f"dataset.path={self.root}: no {name} or {name}.gz there; expected IDX files")
         path = posixpath.join(self.root, found)
-        with fsspec.open(path, "rb") as f:
-            data = f.read()
+        data = read_file(path)
         if found.endswith(".gz"):
             try:
                 data = gzip.decompress(data)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, signature, unread
 from ddoq_ray.data.pictures import FORMATS as READ_FORMATS
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 
 NO_IMAGE = "no image extension"  # and no image by its first bytes
@@ -36,19 +37,6 @@ _EXTENSIONS = {
 _USUAL = IMAGE_EXTENSIONS[:9]
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A file or sample that is not used, and why; `samples` is more than one where damage took more."""
-
-    name: str
-    reason: str
-    samples: int = 1
-
-    @property
-    def harmless(self) -> bool:
-        return self.reason.partition(":")[0] in HARMLESS
-
-
 @dataclass
 class Listing:
     """The samples of one split by name; no image is in it.
@@ -63,7 +51,7 @@ class Listing:
     names: list[str]
     class_ids: npt.NDArray[np.int32]
     sizes: npt.NDArray[np.int64]
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
 
 
 @dataclass
@@ -96,7 +84,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         """The images of some names of a split, one by one and in their order."""
 
     def containers(self) -> list[str]:
@@ -108,7 +96,12 @@ class Source(ABC):
         raise AssertionError("this source has no containers")
 
 
-def refusal(picture: Picture) -> str | None:
+def harmless(refusal: Refusal) -> bool:
+    """Whether no labelled image is lost by it."""
+    return refusal.kind in HARMLESS
+
+
+def no_image(picture: Picture) -> str | None:
     """Why bytes are no image, by their header; None when they may be one. Decoding is the encode stage's."""
     if not picture.data:
         return "empty file"
@@ -170,7 +163,7 @@ def absolute(path: str) -> str:
     return place
 
 
-def sorted_listing(names: list[str], class_ids: list[int], sizes: list[int], refused: list[Refused]) -> Listing:
+def sorted_listing(names: list[str], class_ids: list[int], sizes: list[int], refused: list[Refusal]) -> Listing:
     """A listing in the order of its names, whatever the order in which a file system gave them."""
     order = sorted(range(len(names)), key=names.__getitem__)
     return Listing(

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
-
 from ddoq_ray.data.collections.classes import class_list, numbered_classes, shown, text_of
 from ddoq_ray.data.collections.splits import split_of
 from ddoq_ray.data.picture_kinds import LFS_POINTER
 from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.transport import read_file
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LABELS = ("label", "labels", "class", "class_name", "label_name", "category", "target")
@@ -206,8 +205,7 @@ def _fold(name: str) -> str:
 def _rows(table: str) -> list[dict[str, Any]]:
     kind = table.rpartition(".")[2].lower()
     try:
-        with fsspec.open(table, "rb") as f:
-            data = f.read()
+        data = read_file(table)
     except OSError as error:
         raise ValueError(f"{table} cannot be read: {error.strerror or error}; mend it, or move it away") from error
     if data.startswith(LFS_POINTER):

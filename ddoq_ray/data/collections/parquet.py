@@ -10,10 +10,11 @@ import numpy as np
 
 from ddoq_ray.data.collections.classes import given_classes, numbered_classes, shown
 from ddoq_ray.data.collections.containers import Containers, row_names
-from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Refused, Survey, image_extension
+from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Survey, harmless, image_extension
 from ddoq_ray.data.collections.metadata import metadata_classes, usable_labels
 from ddoq_ray.data.collections.table_columns import Columns, Label, columns_of, read_images, read_labels
 from ddoq_ray.data.collections.table_files import by_split, list_tables, part_notes
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 
 FIT = 0.95  # of the rows must have labels of the class list, or it is another's
@@ -118,7 +119,7 @@ class Parquet(Containers):
     def _check_fit(self, listings: dict[str, Listing], classes: list[ClassInfo]) -> None:
         """A class list that does not fit stops; a few wild labels are for max_bad_fraction to judge."""
         for listing in listings.values():
-            wild = [r.reason.rpartition(": ")[2] for r in listing.refused if not r.harmless]
+            wild = [r.reason.rpartition(": ")[2] for r in listing.refused if not harmless(r)]
             if len(wild) > (1 - FIT) * (len(wild) + len(listing.names)):
                 raise ValueError(
                     f"{self.path}: labels {shown(sorted(set(wild)))} are outside the class list (0 to "
@@ -145,7 +146,7 @@ def _listing(rows: list[tuple[str, Label, int]], class_ids: dict[Label, int], nu
             ids.append(class_ids[label])
             sizes.append(size)
         elif label is None or not isinstance(label, int):
-            refused.append(Refused(name, NO_LABEL))
+            refused.append(Refusal(name, NO_LABEL))
         else:
-            refused.append(Refused(name, f"label is outside the class list (0 to {num_classes - 1}): {label}"))
+            refused.append(Refusal(name, f"label is outside the class list (0 to {num_classes - 1}): {label}"))
     return Listing(names, np.asarray(ids, np.int32), np.asarray(sizes, np.int64), refused)

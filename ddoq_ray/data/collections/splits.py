@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ddoq_ray.data.split_words import FILLERS, tokens
-from ddoq_ray.data.split_words import SPLIT_WORDS as _WORDS
+from ddoq_ray.config.split_words import FILLERS, tokens
+from ddoq_ray.config.split_words import SPLIT_WORDS as _WORDS
 
 
 def _reading(name: str) -> tuple[str | None, tuple[str, ...]]:

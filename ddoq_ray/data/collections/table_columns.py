@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from ddoq_ray.data.collections.classes import shown, text_of
 from ddoq_ray.data.collections.metadata import nearly_unique
 from ddoq_ray.data.picture_kinds import LFS_POINTER
+from ddoq_ray.storage.transport import open_file, read_file
 
 _LABELS = ("label", "labels", "class", "class_name", "category", "target", "y", "cls")
 Label = int | str | None
@@ -46,10 +46,9 @@ def schema_of(file: str) -> tuple[pa.Schema, dict[str, Any]]:
     if schema.metadata and b"huggingface" in schema.metadata:
         features = _features(schema.metadata[b"huggingface"], "info", "features")
     if not features and file.lower().endswith(".arrow"):
-        fs, path = fsspec.core.url_to_fs(file)
-        info = posixpath.join(posixpath.dirname(path), "dataset_info.json")
-        if fs.exists(info):
-            features = _features(fs.cat_file(info), "features")
+        info = posixpath.join(posixpath.dirname(file), "dataset_info.json")
+        with contextlib.suppress(FileNotFoundError):
+            features = _features(read_file(info), "features")
     return schema, features
 
 
@@ -57,7 +56,7 @@ def schema_of(file: str) -> tuple[pa.Schema, dict[str, Any]]:
 def _opened(file: str) -> Iterator[Any]:
     """A file, whose reader's errors become the user's: it is another kind of file, or damaged."""
     try:
-        there = fsspec.open(file, "rb").open()
+        there = open_file(file)
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}; bring it back, or move it away") from error
     with there as f:

@@ -14,6 +14,7 @@ from ddoq_ray.data.collections.classes import shown
 from ddoq_ray.data.collections.listing import absolute
 from ddoq_ray.data.collections.splits import split_in_file, split_of
 from ddoq_ray.data.collections.tree import walk
+from ddoq_ray.storage.transport import read_file
 
 ENDINGS = (".parquet", ".arrow")
 _PART = re.compile(r"^(.*?)-\d+-of-(\d+)")
@@ -57,13 +58,13 @@ def _listed(state: str) -> set[str]:
     Raises:
         ValueError: When it chooses among their rows, which is not read.
     """
-    with fsspec.open(state, "rb") as f:
-        try:
-            facts = json.loads(f.read())
-            meant = {str(entry["filename"]) for entry in facts.get("_data_files", [])}
-            chosen = bool(facts.get("_indices_files") or facts.get("_indices_data_files"))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return set()
+    data = read_file(state)
+    try:
+        facts = json.loads(data)
+        meant = {str(entry["filename"]) for entry in facts.get("_data_files", [])}
+        chosen = bool(facts.get("_indices_files") or facts.get("_indices_data_files"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return set()
     if chosen:
         raise ValueError(
             f"{state}: a choice or an order of rows was saved beside the rows (_indices_files), and is not read: all "

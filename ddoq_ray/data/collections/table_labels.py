@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddoq_ray.data.collections.classes import escaped, shown
-from ddoq_ray.data.collections.listing import NO_LABEL_IN_TABLE, OTHER_SPLIT, Listing, Refused, Survey, sorted_listing
+from ddoq_ray.data.collections.listing import NO_LABEL_IN_TABLE, OTHER_SPLIT, Listing, Survey, sorted_listing
 from ddoq_ray.data.collections.metadata import Names, Row, labelled_rows, metadata_classes, usable_labels
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 
 NOT_THERE = "named in the metadata, but not there"
@@ -72,23 +73,23 @@ def survey_tables(
         for name, row in rows.items():
             label = meant[row.label]
             if name in tree.no_image:
-                refused.append(Refused(name, tree.no_image[name]))
+                refused.append(Refusal(name, tree.no_image[name]))
             elif label is None:
-                refused.append(Refused(name, NO_LABEL_IN_TABLE))
+                refused.append(Refusal(name, NO_LABEL_IN_TABLE))
             else:
                 names.append(name)
                 ids.append(class_ids[label])
                 sizes.append(tree.files[name])
         if split in trees:
-            refused += [Refused(name, NOT_THERE) for name in found[split].absent]
+            refused += [Refusal(name, NOT_THERE) for name in found[split].absent]
             refused += [
-                Refused(n, tree.no_image.get(n, "not named in the metadata"))
+                Refusal(n, tree.no_image.get(n, "not named in the metadata"))
                 for n in tree.files
                 if n not in found[split].rows
             ]
             if split == "train":
                 kept = {n for part in parts.values() for n in part}
-                refused += [Refused(n, OTHER_SPLIT) for n in found["train"].rows if n not in kept]
+                refused += [Refusal(n, OTHER_SPLIT) for n in found["train"].rows if n not in kept]
         listings[split] = sorted_listing(names, ids, sizes, refused)
     train, val = listings["train"], listings.get("val")
     if not train.names:

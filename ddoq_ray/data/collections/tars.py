@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ddoq_ray.data.collections.containers import Containers, row_names
-from ddoq_ray.data.collections.listing import Listing, Refused, Survey
+from ddoq_ray.data.collections.listing import Listing, Survey
 from ddoq_ray.data.samples import read_classes
 from ddoq_ray.data.shard_index import train_and_val, with_losses
-from ddoq_ray.data.tar_samples import DAMAGE, BadSample, labelled, open_samples
+from ddoq_ray.data.tar_samples import DAMAGE, labelled, open_samples
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassCounts, ShardInfo
 from ddoq_ray.storage.transport import open_shard
 
@@ -40,11 +41,11 @@ class Tars(Containers):
         names: list[str] = []
         class_ids: list[int] = []
         sizes: list[int] = []
-        refused: list[Refused] = []
+        refused: list[Refusal] = []
         infos = []
         for container, shard in enumerate(shards, offset):
             where = posixpath.basename(shard)
-            bad: list[BadSample] = []
+            bad: list[Refusal] = []
             rows, size = [], 0
             for row, (key, label, data, _) in enumerate(_pictures(shard, bad.append)):
                 size += len(data)
@@ -54,12 +55,12 @@ class Tars(Containers):
                     sizes.append(len(data))
                 else:
                     reason = f"label is outside the class list (0 to {num_classes - 1}): {label}"
-                    bad.append(BadSample(key, 0, reason))
+                    bad.append(Refusal(key, reason, offset=0))
             names += row_names(container, rows)
             damage = [b.reason for b in bad if b.reason.startswith(DAMAGE)]
             infos.append(ShardInfo(where, len(rows), size, ClassCounts({}), "", damage="; ".join(damage)))
-            refused += [Refused(f"{where}:{b.key}", b.reason) for b in bad if not b.reason.startswith(DAMAGE)]
-        refused += [Refused(s.path, s.damage, s.lost) for s in with_losses(infos) if s.damage]
+            refused += [Refusal(f"{where}:{b.name}", b.reason) for b in bad if not b.reason.startswith(DAMAGE)]
+        refused += [Refusal(s.path, s.damage, s.lost) for s in with_losses(infos) if s.damage]
         return Listing(names, np.asarray(class_ids, np.int32), np.asarray(sizes, np.int64), refused)
 
     def images(self, container: int) -> Iterator[tuple[bytes, str]]:
@@ -67,7 +68,7 @@ class Tars(Containers):
             yield data, extension
 
 
-def _pictures(shard: str, on_bad: Callable[[BadSample], None]) -> Iterator[tuple[str, int, bytes, str]]:
+def _pictures(shard: str, on_bad: Callable[[Refusal], None]) -> Iterator[tuple[str, int, bytes, str]]:
     """(key, label, image bytes, extension) of each usable sample of a shard, in its order."""
     with open_shard(shard) as f:
         tar = open_samples(f, on_bad)

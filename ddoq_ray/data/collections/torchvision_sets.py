@@ -20,14 +20,14 @@ from ddoq_ray.data.collections.listing import (
     NO_LABEL,
     Listing,
     Picture,
-    Refused,
     Source,
     Survey,
     absolute,
     sorted_listing,
 )
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 
 ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST")  # pixels, which become PNG; the others are files, kept as they are
@@ -79,17 +79,17 @@ class TorchvisionSet(Source):
             targets = np.asarray(dataset.targets)
             rows = np.flatnonzero(targets >= 0)
             size = int(np.prod(dataset.data.shape[1:]))
-            refused = [Refused(f"{i:09d}", NO_LABEL) for i in np.flatnonzero(targets < 0)]
+            refused = [Refusal(f"{i:09d}", NO_LABEL) for i in np.flatnonzero(targets < 0)]
             labels = np.asarray(ids, np.int32)[targets[rows]]
             return Listing([f"{i:09d}" for i in rows], labels, np.full(len(rows), size, np.int64), refused)
         every = _files(dataset)
         files = [(path, label) for path, label in every if label >= 0]
-        unlabelled = [Refused(os.path.relpath(path, self.root), NO_LABEL) for path, label in every if label < 0]
+        unlabelled = [Refusal(os.path.relpath(path, self.root), NO_LABEL) for path, label in every if label < 0]
         names = [os.path.relpath(path, self.root).replace(os.sep, "/") for path, _ in files]
         sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path, _ in files]
         return sorted_listing(names, [ids[label] for _, label in files], sizes, unlabelled)
 
-    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refused]:
+    def read(self, split: str, names: Sequence[str], scratch: Folder) -> Iterator[Picture | Refusal]:
         if self.name in ARRAYS:
             pixels = np.asarray(self._load(split, download=False).data)
             for name in names:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -21,82 +21,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
+from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.folders import check_free, published_folder
-from ddoq_ray.models.priors.class_conditional import DTYPES, ClassConditionalPrior
+from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 
 Progress = Callable[[str, int, int, float], None]
-_GROUPS = 8  # of every group norm: small networks have few channels
 _REPORT_EVERY = 50
-
-
-@dataclass(frozen=True)
-class PriorTraining:
-    """How `train_prior` trains.
-
-    Attributes:
-        seed: of initialisations, batches and noise.
-        latent_channels: C.
-        autoencoder_widths: channels a level; each level after the first halves the side.
-        autoencoder_steps, autoencoder_batch, autoencoder_lr: AdamW, cosine schedule.
-        kl_weight: weight of the KL term (a mean over latent values) against the mean squared pixel error.
-        denoiser: "unet" or "dit".
-        unet_widths, unet_layers: channels a level, residual blocks a level.
-        dit_layers, dit_heads, dit_width, dit_patch: blocks, heads, total width, patch side.
-        denoiser_steps, denoiser_batch, denoiser_lr: AdamW, cosine schedule.
-        ema: decay of the averaged weights, which are the ones saved.
-        label_dropout: share of labels replaced by the null label, for classifier-free guidance.
-        prediction_type: "epsilon" or "v_prediction".
-        beta_schedule: diffusers' name.
-        flip: mirror images at random.
-        dtype: of the saved weights, "float32" or "float16".
-    """
-
-    seed: int = 0
-    latent_channels: int = 4
-    autoencoder_widths: tuple[int, ...] = (16, 32, 32)
-    autoencoder_steps: int = 1000
-    autoencoder_batch: int = 64
-    autoencoder_lr: float = 2e-3
-    kl_weight: float = 1e-3
-    denoiser: str = "unet"
-    unet_widths: tuple[int, ...] = (32, 64)
-    unet_layers: int = 1
-    dit_layers: int = 4
-    dit_heads: int = 4
-    dit_width: int = 96
-    dit_patch: int = 1
-    denoiser_steps: int = 3500
-    denoiser_batch: int = 128
-    denoiser_lr: float = 2e-3
-    ema: float = 0.998
-    label_dropout: float = 0.1
-    prediction_type: str = "epsilon"
-    beta_schedule: str = "linear"
-    flip: bool = False
-    dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        """Refuse what could only fail later."""
-        if self.denoiser not in ("unet", "dit"):
-            raise ValueError(f"prior training: denoiser must be unet or dit, got {self.denoiser!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"prior training: dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}")
-        for name in (
-            "latent_channels",
-            "autoencoder_steps",
-            "autoencoder_batch",
-            "denoiser_steps",
-            "denoiser_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prior training: {name} must be positive, got {getattr(self, name)}")
-        for name in ("autoencoder_widths", "unet_widths"):
-            if not getattr(self, name) or any(width % _GROUPS for width in getattr(self, name)):
-                raise ValueError(f"prior training: {name} must be multiples of {_GROUPS}, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1 or not 0 <= self.label_dropout < 1:
-            raise ValueError("prior training: ema and label_dropout must lie in [0, 1)")
 
 
 def train_prior(
@@ -219,7 +149,7 @@ def _train_autoencoder(pixels: Tensor, config: PriorTraining, report: Progress) 
             block_out_channels=config.autoencoder_widths,
             layers_per_block=1,
             latent_channels=config.latent_channels,
-            norm_num_groups=_GROUPS,
+            norm_num_groups=GROUPS,
             sample_size=pixels.shape[-1],
             mid_block_add_attention=False,
         ),
@@ -306,7 +236,7 @@ def _build_denoiser(
         block_out_channels=config.unet_widths,
         down_block_types=("DownBlock2D",) * levels,
         up_block_types=("UpBlock2D",) * levels,
-        norm_num_groups=_GROUPS,
+        norm_num_groups=GROUPS,
         num_class_embeds=num_classes + 1,  # the last row is the null label
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddoq_ray.config.network_training import TeacherTraining
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
@@ -24,44 +25,6 @@ from ddoq_ray.models.folders import check_free
 from ddoq_ray.models.training.prior import Progress, batches, canonical_order, check_images, one_cycle
 
 _REPORT_EVERY = 20
-
-
-@dataclass(frozen=True)
-class TeacherTraining:
-    """How `train_teacher` trains.
-
-    Attributes:
-        seed: of initialisation, batches and views.
-        arch: as `build_classifier` names it.
-        epochs, batch: passes over the images; the last incomplete batch of a pass opens the next one.
-        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
-        lr, weight_decay: cosine schedule with a short warm-up.
-        label_smoothing: of the cross-entropy.
-        min_scale, flip, cutmix: the views (see core.views.ViewSpec).
-        dtype: of the saved weights, "float32" or "float16".
-    """
-
-    seed: int = 0
-    arch: str = "resnet18-small-w16"
-    epochs: int = 60
-    batch: int = 64
-    optimizer: str = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 1e-2
-    label_smoothing: float = 0.0
-    min_scale: float = 0.5
-    flip: bool = True
-    cutmix: bool = False
-    dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        """Refuse what could only fail later."""
-        if self.epochs < 1 or self.batch < 2:
-            raise ValueError(f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"teacher training: optimizer must be adamw or sgd, got {self.optimizer!r}")
-        if self.dtype not in ("float32", "float16"):
-            raise ValueError(f"teacher training: dtype must be float32 or float16, got {self.dtype!r}")
 
 
 def train_teacher(

@@ -12,21 +12,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.execution.networks import Networks
-from ddoq_ray.execution.workers import Events, Progress
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Progress
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.reader import chunk_rows, read_chunks
-from ddoq_ray.stages.encode.step import done_shards
-from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, shard_name
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.stages.encode.stream import inner_batch, shard_done
+from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings
+from ddoq_ray.stages.step import Ask, Step, merged
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import done_records
+from ddoq_ray.storage.layout import shard_name
+from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ChunkRecord
 
 Share = tuple[int, str, dict[int, int]]  # validation shard, its URL, class_id -> images to take
@@ -44,61 +49,92 @@ def shares(data: Data, limit: int) -> list[Share]:
     return found
 
 
-def identity(config: RunConfig, data: Data, networks: Networks) -> dict[str, Any]:
-    """What the held-out latents depend on; `config.encoder` are the settings that the training images' log has."""
-    return encode.identity(config, None, networks) | {
-        "val": digest_of([s.digest for s in data.val])[:32],
-        "classes": len(data.classes),
-        "heldout_images": config.report.heldout_images,
-    }
+@dataclass(frozen=True)
+class EncodeHeldout(Step):
+    """The latents of validation images that the report measures codebooks on."""
+
+    stage = "report"
+    name = "heldout"
+
+    @property
+    def place(self) -> str:
+        return layout.HELDOUT
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        return {"heldout_images": config.report.heldout_images}
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """They are encoded as the training images' log was, whatever the configuration says now."""
+        as_log = encode.made_with(run.latents, run.config.encoder)
+        settings = encode.encoder_settings(as_log, run.config.seed)
+        return merged(settings, encode.network_facts(run)) | {
+            "val": digest_of([s.digest for s in run.data.val])[:32],
+            "classes": len(run.data.classes),
+        }
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask.of(config, "encoder", "encoder")]
+
+    def wanted(self, config: RunConfig) -> bool:
+        return super().wanted(config) and config.report.heldout_images > 0
+
+    def checked(self, config: RunConfig) -> bool:
+        return self.wanted(config)
 
 
 class Heldout:
-    """The driver's handle: encoding starts with it, `wait` ends it.
+    """The driver's handle: encoding starts with `start`, `wait` ends it.
 
     Attributes:
         folder: The log of held-out latents.
         missing: Why there is none; empty when there is one.
     """
 
-    def __init__(self, config: RunConfig, run_folder: Folder, data: Data, networks: Networks, latents: Folder) -> None:
-        self.folder = run_folder / "heldout"
-        self.shards = len(data.val)
-        self.limit = config.report.heldout_images
-        self._latent_bytes = 2 * int(np.prod(networks.latent_shape))
-        self._artifact = Artifact(self.folder, "heldout")
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._artifact = EncodeHeldout().artifact(run.dir)
+        self.folder = self._artifact.folder
+        self.shards = len(run.data.val)
+        self._facts: dict[str, Any] = {}
         self._refs: list[Any] = []
-        self.missing = self._why_not(data, networks, latents)
+        self.missing = ""
+
+    def start(self) -> None:
+        """Begin to encode what is not there yet, if anything can be."""
+        self.missing = self._why_not()
         if self.missing:
             return
-        config = dataclasses.replace(config, encoder=encode.made_with(latents, config.encoder))
-        self._facts = identity(config, data, networks)
-        if self._artifact.begin(self._facts, overwrite=config.overwrite) == "done":
+        run = self.run
+        self._facts = EncodeHeldout().identity(run)
+        if self._artifact.begin(self._facts, overwrite=run.config.overwrite) == "done":
             if self._artifact.require()["kept"]:
                 return
             self.folder.remove()  # the latents of a run with latents.keep=false went with it
             self._artifact.begin(self._facts)
-        finished = done_shards(self.folder)
-        todo = [share for share in shares(data, self.limit) if share[0] not in finished]
+        config = dataclasses.replace(run.config, encoder=encode.made_with(run.latents, run.config.encoder))
+        finished = encode.done_shards(self.folder)
+        limit = config.report.heldout_images
+        todo = [share for share in shares(run.data, limit) if share[0] not in finished]
         tasks = max(1, min(config.encoder.workers, len(todo)))  # none to do is a log without its manifest
         resources = config.cluster.encoder
-        batch = encode.inner_batch(config, networks, self.folder, latents)
-        settings = EncoderSettings.of(config, networks, batch)
+        batch = inner_batch(config, run.networks, self.folder, run.latents)
+        settings = EncoderSettings.of(config, run.networks, batch)
         reading = {
-            "num_classes": len(data.classes),
-            "image_size": networks.image_size,
-            "chunk_samples": chunk_rows(config, networks.image_size, batch),
+            "num_classes": len(run.data.classes),
+            "image_size": run.networks.image_size,
+            "chunk_samples": chunk_rows(config, run.networks.image_size, batch),
             "resize": config.encoder.resize,
         }
         task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
         self._refs = [task.remote(self.folder, todo[i::tasks], settings, reading) for i in range(tasks)]
 
-    def _why_not(self, data: Data, networks: Networks, latents: Folder) -> str:
-        if self.limit == 0:
+    def _why_not(self) -> str:
+        networks = self.run.networks
+        if self.run.config.report.heldout_images == 0:
             return "report.heldout_images is 0"
-        if not any(s.samples for s in data.val):
+        if not any(s.samples for s in self.run.data.val):
             return "the data has no held-out split (dataset.val_path)"
-        encoded = Artifact(latents, "encode").manifest()
+        encoded = Artifact(self.run.latents, encode.Encode.name).manifest()
         if encoded is None or not encoded.get("kept", True):
             return "the latents of the training images are not stored"
         if encoded["identity"]["prior"] != networks.prior_id:
@@ -107,13 +143,14 @@ class Heldout:
             return "the latents were made by another autoencoder than this one (encoder.path)"
         return ""
 
-    def wait(self, events: Events) -> dict[str, Any]:
+    def wait(self) -> dict[str, Any]:
         """The facts of the held-out latents for ``results.json``, once they are all there.
 
         Raises:
             RayTaskError: When our own code fails in a task.
         """
-        facts: dict[str, Any] = {"images_per_class": self.limit, "images": 0, "missing": self.missing}
+        limit = self.run.config.report.heldout_images
+        facts: dict[str, Any] = {"images_per_class": limit, "images": 0, "missing": self.missing}
         if self._refs:
             with Progress("heldout", len(self._refs), "encoders") as progress:
                 seconds = 0.0
@@ -122,7 +159,7 @@ class Heldout:
                     progress.advance()
             images = refused = 0
             digests = []
-            for done in done_records(self.folder, sorted(done_shards(self.folder))):
+            for done in done_records(self.folder, sorted(encode.done_shards(self.folder))):
                 images += done.classes.total
                 refused += done.refused
                 digests.append([c.sha256 for c in done.chunks])
@@ -131,12 +168,12 @@ class Heldout:
                 seconds=round(seconds, 3),
                 items=images,
                 unit="images",
-                bytes=images * self._latent_bytes,
+                bytes=images * 2 * int(np.prod(self.run.networks.latent_shape)),
                 refused=refused,
                 digest=digest_of(digests),
                 kept=True,
             )
-            events.add("stage finished", stage="heldout", images=images)
+            self.run.events.add("stage finished", stage="heldout", images=images)
         if not self.missing:
             facts["images"] = self._artifact.require()["items"]
         return facts
@@ -148,7 +185,7 @@ def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: 
     start = time.monotonic()
     encoder = None
     for shard, url, left in todo:
-        if log.exists(f"{shard_name(shard)}/done.json"):  # by this task, before it was retried
+        if log.exists(f"{shard_name(shard)}/{layout.DONE}"):  # by this task, before it was retried
             continue
         if encoder is None:
             encoder = Encoder(settings, log)
@@ -156,18 +193,18 @@ def _encode(log: Folder, todo: list[Share], settings: EncoderSettings, reading: 
         refused = not_finite = 0
         rows = read_chunks(
             {"shard": np.array([shard]), "url": np.array([url])},
-            quarantine=log / "quarantine",
+            quarantine=log / layout.QUARANTINE,
             **reading,
         )
         for row in rows:
             refused = row["refused"][0]
             if _keep(row, left):
-                record, lost = encoder.publish(row, f"{shard_name(shard)}/chunk-{len(chunks):05d}.parquet")
+                record, lost = encoder.publish(row, f"{shard_name(shard)}/{layout.chunk_file(len(chunks))}")
                 chunks.append(record)
                 not_finite += len(lost)
             if not any(left.values()):
                 break
-        log.publish(f"{shard_name(shard)}/done.json", encode.shard_done(shard, chunks, refused + not_finite).dumps())
+        log.publish(f"{shard_name(shard)}/{layout.DONE}", shard_done(shard, chunks, refused + not_finite).dumps())
     return time.monotonic() - start
 
 

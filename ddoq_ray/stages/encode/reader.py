@@ -17,9 +17,10 @@ import pyarrow as pa
 from ddoq_ray.config import RunConfig
 from ddoq_ray.data.pictures import Resize
 from ddoq_ray.data.samples import Sample, read_samples, to_square
-from ddoq_ray.data.tar_samples import DAMAGE, BadSample
-from ddoq_ray.stages.encode.worker import shard_name
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.data.tar_samples import DAMAGE
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import shard_name
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 
 # Of pixels: small enough that several wait in memory, large enough to hide a call's cost (with half of it readers lose
 # a sixth of their rate, with twice as much they gain nothing).
@@ -54,15 +55,15 @@ def read_chunks(
     """
     expected = batch["samples"].tolist() if "samples" in batch else [0] * len(batch["shard"])
     for shard, url, samples_there in zip(batch["shard"].tolist(), batch["url"].tolist(), expected, strict=True):
-        bad: list[BadSample] = []
+        bad: list[Refusal] = []
         usable = 0
         samples = read_samples(url, num_classes, bad.append)
         for number, (chunk, last) in enumerate(_in_chunks(samples, chunk_samples, image_size, resize)):
             usable += len(chunk.keys)
             if last:
                 bad = with_lost(bad, samples_there - usable)
-            if last and bad:
-                quarantine.publish(f"{shard_name(shard)}.jsonl", quarantine_lines(bad))
+            if last:
+                publish_refusals(quarantine, f"{shard_name(shard)}.jsonl", bad, "key")
             yield {
                 "shard": [shard],
                 "chunk": [number],
@@ -74,13 +75,13 @@ def read_chunks(
             }
 
 
-def with_lost(bad: list[BadSample], missing: int) -> list[BadSample]:
+def with_lost(bad: list[Refusal], missing: int) -> list[Refusal]:
     """The refusals of a shard in its order, so that as many are counted as the index says are `missing`.
 
     Damage is one refusal, whatever it took: it counts for all that did not come.
     """
     more = missing - len(bad)
-    bad = sorted(bad, key=lambda b: b.offset)
+    bad = sorted(bad, key=lambda b: b.offset or 0)
     if more <= 0:
         return bad
     for i, b in enumerate(bad):
@@ -88,16 +89,7 @@ def with_lost(bad: list[BadSample], missing: int) -> list[BadSample]:
             counted = dataclasses.replace(b, samples=b.samples + more, reason=f"{b.reason}; {more + 1:,} samples lost")
             return [*bad[:i], counted, *bad[i + 1 :]]
     reason = f"the shard has changed: {more:,} samples that its index names are not there any more"
-    return [*bad, BadSample("", bad[-1].offset if bad else 0, reason, more)]
-
-
-def quarantine_lines(bad: Iterable[BadSample]) -> bytes:
-    """Refused samples as the lines of a quarantine file; `samples` where one line stands for several."""
-    rows = []
-    for b in bad:
-        row: dict[str, Any] = {"key": b.key, "offset": b.offset, "reason": b.reason}
-        rows.append(json.dumps(row if b.samples == 1 else row | {"samples": b.samples}))
-    return ("\n".join(rows) + "\n").encode("utf-8", "surrogateescape")
+    return [*bad, Refusal("", reason, more, bad[-1].offset if bad else 0)]
 
 
 def read_tables(batch: dict[str, np.ndarray], **reading: Any) -> Iterator[pa.Table]:

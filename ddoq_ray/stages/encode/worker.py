@@ -27,11 +27,15 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import device, pin_threads
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import FILE_BYTES
+from ddoq_ray.storage.layout import PARTS, shard_name
+from ddoq_ray.storage.parquet import table_bytes
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, binary_rows, fixed_binary, latent_schema
 
-PARTS = "parts"
 NON_FINITE = "non-finite latent: the autoencoder gave infinity or not a number"
 GAIN = 1.03  # a larger micro-batch must be this much faster to be worth its memory
 
@@ -79,10 +83,6 @@ class EncoderSettings:
         )
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:06d}"
-
-
 class Encoder:
     """Ray Data actor: a chunk of pixels becomes one file of latents; only its record goes back.
 
@@ -95,7 +95,7 @@ class Encoder:
         pin_threads(settings.threads)
         self.settings = settings
         self.folder = latents
-        self.quarantine = quarantine or latents / "quarantine"
+        self.quarantine = quarantine or latents / layout.QUARANTINE
         on = device()
         if on == "cuda" and settings.gpu_share < 1:
             import torch
@@ -109,11 +109,9 @@ class Encoder:
         shard, chunk, last = int(batch["shard"][0]), int(batch["chunk"][0]), bool(batch["last"][0])
         whole = last and chunk == 0
         place = shard_name(shard) if whole else f"{PARTS}/{shard_name(shard)}"
-        record, refused = self.publish(batch, f"{place}/chunk-{chunk:05d}.parquet")
+        record, refused = self.publish(batch, f"{place}/{layout.chunk_file(chunk)}")
         name = f"{shard_name(shard)}.latents-{chunk:05d}.jsonl"
-        if refused:
-            lines = [json.dumps({"key": key, "offset": None, "reason": NON_FINITE}) for key in refused]
-            self.quarantine.publish(name, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+        publish_refusals(self.quarantine, name, (Refusal(key, NON_FINITE) for key in refused), "key")
         return {
             "shard": [shard],
             "chunk": [chunk],
@@ -198,10 +196,7 @@ def write_file(
         pa.array(class_ids[order]),
         fixed_binary(latents[order]),
     ]
-    out = io.BytesIO()
-    table = pa.Table.from_arrays(columns, schema=schema)
-    pq.write_table(table, out, compression="NONE", use_dictionary=False, write_statistics=False)
-    data = out.getvalue()
+    data = table_bytes(pa.Table.from_arrays(columns, schema=schema))
     folder.publish(name, data)
     return ChunkRecord(name, len(keys), ClassCounts(Counter(class_ids.tolist())), digest_of(data))
 
@@ -223,7 +218,7 @@ def join_chunks(
         table = pa.concat_tables(tables)
         class_ids = table["class_id"].to_numpy().astype(np.int32)
         rows = binary_rows(table["latent"], "<f2")
-        name = f"{shard_name(shard)}/chunk-{number:05d}.parquet"
+        name = f"{shard_name(shard)}/{layout.chunk_file(number)}"
         files.append(write_file(latents, name, table["key"].to_pylist(), class_ids, rows, tables[0].schema))
     return files
 

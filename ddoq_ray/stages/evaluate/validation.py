@@ -6,8 +6,6 @@ told wherever a score is: a figure says of how many images it is.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +16,14 @@ from PIL import Image
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import resized_side
-from ddoq_ray.data.samples import BadSample, read_samples
+from ddoq_ray.data.samples import read_samples
 from ddoq_ray.execution.workers import say
-from ddoq_ray.stages.encode.worker import shard_name
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import shard_name
+from ddoq_ray.storage.manifests import Scored
 from ddoq_ray.storage.prepared import Data
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals, refused_kinds
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -53,43 +54,34 @@ class Validation:
 class Refused:
     """What was refused: shard -> its samples; and how many in all, with those that the index knew and nobody saw."""
 
-    shards: dict[int, list[BadSample]] = field(default_factory=dict)
+    shards: dict[int, list[Refusal]] = field(default_factory=dict)
     total: int = 0
 
-    def note(self, shard: int, bad: Sequence[BadSample], missing: int) -> None:
+    def note(self, shard: int, bad: Sequence[Refusal], missing: int) -> None:
         """Take the refusals of a shard, of which `missing` of the samples in the index did not come."""
         more = missing - sum(b.samples for b in bad)
         if more > 0:
             reason = f"images that the index names cannot be read any more: {more}"
-            bad = [*bad, BadSample("", bad[-1].offset if bad else 0, reason, more)]
+            bad = [*bad, Refusal("", reason, more, bad[-1].offset if bad else 0)]
         if bad:
-            self.shards[shard] = sorted(bad, key=lambda b: b.offset)
+            self.shards[shard] = sorted(bad, key=lambda b: b.offset or 0)
             self.total += sum(b.samples for b in bad)
 
     @property
     def reasons(self) -> str:
         """Kinds of reasons and how often each, in words."""
-        kinds: Counter[str] = Counter()
-        for bad in self.shards.values():
-            for b in bad:
-                kinds[b.reason.split(":")[0]] += b.samples
+        kinds = refused_kinds(b for bad in self.shards.values() for b in bad)
         return ", ".join(f"{reason}: {n}" for reason, n in kinds.most_common(5))
 
     def publish(self, run: Folder) -> None:
         """Name each in the run's quarantine; what an earlier reading wrote there goes."""
-        quarantine = run / "quarantine"
+        quarantine = run / layout.QUARANTINE
         written = {f"val-{shard_name(shard)}.jsonl" for shard in self.shards}
         for name in quarantine.names("val-*.jsonl"):
             if name not in written:
                 quarantine.remove(name)
         for shard, bad in self.shards.items():
-            lines = [json.dumps(_line(b)) for b in bad]
-            quarantine.publish(f"val-{shard_name(shard)}.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _line(bad: BadSample) -> dict[str, Any]:
-    line: dict[str, Any] = {"key": bad.key, "offset": bad.offset, "reason": bad.reason}
-    return line | ({"samples": bad.samples} if bad.samples > 1 else {})
+            publish_refusals(quarantine, f"val-{shard_name(shard)}.jsonl", bad, "key")
 
 
 def middle_square(image: Image.Image, size: int, crop: float) -> UInt8:
@@ -122,7 +114,7 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 def scored_images(validation: Validation, size: int, crop: float, refused: Refused) -> Iterator[tuple[UInt8, int]]:
     """(uint8 [3, size, size], class_id) of every image that can be scored, in order; the others go to `refused`."""
     for shard, (url, indexed) in enumerate(zip(validation.urls, validation.samples, strict=True)):
-        bad: list[BadSample] = []
+        bad: list[Refusal] = []
         usable = 0
         for sample in read_samples(url, validation.num_classes, bad.append):
             usable += 1
@@ -143,6 +135,26 @@ def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UI
     return images[: len(class_ids)], np.asarray(class_ids, np.int64)
 
 
+def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int = 500) -> tuple[float, float]:
+    """(top-1, top-5) in % of uint8 images [N, 3, S, S], over the outputs `columns` that mean the data's classes.
+
+    With fewer than five classes, top-5 counts all of them.
+    """
+    import torch
+
+    from ddoq_ray.core.metrics import top_pct, topk_correct
+
+    model.eval()
+    top1 = top5 = 0
+    for first in range(0, len(images), batch):
+        with torch.inference_mode():
+            logits = model(images[first : first + batch].float() / 255)[:, columns]
+        target = class_ids[first : first + batch]
+        top1 += int(topk_correct(logits, target, 1))
+        top5 += int(topk_correct(logits, target, min(5, len(columns))))
+    return top_pct(top1, len(images)), top_pct(top5, len(images))
+
+
 def check_refused(config: RunConfig, run: Folder, scored: int, refused: int, reasons: str = "") -> None:
     """Stop where too many validation images cannot be scored: every figure would be of the rest.
 
@@ -161,7 +173,7 @@ def check_refused(config: RunConfig, run: Folder, scored: int, refused: int, rea
         raise ValueError(f"no usable validation image to score on; {place}; see dataset.val_path")
 
 
-def say_refused(stage: str, run: Folder, facts: dict[str, Any]) -> None:
+def say_refused(stage: str, run: Folder, facts: Scored) -> None:
     """One line where images were refused; `facts`: images, refused, reasons."""
     if facts["refused"]:
         seen = facts["images"] + facts["refused"]

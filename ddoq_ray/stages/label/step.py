@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,22 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.core.labels import choose_codec, make_codec
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.pool import run_elastic
-from ddoq_ray.execution.workers import Events, Progress, say
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
 from ddoq_ray.stages.label.teacher import LabelUnit, for_teacher, spawner, view_spec
 from ddoq_ray.stages.label.teacher_check import check_teacher
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.stages.select.step import Select
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import LabelKey, Place
+from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
 from ddoq_ray.storage.records import binary_rows
 
-__all__ = ["for_teacher", "identity", "read_labels", "run", "view_spec"]
+__all__ = ["Label", "for_teacher", "read_labels", "run", "view_spec"]
 
 
 def codec_name(config: RunConfig, networks: Networks) -> str:
@@ -38,27 +47,50 @@ def codec_name(config: RunConfig, networks: Networks) -> str:
     return config.labels.mode
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    views = {k: plain(config.protocol)[k] for k in ("epochs", "steps", "min_scale", "flip", "cutmix")}
-    if config.protocol.steps is not None:
-        views["batch"] = config.protocol.batch  # decides how many epochs the steps are
-    size = config.student.image_size
-    # A crop's pixels are those of the picture it is cut from; pictures of unlike sizes are kept at this one.
-    views["stored"] = config.protocol.stored_side(size)
-    return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch}
+@dataclass(frozen=True)
+class Label(Step):
+    """The soft labels of an image set.
+
+    Attributes:
+        source: What makes the image set.
+        at: Where the set is.
+        key: What the labels are known by.
+    """
+
+    stage = name = "label"
+
+    source: Synthesize | Select
+    at: Place
+    key: LabelKey
+
+    @property
+    def place(self) -> str:
+        return self.at.labels(self.key)
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        views = {k: plain(config.protocol)[k] for k in ("epochs", "steps", "min_scale", "flip", "cutmix")}
+        if config.protocol.steps is not None:
+            views["batch"] = config.protocol.batch  # decides how many epochs the steps are
+        size = config.student.image_size
+        # A crop's pixels are those of the picture it is cut from; pictures of unlike sizes are kept at this one.
+        views["stored"] = config.protocol.stored_side(size)
+        return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch}
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        images = self.images(run)["digest"]
+        return {"images": images, "teacher": run.networks.teacher_id, "codec": codec_name(run.config, run.networks)}
+
+    def images(self, run: Run) -> ImagesManifest:
+        manifest: ImagesManifest = run.finished(self.source.artifact(run.dir))
+        return manifest
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        count = 1 if config.labels.mode == "online" else config.labels.workers
+        return [Ask.of(config, "teacher", "teacher", count, "labels.workers")]
 
 
-def run(
-    config: RunConfig,
-    run_folder: Folder,
-    folders: list[str],
-    data: Data,
-    events: Events,
-    networks: Networks,
-    *,
-    teacher: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Check the teacher, then label every image set in `folders` (relative to the run; "" is the run's own).
+def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None) -> None:
+    """Check the teacher, then label every image set.
 
     With `labels.mode=online` only the check is done; the teacher labels while students train.
 
@@ -66,98 +98,87 @@ def run(
         teacher: What the check of this run found, where it was done before.
     """
     start = time.time()
-    codec = codec_name(config, networks)
-    artifacts = {f: Artifact(run_folder / f / "labels", "label") for f in folders}
-    sources, facts = {}, {}
-    for f in folders:
-        sources[f] = Artifact(run_folder / f / "images", "synthesize").require()
-        facts[f] = identity(config) | {"images": sources[f]["digest"], "teacher": networks.teacher_id, "codec": codec}
-    todo = [f for f in folders if not artifacts[f].done(facts[f])]
-    if todo:
-        # Before anything is begun: labels refused for one teacher must not be in the way of the next.
-        teacher = teacher or check_teacher(config, run_folder, data, networks, events)
-        for f in todo:
-            artifacts[f].begin(facts[f], overwrite=config.overwrite)
-        made = dict.fromkeys(todo, (0, 0))
-        if codec != "online":
-            made |= _label(config, run_folder, {f: sources[f] for f in todo}, events, networks, codec)
-        seconds = time.time() - start
-        total = max(1, sum(n for n, _ in made.values()))
-        for f in todo:
-            artifacts[f].finish(
-                facts[f],
-                # The sets share the workers; a set's share of the time is its share of the views.
-                seconds=round(seconds * made[f][0] / total, 3),
-                items=made[f][0],
-                unit="views",
-                bytes=made[f][1],
-                codec=codec,
-                outputs=networks.teacher_outputs,
-                teacher_index=list(teacher_columns(data)),
-                shards=[{"name": s["name"], "images": s["images"]} for s in sources[f]["shards"]],
-                teacher=teacher,
-                digest=digest_of(facts[f]),
-                environment=networks.environment,
-            )
-        events.add("stage finished", stage="label", views=total)
-    return [artifacts[f].require() for f in folders]
+    facts = {step: step.identity(run) for step in steps}
+    todo = [step for step in steps if not step.artifact(run.dir).done(facts[step])]
+    if not todo:
+        return
+    # Before anything is begun: labels refused for one teacher must not be in the way of the next.
+    teacher = teacher or check_teacher(run)
+    for step in todo:
+        step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite)
+    made = dict.fromkeys(todo, (0, 0))
+    codec = codec_name(run.config, run.networks)
+    if codec != "online":
+        made |= _label(run, todo, codec)
+    seconds = time.time() - start
+    total = max(1, sum(n for n, _ in made.values()))
+    for step in todo:
+        views, size = made[step]
+        step.artifact(run.dir).finish(
+            facts[step],
+            # The sets share the workers; a set's share of the time is its share of the views.
+            seconds=round(seconds * views / total, 3),
+            items=views,
+            unit="views",
+            bytes=size,
+            codec=codec,
+            outputs=run.networks.teacher_outputs,
+            teacher_index=list(teacher_columns(run.data)),
+            shards=[{"name": s["name"], "images": s["images"]} for s in step.images(run)["shards"]],
+            teacher=teacher,
+            digest=digest_of(facts[step]),
+            environment=run.networks.environment,
+        )
+    run.events.add("stage finished", stage="label", views=total)
 
 
-def check_scored(config: RunConfig, run_folder: Folder, label: dict[str, Any]) -> None:
+def check_scored(run: Run, label: LabelsManifest) -> None:
     """Before students train on labels that were made before: were enough validation images scored for this run?
 
     Raises:
         ValueError: More were refused than `max_bad_fraction` says now.
     """
     facts = label["teacher"]
-    check_refused(config, run_folder, facts["images"], facts.get("refused", 0), facts.get("reasons", ""))
+    check_refused(run.config, run.dir, facts["images"], facts.get("refused", 0), facts.get("reasons", ""))
 
 
-def _label(
-    config: RunConfig,
-    run_folder: Folder,
-    sources: dict[str, dict[str, Any]],
-    events: Events,
-    networks: Networks,
-    codec: str,
-) -> dict[str, tuple[int, int]]:
-    """Label the sets on an elastic pool: folder -> (labels, bytes)."""
-    nbytes = make_codec(codec, networks.teacher_outputs, networks.feature_dim).nbytes
+def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[int, int]]:
+    """Label the sets on an elastic pool: step -> (labels, bytes)."""
+    config = run.config
+    nbytes = make_codec(codec, run.networks.teacher_outputs, run.networks.feature_dim).nbytes
     say(f"label      codec {codec}: {nbytes} bytes a label")
-    spawn = spawner(config, run_folder, codec)
+    spawn = spawner(config, run.dir, codec)
     if codec == "features":
         actor = spawn()
-        ray.get([actor.save_head.remote(f) for f in sources])
+        ray.get([actor.save_head.remote(step.place) for step in steps])
         ray.kill(actor)
-    units = _units(config, run_folder, sources)
-    made = dict.fromkeys(sources, (0, 0))
+    units = [unit for step in steps for unit in _units(config, run.dir, step, step.images(run))]
+    of = {step.place: step for step in steps}
+    made = dict.fromkeys(steps, (0, 0))
     with Progress("label", sum(u.images * (u.last - u.first) for u in units), "views") as progress:
         for unit, result in run_elastic(
             spawn,
             units,
             min_workers=1,
             max_workers=config.labels.workers,
-            name=lambda u: f"{u.folder}/labels/{u.name} epochs {u.first}-{u.last - 1}",
-            on_event=lambda event, **f: events.add(event, stage="label", **f),
+            name=lambda u: f"{u.labels}/{u.name} epochs {u.first}-{u.last - 1}",
+            on_event=lambda event, **f: run.events.add(event, stage="label", **f),
         ):
-            labels, size = made[unit.folder]
-            made[unit.folder] = (labels + result["labels"], size + result["bytes"])
+            labels, size = made[of[unit.labels]]
+            made[of[unit.labels]] = (labels + result["labels"], size + result["bytes"])
             progress.advance(result["labels"])
     return made
 
 
-def _units(config: RunConfig, run_folder: Folder, sources: dict[str, dict[str, Any]]) -> list[LabelUnit]:
+def _units(config: RunConfig, run_dir: Folder, step: Label, manifest: ImagesManifest) -> list[LabelUnit]:
     """Units of the epochs that are not published yet, each known by its own file: a run may resume in other units."""
-    units = []
-    for folder, manifest in sources.items():
-        offset = 0
-        epochs = config.protocol.epochs_for(manifest["items"])
-        names = [shard["name"] for shard in manifest["shards"]]
-        published = _published(run_folder / folder / "labels", names, epochs)
-        for shard, there in zip(manifest["shards"], published, strict=True):
-            for first, last in _runs(np.flatnonzero(~there).tolist(), config.labels.epochs_per_unit):
-                units.append(LabelUnit(folder, shard["name"], offset, shard["images"], first, last))
-            offset += shard["images"]
+    units, offset = [], 0
+    names = [shard["name"] for shard in manifest["shards"]]
+    published = _published(run_dir / step.place, names, config.protocol.epochs_for(manifest["items"]))
+    for shard, there in zip(manifest["shards"], published, strict=True):
+        for first, last in _runs(np.flatnonzero(~there).tolist(), config.labels.epochs_per_unit):
+            units.append(LabelUnit(step.at.images, step.place, shard["name"], offset, shard["images"], first, last))
+        offset += shard["images"]
     return units
 
 
@@ -198,8 +219,8 @@ def read_labels(labels: Folder, epoch: int) -> np.ndarray:
 
 
 def _read_part(labels: Folder, epoch: int, shard: str, offset: int, images: int) -> np.ndarray:
-    name = f"epoch-{epoch:04d}/{shard}.parquet"
-    mend = f"remove {labels.path('manifest.json')} and run the label stage again, which makes what is missing"
+    name = f"{layout.epoch_folder(epoch)}/{shard}.parquet"
+    mend = f"remove {labels.path(layout.MANIFEST)} and run the label stage again, which makes what is missing"
     try:
         table = pq.read_table(io.BytesIO(labels.read(name)), page_checksum_verification=True)
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.config import RunConfig
@@ -20,7 +18,9 @@ from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.parquet import table_bytes
 from ddoq_ray.storage.records import fixed_binary, label_schema
 
 TORCHVISION = "torchvision:"
@@ -28,9 +28,16 @@ TORCHVISION = "torchvision:"
 
 @dataclass(frozen=True)
 class LabelUnit:
-    """Epochs first..last-1 of one image shard: rows offset..offset+images-1 of the set."""
+    """Epochs first..last-1 of one image shard: rows offset..offset+images-1 of the set.
 
-    folder: str
+    Attributes:
+        set: Folder of the image set, relative to the run directory.
+        labels: Folder of its labels.
+        name: The image shard.
+    """
+
+    set: str
+    labels: str
     name: str
     offset: int
     images: int
@@ -102,22 +109,18 @@ class Teacher:
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
         """Label one unit: one file an epoch."""
-        labels = self.run_folder / unit.folder / "labels"
+        labels = self.run_folder / unit.labels
         ids = np.arange(unit.offset, unit.offset + unit.images)
         total = 0
         for epoch in range(unit.first, unit.last):
-            rows = np.concatenate([self._labels(unit.folder, part, epoch) for part in self._batches(ids)])
+            rows = np.concatenate([self._labels(unit.set, part, epoch) for part in self._batches(ids)])
             table = pa.Table.from_arrays(
                 [pa.array(ids), pa.array(np.full(len(ids), epoch, np.int32)), fixed_binary(rows)],
                 schema=label_schema(self.codec_name, self.codec.nbytes),
             )
-            out = io.BytesIO()
-            # Checksums: a byte that a disk turns is then an error with a name, not another label.
-            pq.write_table(
-                table, out, compression="NONE", use_dictionary=False, write_statistics=False, write_page_checksum=True
-            )
-            labels.publish(f"epoch-{epoch:04d}/{unit.name}.parquet", out.getvalue())
-            total += len(out.getvalue())
+            data = table_bytes(table, checksums=True)
+            labels.publish(f"{layout.epoch_folder(epoch)}/{unit.name}.parquet", data)
+            total += len(data)
         return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
 
     def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:
@@ -140,19 +143,19 @@ class Teacher:
         import torch
 
         if self._set is None or self._set[0] != folder:
-            images = self.run_folder / folder / "images"
-            shards = [images.path(n) for n in images.names("images-*.tar")]
+            images = self.run_folder / folder
+            shards = [images.path(n) for n in images.names(layout.IMAGE_SHARDS)]
             size = self.config.student.image_size
             arrays = load_image_arrays(shards, size, self.config.protocol.stored_side(size))
             self._set = (folder, torch.from_numpy(arrays.images).to(self.device))
         return self._set[1]
 
-    def save_head(self, folder: str) -> None:
+    def save_head(self, labels: str) -> None:
         """The linear head beside the features, so that a label can be decoded without the teacher."""
         import safetensors.torch
 
         head = {k: v.cpu().contiguous() for k, v in self.model.head.state_dict().items()}
-        (self.run_folder / folder / "labels").publish("head.safetensors", safetensors.torch.save(head))
+        (self.run_folder / labels).publish(layout.HEAD, safetensors.torch.save(head))
 
     def name_images(self, validation: Validation, columns: tuple[int, ...]) -> Named:
         """What the real validation images are called; those that cannot be read are named in quarantine."""

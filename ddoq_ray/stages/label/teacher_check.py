@@ -10,44 +10,42 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.confusion import Mistaken, swapped_classes
-from ddoq_ray.execution.networks import Networks
-from ddoq_ray.execution.workers import Events, say
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import say
 from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
 from ddoq_ray.stages.label.teacher import Named, spawner
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.stages.step import Step
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.manifests import Scored
+from ddoq_ray.storage.prepared import Data
 
 
-def check_early(
-    config: RunConfig, run_folder: Folder, folders: Sequence[str], data: Data, events: Events, networks: Networks
-) -> dict[str, Any] | None:
-    """`check_teacher` before anything is encoded, where some of the image sets `folders` has no labels of it yet."""
-    made = [Artifact(run_folder / f / "labels", "label").manifest() for f in folders]
-    if all(m is not None and m["identity"].get("teacher") == networks.teacher_id for m in made):
+def check_early(run: Run, steps: Sequence[Step]) -> dict[str, Any] | None:
+    """`check_teacher` before anything is encoded, where some of the labels `steps` are not made by it yet."""
+    made = [step.artifact(run.dir).manifest() for step in steps]
+    if all(m is not None and m["identity"].get("teacher") == run.networks.teacher_id for m in made):
         return None
-    return check_teacher(config, run_folder, data, networks, events)
+    return check_teacher(run)
 
 
-def check_teacher(
-    config: RunConfig, run_folder: Folder, data: Data, networks: Networks, events: Events
-) -> dict[str, Any]:
+def check_teacher(run: Run) -> dict[str, Any]:
     """Evaluate the teacher on the real validation images, class by class.
 
     Raises:
         ValueError: As `judge`.
     """
-    columns = teacher_columns(data)
-    actor = spawner(config, run_folder, "logits")()
+    columns, arch = teacher_columns(run.data), run.networks.teacher_arch
+    actor = spawner(run.config, run.dir, "logits")()
     try:
-        named: Named = ray.get(actor.name_images.remote(Validation.of(config, data), columns))
+        named: Named = ray.get(actor.name_images.remote(Validation.of(run.config, run.data), columns))
         names = ray.get(actor.class_names.remote())
     finally:
         ray.kill(actor)
-    found = judge(config, run_folder, data, named, names)
+    found = judge(run.config, run.dir, run.data, named, names)
     top1, images = found["top1_pct"], found["images"]
-    say(f"label      teacher {networks.teacher_arch}: top-1 {top1:.2f} % on {images:,} real validation images")
-    events.add("teacher checked", **found)
-    return found | {"arch": networks.teacher_arch, "id": networks.teacher_id}
+    say(f"label      teacher {arch}: top-1 {top1:.2f} % on {images:,} real validation images")
+    run.events.add("teacher checked", **found)
+    return found | {"arch": arch, "id": run.networks.teacher_id}
 
 
 def judge(
@@ -66,7 +64,7 @@ def judge(
     """
     columns = teacher_columns(data)
     images = len(named.class_ids)
-    facts = {"images": images, "refused": named.refused, "reasons": named.reasons}
+    facts: Scored = {"images": images, "refused": named.refused, "reasons": named.reasons}
     check_refused(config, run_folder, images, named.refused, named.reasons)
     say_refused("label", run_folder, facts)
     if named.not_finite:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,13 @@ import fsspec
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.ineffective import WRITTEN
 from ddoq_ray.data.shard_index import Pictures, index_shard, shown, train_and_val, with_losses
 from ddoq_ray.execution.workers import Progress, in_tasks
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data, Packed
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 from ddoq_ray.storage.transport import retried
 
@@ -33,13 +35,12 @@ def survey_shards(config: RunConfig, classes: Sequence[ClassInfo]) -> Packed:
             `max_bad_fraction` of a split is damaged or outside the class list.
     """
     d = config.dataset
-    unused = {"heldout": d.heldout > 0, "label_column": d.label_column is not None}
-    unused |= {"image_column": d.image_column is not None}
-    if any(unused.values()):
-        raise ValueError(
-            f"dataset.{next(k for k, u in unused.items() if u)} has no effect on WebDataset shards that are read where "
-            "they are; leave it out, or set dataset.resort=true to write them anew"
-        )
+    for key in WRITTEN:
+        if getattr(d, key) != getattr(DatasetConfig, key):
+            raise ValueError(
+                f"dataset.{key} has no effect on WebDataset shards that are read where they are; leave it out, or set "
+                "dataset.resort=true to write them anew"
+            )
     words: list[str] = []
     train_urls, val_urls = train_and_val(str(d.path), d.val_path, words)
     told = [f"prepare    {line}" for line in words]
@@ -172,10 +173,8 @@ def _check_damage(asked: str, shards: Sequence[ShardInfo], allowed: float) -> li
 
 def publish_damage(data: Folder, packed: Packed) -> None:
     """Name the damaged shards in ``data/quarantine/shards.jsonl``."""
-    rows = [s for s in (*packed.train, *packed.val) if s.damage]
-    lines = [json.dumps({"shard": s.path, "reason": s.damage, "samples": s.lost}) for s in rows]
-    if lines:
-        data.publish("quarantine/shards.jsonl", ("\n".join(lines) + "\n").encode())
+    damaged = [Refusal(s.path, s.damage, s.lost) for s in (*packed.train, *packed.val) if s.damage]
+    publish_refusals(data / "quarantine", "shards.jsonl", damaged, "shard")
 
 
 def check_unchanged(data: Data) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import say
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ClassInfo
 
@@ -44,8 +45,8 @@ def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
         for line in contradictions(classes, "teacher_index", "teacher", names):
             say(line)
         classes = resolve_mapping(classes, "teacher_index", "teacher", names, networks.teacher_outputs)
-    if networks.teacher_id is not None or not (data.run / "data").exists("classes.json"):
-        (data.run / "data").publish_json("classes.json", [c.to_json() for c in classes])
+    if networks.teacher_id is not None or not (data.run / layout.DATA).exists(layout.CLASSES):
+        (data.run / layout.DATA).publish_json(layout.CLASSES, [c.to_json() for c in classes])
     return dataclasses.replace(data, classes=tuple(classes))
 
 

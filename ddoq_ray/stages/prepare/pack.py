@@ -8,13 +8,13 @@ is there and was made from the same plan, so that a killed run goes on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -23,12 +23,16 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.collections.listing import HARMLESS, Listing, Refused, Source, Survey, extension_of, refusal
+from ddoq_ray.data.collections.listing import HARMLESS, Listing, Source, Survey, extension_of, no_image
 from ddoq_ray.data.shard_index import index_shard, picture_digest
+from ddoq_ray.data.tar_writing import add_member, tar_to
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.stages.prepare.given_shards import same_images
-from ddoq_ray.storage.artifact import Folder, digest_of
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Packed
+from ddoq_ray.storage.quarantine import Refusal, publish_refusals, refused_kinds
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 
 Rows = npt.NDArray[np.int64]
@@ -141,7 +145,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     Raises:
         ValueError: When more than `max_bad_fraction` of the images are refused.
     """
-    data = run / "data"
+    data = run / layout.DATA
     resources = {"num_cpus": config.cluster.reader.num_cpus}
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(0.25, resources["num_cpus"])))
     shared = ray.put(source)
@@ -159,10 +163,15 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     listed: dict[str, list[ShardInfo]] = {"train": [], "val": []}
     same: list[str] = []
     known: dict[int, set[bytes]] = {}
+
+    def submit(plan: Plan, index: int, seen: Any) -> Any:
+        task = ShardTask.of(plan, index, len(survey.classes))
+        return _pack_shard.options(**resources).remote(shared, task, data, seen)
+
     with Progress("prepare", sum(len(plan.shards) for plan in plans), "shards") as progress:
         for plan in sorted(plans, key=lambda plan: plan.split, reverse=True):  # val first: what must not come again
             seen = ray.put(known)
-            jobs = [_job(shared, seen, plan, i, len(survey.classes), data, resources) for i in range(len(plan.shards))]
+            jobs = [functools.partial(submit, plan, i, seen) for i in range(len(plan.shards))]
             infos: list[Any] = [None] * len(jobs)
             for number, (info, why, pictures, again) in in_tasks(jobs, at_once):
                 infos[number] = info
@@ -175,25 +184,13 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
             listed[plan.split] = infos
     _remove_others(data, plans)
     unlisted = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]
-    _publish_refused(data / "quarantine", "listing", unlisted)
-    packed = Packed(survey.classes, listed["train"], listed["val"], _counted(unlisted), refused)
+    _publish_refused(data / layout.QUARANTINE, "listing", unlisted)
+    packed = Packed(survey.classes, listed["train"], listed["val"], refused_kinds(unlisted), refused)
     images = {split: sum(s.samples for s in shards) for split, shards in listed.items()}
     packed.same = same_images(same, images["val"], images["train"])
     _check_refused(config, packed, data)
     data.remove(SCRATCH)
     return packed
-
-
-def _job(
-    source: Any, known: Any, plan: Plan, index: int, num_classes: int, data: Folder, resources: dict[str, float]
-) -> Callable[[], Any]:
-    def submit() -> Any:
-        rows = plan.shards[index]
-        names = [plan.listing.names[i] for i in rows]
-        task = ShardTask(plan.split, plan.origin, index, names, plan.listing.class_ids[rows], rows, num_classes)
-        return _pack_shard.options(**resources).remote(source, task, data, known)
-
-    return submit
 
 
 @dataclass(frozen=True)
@@ -207,6 +204,12 @@ class ShardTask:
     class_ids: npt.NDArray[np.int32]
     rows: Rows
     num_classes: int
+
+    @staticmethod
+    def of(plan: Plan, index: int, num_classes: int) -> ShardTask:
+        rows = plan.shards[index]
+        names = [plan.listing.names[i] for i in rows]
+        return ShardTask(plan.split, plan.origin, index, names, plan.listing.class_ids[rows], rows, num_classes)
 
     @property
     def name(self) -> str:
@@ -239,20 +242,20 @@ def write_shard(
         fs, path = fsspec.core.url_to_fs(data.path(tar_name))
         if record["plan"] == digest and fs.size(path) == record["shard"]["bytes"]:
             return _written(record)
-    refused: list[Refused] = []
+    refused: list[Refusal] = []
     digests: list[tuple[int, bytes]] = []
     same: list[str] = []
     origins: list[list[str]] = []
     pictures = source.read(task.origin, task.names, data / SCRATCH)
-    with data.writing(tar_name) as f, tarfile.open(fileobj=f, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with data.writing(tar_name) as f, tar_to(f) as tar:
         for name, class_id, row, picture in zip(task.names, task.class_ids, task.rows, pictures, strict=True):
-            reason = picture.reason if isinstance(picture, Refused) else refusal(picture)
-            if isinstance(picture, Refused) or reason is not None:
-                refused.append(Refused(name, str(reason)))
+            reason = picture.reason if isinstance(picture, Refusal) else no_image(picture)
+            if isinstance(picture, Refusal) or reason is not None:
+                refused.append(Refusal(name, str(reason)))
                 continue
             key = f"{task.split}-{row:08d}"
-            _add(tar, f"{key}.{extension_of(picture)}", picture.data)
-            _add(tar, f"{key}.cls", str(class_id).encode())
+            add_member(tar, f"{key}.{extension_of(picture)}", picture.data)
+            add_member(tar, f"{key}.cls", str(class_id).encode())
             origins.append([key, name])
             size, seen = len(picture.data), picture_digest(picture.data)
             if task.split == "val":
@@ -261,7 +264,7 @@ def write_shard(
                 same.append(name)
     info = dataclasses.replace(index_shard(data.path(tar_name), task.num_classes), path=f"data/{tar_name}")
     assert info.samples == len(origins), (task.name, info.samples, len(origins))
-    _publish_refused(data / "quarantine", task.name, refused)
+    _publish_refused(data / layout.QUARANTINE, task.name, refused)
     record = {
         "plan": digest,
         "shard": info.to_json(),
@@ -275,38 +278,15 @@ def write_shard(
 
 
 def _written(record: dict[str, Any]) -> Written:
-    why = dict(Counter(_kind(r["reason"]) for r in record["refused"]))
+    why = dict(Counter(r["reason"].partition(":")[0] for r in record["refused"]))
     pictures = [(size, bytes.fromhex(digest)) for size, digest in record.get("pictures", [])]
     return ShardInfo.from_json(record["shard"]), why, pictures, record.get("same", [])
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """As samples.write_tar: nothing of this machine or of now is in the bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    info.mode = 0o644
-    stream: IO[bytes] = BytesIO(content)
-    tar.addfile(info, stream)
-
-
-def _kind(reason: str) -> str:
-    return reason.partition(":")[0]
-
-
-def _counted(refused: Sequence[Refused]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for r in refused:
-        counts[_kind(r.reason)] += r.samples
-    return counts
-
-
-def _publish_refused(quarantine: Folder, name: str, refused: Sequence[Refused]) -> None:
-    rows = [{"name": r.name, "reason": r.reason} | ({"samples": r.samples} if r.samples > 1 else {}) for r in refused]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if lines:
-        quarantine.publish(f"{name}.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
-    else:
-        quarantine.remove(f"{name}.jsonl")
+def _publish_refused(quarantine: Folder, name: str, refused: Sequence[Refusal]) -> None:
+    publish_refusals(quarantine, f"{name}.jsonl", refused, "name")
+    if not refused:
+        quarantine.remove(f"{name}.jsonl")  # of an earlier try
 
 
 def _remove_others(data: Folder, plans: Sequence[Plan]) -> None:

@@ -12,17 +12,23 @@ import dataclasses
 import posixpath
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
 from ddoq_ray.data.collections import DIGIT_NAMES, digits, kind_of, open_source
-from ddoq_ray.data.samples import encode_png, list_shards, read_classes, write_tar
+from ddoq_ray.data.samples import encode_png, list_shards, read_classes
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.stages.prepare.given_shards import check_unchanged, index_all, publish_damage, survey_shards
 from ddoq_ray.stages.prepare.pack import make_plans, pack, survey_source
-from ddoq_ray.storage.artifact import Artifact, Folder, Status
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact, Status
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data, Packed, summary, summary_lines
 from ddoq_ray.storage.records import ClassInfo, ShardInfo, shard_lines
 
@@ -46,36 +52,51 @@ def digit_shards() -> dict[str, list[bytes]]:
     return shards
 
 
-def identity(config: RunConfig) -> dict:
-    """What the prepared data follows from.
+@dataclass(frozen=True)
+class Prepare(Step):
+    """The shards, their index and the class list."""
 
-    Raises:
-        ValueError: When the kind of the collection is ambiguous.
-    """
-    d = config.dataset
-    facts = {"source": d.source, "path": d.path, "val_path": d.val_path, "classes": d.classes}
-    kind = kind_of(d)
-    if kind in ("digits", "webdataset") and not d.resort:
-        return {"dataset": facts | {"source": None if d.path else d.source}}
-    packed = {"seed": config.seed, "shard_samples": d.shard_samples, "shard_mb": d.shard_mb}
-    given = {"torchvision": d.torchvision, "label_column": d.label_column, "heldout": d.heldout, "resort": d.resort}
-    given |= {"image_column": d.image_column}
-    return {"dataset": facts | {"source": kind} | packed | {key: value for key, value in given.items() if value}}
+    stage = name = "prepare"
+
+    @property
+    def place(self) -> str:
+        return layout.DATA
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        """What the prepared data follows from.
+
+        Raises:
+            ValueError: When the kind of the collection is ambiguous.
+        """
+        d = config.dataset
+        facts = {"source": d.source, "path": d.path, "val_path": d.val_path, "classes": d.classes}
+        kind = kind_of(d)
+        if kind in ("digits", "webdataset") and not d.resort:
+            return {"dataset": facts | {"source": None if d.path else d.source}}
+        packed = {"seed": config.seed, "shard_samples": d.shard_samples, "shard_mb": d.shard_mb}
+        given = {"torchvision": d.torchvision, "label_column": d.label_column, "heldout": d.heldout, "resort": d.resort}
+        given |= {"image_column": d.image_column}
+        return {"dataset": facts | {"source": kind} | packed | {key: value for key, value in given.items() if value}}
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask("task that reads the data", 1, 1.0)]
+
+    def wanted(self, config: RunConfig) -> bool:
+        return True  # every stage needs the index of the data; making it is cheap, and a finished one is reused
 
 
-def run(config: RunConfig, folder: Folder, events: Events) -> Data:
+def run(config: RunConfig, run_dir: Folder, events: Events) -> Data:
     """Prepare, or reuse what is prepared. The classes' places in the networks are `mapping.resolve`'s to find.
 
     Raises:
         ValueError: For missing or empty data, or labels that do not fit the class list.
     """
     start = time.time()
-    data = folder / "data"
-    artifact = Artifact(data, "prepare")
-    facts = identity(config)
+    artifact, facts = Prepare().artifact(run_dir), Prepare().settings(config)
+    data = artifact.folder
     if _status(config, artifact, facts) == "done":
         _take_class_list(config, data)
-        data_there = Data.load(folder)
+        data_there = Data.load(run_dir)
         check_unchanged(data_there)
         _check_validation(config, bool(data_there.val))
         return data_there
@@ -95,18 +116,18 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     artifact.begin(facts, overwrite=config.overwrite)
     if source is not None:
         assert survey is not None and plans is not None
-        packed = pack(config, source, survey, plans, folder)
+        packed = pack(config, source, survey, plans, run_dir)
     elif packed is None:
-        packed = _write_digits(folder)
+        packed = _write_digits(run_dir)
     rows = [c.to_json() for c in packed.classes]
     if source is not None or config.dataset.path is None:
         for split, shards in (("train", packed.train), ("val", packed.val)):
             if shards:  # beside the shards, where another run's dataset.path looks for it
-                data.publish_json(f"{split}/classes.json", rows)
-    data.publish_json("source-classes.json", rows)
-    for name, shards in (("shards.json", packed.train), ("val-shards.json", packed.val)):
+                data.publish_json(f"{split}/{layout.CLASSES}", rows)
+    data.publish_json(layout.SOURCE_CLASSES, rows)
+    for name, shards in ((layout.SHARDS, packed.train), (layout.VAL_SHARDS, packed.val)):
         with data.writing(name) as f:
-            f.writelines(shard_lines(_relative(s, folder) for s in shards))
+            f.writelines(shard_lines(_relative(s, run_dir) for s in shards))
     counted = summary(packed)
     samples = counted["train"]["images"]
     artifact.finish(
@@ -121,9 +142,9 @@ def run(config: RunConfig, folder: Folder, events: Events) -> Data:
     )
     events.add("stage finished", stage="prepare", images=samples)
     publish_damage(data, packed)
-    for line in (*packed.told, *summary_lines(counted, data.path("quarantine"))):
+    for line in (*packed.told, *summary_lines(counted, data.path(layout.QUARANTINE))):
         say(line)
-    return Data.load(folder)
+    return Data.load(run_dir)
 
 
 def _check_validation(config: RunConfig, there: bool) -> None:
@@ -155,7 +176,7 @@ def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:
     try:
         status = artifact.check(facts)
         if status == "done" and _gives_class_list(config):
-            before = [row["name"] for row in artifact.folder.read_json("source-classes.json")]
+            before = [row["name"] for row in artifact.folder.read_json(layout.SOURCE_CLASSES)]
             now = [c.name for c in _class_list(config)]
             if before != now:
                 raise ValueError(
@@ -177,12 +198,12 @@ def _take_class_list(config: RunConfig, data: Folder) -> None:
     """Places in the networks and prompts may be mended in classes.json after prepare: take them as they are now."""
     if _gives_class_list(config):
         rows = [c.to_json() for c in _class_list(config)]
-        if rows != data.read_json("source-classes.json"):
-            data.publish_json("source-classes.json", rows)
+        if rows != data.read_json(layout.SOURCE_CLASSES):
+            data.publish_json(layout.SOURCE_CLASSES, rows)
 
 
-def _relative(shard: ShardInfo, folder: Folder) -> ShardInfo:
-    prefix = folder.uri + "/"
+def _relative(shard: ShardInfo, run_dir: Folder) -> ShardInfo:
+    prefix = run_dir.uri + "/"
     return dataclasses.replace(shard, path=shard.path.removeprefix(prefix))
 
 
@@ -199,9 +220,9 @@ def _class_list(config: RunConfig) -> list[ClassInfo]:
     return read_classes(posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
 
 
-def _write_digits(folder: Folder) -> Packed:
+def _write_digits(run_dir: Folder) -> Packed:
     """Publish the built-in source's shards."""
-    data = folder / "data"
+    data = run_dir / layout.DATA
     for split, tars in digit_shards().items():
         for i, tar in enumerate(tars):
             data.publish(f"{split}/{split}-{i:06d}.tar", tar)

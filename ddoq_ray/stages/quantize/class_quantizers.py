@@ -20,7 +20,7 @@ BATCH_BYTES = 256 << 20  # of fp16 latents that one call of an exact algorithm g
 READ_BYTES = 512 << 20  # of fp16 latents that one pass over the log collects
 
 Grid = tuple[np.ndarray, np.ndarray]  # centroids float32 [K', D], the algorithm's own counts int64 [K']
-ChunksOf = Callable[[Iterable[int]], Iterator[tuple[int, npt.NDArray[np.float16]]]]
+ChunksOf = Callable[[Iterable[int]], Iterator[tuple[int, npt.NDArray[np.floating]]]]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class WholeClasses:
                     continue
                 x = np.concatenate(pieces.pop(c)).astype(np.float32)
                 grid = together[c] if c in together else self._alone(c, x)
-                yield from assign_grids({c: grid}, lambda _, c=c, x=x: iter([(c, x)]))
+                yield from assign_grids({c: grid}, _whole(c, x))
 
     def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Grid]:
         """All classes of the Gram space at once, where the actor has a GPU."""
@@ -171,14 +171,14 @@ class WholeClasses:
         from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
         from ddoq_ray.core.gram_kmeans import gram_kmeans
 
-        k, key = min(self.settings.ipc, len(x)), {"seed": self.settings.seed, "class_id": c}
+        k, seed = min(self.settings.ipc, len(x)), self.settings.seed
         options, kind = self.algorithm, self._kind(c)
         if kind == "faiss":
-            return faiss_kmeans(x, k, **key)
+            return faiss_kmeans(x, k, seed=seed, class_id=c)
         if isinstance(options, MinibatchKmeansConfig):
-            return minibatch_kmeans(x, k, variant=options.variant, **key)
+            return minibatch_kmeans(x, k, variant=options.variant, seed=seed, class_id=c)
         if kind == "kmeans":
-            return lloyd(x, k, **key)
+            return lloyd(x, k, seed=seed, class_id=c)
         assert isinstance(options, GramConfig), kind
         return gram_kmeans(
             x,
@@ -187,5 +187,11 @@ class WholeClasses:
             restarts=options.restarts,
             product=options.product,
             max_gram_bytes=int(options.max_gram_gb * GIB),
-            **key,
+            seed=seed,
+            class_id=c,
         )
+
+
+def _whole(c: int, x: npt.NDArray[np.float32]) -> ChunksOf:
+    """The chunks of one class that is in memory: all of it at once."""
+    return lambda _: iter([(c, x)])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddoq_ray.execution.pool import MAX_DEATHS
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 
 class Deaths:

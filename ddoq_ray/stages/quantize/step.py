@@ -17,95 +17,136 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.execution.networks import Networks
-from ddoq_ray.execution.workers import Events, Progress, say
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.encode import step as encode
-from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.encode.stream import file_rows
 from ddoq_ray.stages.quantize.class_quantizers import Settings
 from ddoq_ray.stages.quantize.memory import ActorDemand, log_readings, plan_memory, together
 from ddoq_ray.stages.quantize.worker import Quantizer
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.codebook import part_classes, read_record
 from ddoq_ray.storage.latent_log import LatentLog
+from ddoq_ray.storage.layout import Place
+from ddoq_ray.storage.manifests import CodebookManifest
 from ddoq_ray.storage.records import CodebookWarning
 
 WARNINGS_SHOWN = 5
 READINGS_SAID = 8  # of the whole log: more are told before they are begun
 
 
+@dataclass(frozen=True)
+class Quantize(Step):
+    """A codebook: the run's own, or that of a method with a quantizer of its own.
+
+    Attributes:
+        method: Whose it is.
+        at: Where that method's parts are.
+    """
+
+    stage = name = "quantize"
+    at_once = True
+
+    method: MethodSpec
+    at: Place
+
+    @property
+    def place(self) -> str:
+        return self.at.codebook
+
+    def algorithm(self, config: RunConfig) -> QuantizerConfig:
+        assert self.method.quantizer is not None, self.method.name
+        return self.method.quantizer(config.quantizer)
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        return {
+            "ipc": config.ipc,
+            "seed": config.seed,
+            "small_class": config.small_class,
+            "quantizer": self.algorithm(config).identity(),
+        }
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """The log is named by how it is encoded, since quantizers start before its last latent is there."""
+        noise = noise_level(run.config, self.algorithm(run.config), run.networks)
+        log = {"latents": digest_of(encode.log_identity(run))[:32]}
+        return log | ({"noise": asdict(noise)} if noise is not None else {})
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask.of(config, "quantizer", "quantizer", config.quantizer.num_shards, "quantizer.num_shards")]
+
+
 class Quantizers:
     """The driver's handle on a codebook's actors: it tells them which shards are done, and holds no latents."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run: Folder,
-        folder: str,
-        algorithm: QuantizerConfig,
-        data: Data,
-        latents: Folder,
-        networks: Networks,
-    ) -> None:
-        self.config, self.data, self.networks = config, data, networks
-        self.codebook = run / folder / "codebook"
-        self.artifact = Artifact(self.codebook, "quantize")
-        # Named by how they were encoded, since quantizers start before the last latent is there.
-        reused = Artifact(latents, "encode").require()["identity"] if config.latents.path else None
-        made = reused or encode.identity(config, data, networks)
-        self.facts = identity(config, algorithm) | {"latents": digest_of(made)[:32]}
-        noise = noise_level(config, algorithm, networks)
-        if noise is not None:
-            self.facts["noise"] = asdict(noise)
-        self.start = time.time()
-        self.done = np.zeros(len(data.train), np.uint8)
+    def __init__(self, run: Run, step: Quantize) -> None:
+        self.run, self.step = run, step
+        self.artifact = step.artifact(run.dir)
+        self.codebook = self.artifact.folder
+        self.facts = step.identity(run)
+        self.started = time.time()
+        self.done = np.zeros(len(run.data.train), np.uint8)
         self.actors: list[Any] = []
         self._calls: list[Any] = []
         self.needs: list[int] = []
         self._arguments: list[tuple[Any, ...]] = []
+
+    def plan(self) -> None:
+        """Begin the codebook, unless it is finished, and plan its actors: parts of the classes, and memory.
+
+        Raises:
+            ValueError: The folder holds the codebook of another configuration.
+        """
+        run, config = self.run, self.run.config
         if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
             return
-        dim = int(np.prod(networks.latent_shape))
-        parts = dict(enumerate(part_classes(len(data.classes), config.ipc, dim)))
+        algorithm = self.step.algorithm(config)
+        dim = int(np.prod(run.networks.latent_shape))
+        parts = dict(enumerate(part_classes(len(run.data.classes), config.ipc, dim)))
         num = min(algorithm.num_shards, len(parts))
         self.num_parts = len(parts)
         self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
-        rows = encode.file_rows(config, networks)
-        if config.latents.path and data.train:  # cut by another run: its first shard shows how
-            rows = max(c.rows for c in LatentLog(latents).done(0).chunks)
-        self.needs = plan_memory(config, algorithm, data, dim, rows, self.parts)
+        rows = file_rows(config, run.networks)
+        if config.latents.path and run.data.train:  # cut by another run: its first shard shows how
+            rows = max(c.rows for c in LatentLog(run.latents).done(0).chunks)
+        self.needs = plan_memory(config, algorithm, run.data, dim, rows, self.parts)
         if not isinstance(algorithm, ClvqConfig):
-            _say_readings(algorithm, log_readings(data, dim, self.parts))
+            _say_readings(algorithm, log_readings(run.data, dim, self.parts))
         settings = Settings(
             ipc=config.ipc,
             seed=config.seed,
             small_class=config.small_class,
             threads=config.cluster.threads,
-            latent_shape=tuple(networks.latent_shape),
-            prior_id=networks.prior_id,
+            latent_shape=tuple(run.networks.latent_shape),
+            prior_id=run.networks.prior_id,
             identity=digest_of(self.facts),
             num_actors=num,
             together=together(config),
-            noise=noise,
+            noise=noise_level(config, algorithm, run.networks),
             driver=uuid.uuid4().hex,
         )
         self._arguments = [
-            (self.codebook, latents, run / "data", mine, algorithm, replace(settings, need=need))
+            (self.codebook, run.latents, run.dir / layout.DATA, mine, algorithm, replace(settings, need=need))
             for mine, need in zip(self.parts, self.needs, strict=True)
         ]
 
     @property
     def demands(self) -> list[ActorDemand]:
         """What each actor asks of Ray and holds until the codebook is finished; none when it is already."""
-        resources = self.config.cluster.quantizer
+        resources = self.run.config.cluster.quantizer
         return [ActorDemand(resources.num_cpus, resources.num_gpus, need) for need in self.needs]
 
     def launch(self) -> None:
@@ -126,7 +167,7 @@ class Quantizers:
                     ray.get(call)  # an error of our own code surfaces here, not at the end
                 self._calls[i] = actor.advance.remote(bitmap)
 
-    def finish(self, events: Events) -> dict[str, Any]:
+    def finish(self) -> CodebookManifest:
         """Wait until every part is written; publish the manifest.
 
         Raises:
@@ -142,10 +183,11 @@ class Quantizers:
                 seconds = max(self._wait([actor.advance.remote(bitmap) for actor in self.actors], progress))
             for path in sorted({path for actor in self.actors for path in ray.get(actor.left_out.remote())}):
                 say(f"quantize   {path} was damaged and left out; its classes were read from the latents anew")
-                events.add("snapshot left out", path=path)
-            self._write_manifest(events, seconds)
+                self.run.events.add("snapshot left out", path=path)
+            self._write_manifest(seconds)
             self.close()
-        return self.artifact.require()
+        manifest: CodebookManifest = self.run.finished(self.artifact)
+        return manifest
 
     def _wait(self, calls: list[Any], progress: Progress) -> list[float]:
         """What the calls give, with the parts that appear meanwhile shown."""
@@ -154,7 +196,7 @@ class Quantizers:
             ray.wait(waiting, num_returns=1, timeout=1.0)
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             ray.get(ready)
-            progress.advance(len(self.codebook.names("part-*.json")) - progress.done)
+            progress.advance(len(self.codebook.names(layout.CODEBOOK_RECORDS)) - progress.done)
         return ray.get(calls)
 
     def close(self) -> None:
@@ -162,7 +204,7 @@ class Quantizers:
             ray.kill(actor)
         self.actors = []
 
-    def _write_manifest(self, events: Events, seconds: float) -> None:
+    def _write_manifest(self, seconds: float) -> None:
         records = [read_record(self.codebook, p) for p in range(self.num_parts)]
         algorithms: Counter[str] = Counter()
         for record in records:
@@ -170,11 +212,11 @@ class Quantizers:
         notes = [note for record in records for note in record.warnings]
         dropped = [c for record in records for c in record.dropped]
         latents, centroids = sum(r.latents for r in records), sum(r.centroids for r in records)
-        self.codebook.remove("snapshots")
+        self.codebook.remove(layout.SNAPSHOTS)
         self.artifact.finish(
             self.facts,
             seconds=round(seconds, 3),
-            wall_seconds=round(time.time() - self.start, 3),
+            wall_seconds=round(time.time() - self.started, 3),
             items=latents,
             unit="latents",
             bytes=sum(r.bytes for r in records),
@@ -183,16 +225,16 @@ class Quantizers:
             dropped_classes=dropped,
             warnings=notes,
             digest=digest_of([r.digest for r in records]),
-            environment=self.networks.environment,
+            environment=self.run.networks.environment,
         )
         for note in notes[:WARNINGS_SHOWN]:
             warnings.warn(note, CodebookWarning, stacklevel=2)
         if len(notes) > WARNINGS_SHOWN:
-            more = f"{len(notes) - WARNINGS_SHOWN} more classes: see warnings in {self.codebook.path('manifest.json')}"
+            more = f"{len(notes) - WARNINGS_SHOWN} more classes: see warnings in {self.codebook.path(layout.MANIFEST)}"
             warnings.warn(more, CodebookWarning, stacklevel=2)
         if set(algorithms) - {self.facts["quantizer"]["name"]}:
-            events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
-        events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
+            self.run.events.add("classes too large for the Gram space", classes_by_algorithm=algorithms)
+        self.run.events.add("stage finished", stage="quantize", latents=latents, centroids=centroids, dropped=dropped)
 
 
 def _say_readings(algorithm: QuantizerConfig, times: float) -> None:
@@ -211,12 +253,3 @@ def noise_level(config: RunConfig, algorithm: QuantizerConfig, networks: Network
         return None
     assert networks.noise_scales is not None, "the inquiry knows the run's own quantizer.noise_level"
     return NoiseLevel(*networks.noise_scales, seed=config.seed)
-
-
-def identity(config: RunConfig, algorithm: QuantizerConfig) -> dict[str, Any]:
-    return {
-        "ipc": config.ipc,
-        "seed": config.seed,
-        "small_class": config.small_class,
-        "quantizer": algorithm.identity(),
-    }

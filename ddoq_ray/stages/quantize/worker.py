@@ -23,8 +23,9 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.execution.workers import pin_blas_threads
 from ddoq_ray.stages.quantize.class_quantizers import Settings, WholeClasses, assign_grids, new_clvq
 from ddoq_ray.stages.quantize.deaths import Deaths, last_words, too_many
-from ddoq_ray.storage.artifact import Folder
-from ddoq_ray.storage.codebook import record_name, write_part
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.records import Codebook, read_shards
 from ddoq_ray.storage.snapshots import read_snapshots, write_snapshot
@@ -91,7 +92,7 @@ class Quantizer:
         pin_blas_threads(settings.threads)
         self.codebook, self.log = codebook, LatentLog(latents, settings.dim, settings.noise)
         self.algorithm, self.settings = algorithm, settings
-        published = {p for p in parts if codebook.exists(record_name(p))}
+        published = {p for p in parts if codebook.exists(layout.codebook_record(p))}
         self.parts = {p: c for p, c in parts.items() if p not in published}
         self.part_of = {c: p for p, classes in self.parts.items() for c in classes}
         self.shards, self.samples = _index(data, np.array(sorted(self.part_of), np.int64))
@@ -336,7 +337,7 @@ def _index(data: Folder, classes: npt.NDArray[np.int64]) -> tuple[dict[int, np.n
     samples, pairs = [], []
     own = np.zeros(1 + int(classes.max(initial=-1)), bool)
     own[classes] = True
-    for index, shard in enumerate(read_shards(data.read("shards.json"))):
+    for index, shard in enumerate(read_shards(data.read(layout.SHARDS))):
         samples.append(shard.samples)
         ids = shard.images.class_ids[: np.searchsorted(shard.images.class_ids, len(own))]
         mine = ids[own[ids]]

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,25 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.execution.class_tasks import readings
-from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.streams import emit
-from ddoq_ray.execution.workers import Events, Progress, commit, say
+from ddoq_ray.execution.workers import Progress, commit, say
+from ddoq_ray.stages.cells import Cell, cells, label_key, methods
 from ddoq_ray.stages.encode.heldout import Heldout
-from ddoq_ray.stages.encode.step import quarantine_reasons
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.stages.encode.step import Encode, quarantine_reasons
+from ddoq_ray.stages.evaluate.step import Evaluate
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import latent_index
 from ddoq_ray.storage.latent_log import noise_of
-from ddoq_ray.storage.records import StudentRow, binary_rows
+from ddoq_ray.storage.layout import Place
+from ddoq_ray.storage.manifests import ImagesManifest, ResultRow, StageCost
+from ddoq_ray.storage.prepared import Data
+from ddoq_ray.storage.records import binary_rows
 
 BASELINE = "random"  # what every method is paired with
 
@@ -74,28 +82,24 @@ def _distances(
 
 
 def class_distances(
-    run: Folder,
-    folders: dict[str, str],
-    latents: tuple[Folder, int],
-    heldout: tuple[Folder, int] | None,
-    data: Data,
-    ipc: int,
+    run: Run, codebooks: Mapping[str, Place], heldout: tuple[Folder, int] | None
 ) -> list[dict[str, Any]]:
-    """One row a class of every codebook in `folders`.
+    """One row a class of every codebook.
 
     Each has method, ipc, class_id, name, n, k, distortion, the W2 of four weights (w2_voronoi, w2_uniform, w2_sqrt,
     and w2_stream where the algorithm kept counts), weight_min and weight_max; where the class has held-out latents
     also heldout_n, heldout_distortion and heldout_w2_voronoi (the codebook's own weights).
 
     Args:
-        latents: A latent log and how many shards it has.
-        heldout: The same of the held-out latents.
+        codebooks: method -> where its codebook is.
+        heldout: The log of held-out latents, and how many shards it has.
     """
-    index = latent_index(*latents)
+    latents = run.latents
+    index = latent_index(latents, len(run.data.train))
     unseen = latent_index(*heldout) if heldout is not None else None
     jobs = []
-    for method, f in folders.items():
-        codebook = run / f / "codebook"
+    for method, place in codebooks.items():
+        codebook = run.dir / place.codebook
         names, classes, dim = parts_with_classes(codebook)
         for reading in readings(index, classes, dim):
             mine = {names[part]: classes[part] for part in reading.parts}
@@ -103,17 +107,18 @@ def class_distances(
             if heldout is not None and unseen is not None:
                 log = (heldout[0], unseen.holding([c for part in mine.values() for c in part]))
             task = _distances.options(**reading.options)
-            jobs.append((method, len(mine), task.remote(codebook, mine, (latents[0], reading.shards), log)))
+            jobs.append((method, len(mine), task.remote(codebook, mine, (latents, reading.shards), log)))
     rows = []
     with Progress("report", sum(parts for _, parts, _ in jobs), "codebook parts") as progress:
         for method, parts, ref in jobs:
             for row in ray.get(ref):
-                rows.append({"method": method, "ipc": ipc, "name": data.classes[row["class_id"]].name, **row})
+                name = run.data.classes[row["class_id"]].name
+                rows.append({"method": method, "ipc": run.config.ipc, "name": name, **row})
             progress.advance(parts)
     return rows
 
 
-def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
+def paired(rows: Sequence[ResultRow], ipc: int) -> list[dict[str, Any]]:
     """Each method against `random`, seed by seed: mean and std of the top-1 difference, in points.
 
     A method of which a student diverged is not compared, nor is anything with `random` if one of its did: the mean of
@@ -124,8 +129,9 @@ def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
     by_method: dict[str, dict[int, float]] = {}
     diverged = {row["method"] for row in rows if row["top1_pct"] is None or row.get("diverged")}
     for row in rows:
-        if row["method"] not in diverged:
-            by_method.setdefault(row["method"], {})[row["seed"]] = row["top1_pct"]
+        top1 = row["top1_pct"]
+        if row["method"] not in diverged and top1 is not None:
+            by_method.setdefault(row["method"], {})[row["seed"]] = top1
     base = by_method.get(BASELINE, {})
     lines = []
     for method, values in by_method.items():
@@ -140,43 +146,35 @@ def paired(rows: Sequence[dict[str, Any]], ipc: int) -> list[dict[str, Any]]:
     return lines
 
 
-def stage_costs(run: Folder, folders: Sequence[str], trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
-    """Seconds, items and bytes of each stage, from the manifests; a stage of several sets is their sum."""
-    places: list[tuple[str, Folder]] = [
-        ("prepare", run / "data"),
-        ("encode", run / "latents"),
-        ("heldout", run / "heldout"),
-    ]
-    for folder in folders:
-        made = run / folder
-        places += [("quantize", made / "codebook"), ("synthesize", made / "images"), ("label", made / "labels")]
-    places += [("train", run / row.folder) for row in trained]
-    costs: dict[str, dict[str, Any]] = {}
-    for stage, place in places:
-        manifest = Artifact(place, stage).manifest()
-        if manifest is None or manifest["stage"] != stage:
+def stage_costs(run_dir: Folder, steps: Sequence[Step]) -> list[StageCost]:
+    """Seconds, items and bytes of each kind of step, from the manifests; the sum of its steps."""
+    costs: dict[str, StageCost] = {}
+    for step in steps:
+        manifest = None if step.name == Evaluate.name else step.artifact(run_dir).manifest()
+        if manifest is None or manifest["stage"] != step.name:
             continue
-        if stage == "synthesize" and "synthesizer" not in manifest["identity"]:
-            stage = "select"  # real images, in the same format
-        none = {"stage": stage, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0}
-        total = costs.setdefault(stage, none)
-        for key in ("seconds", "items", "bytes"):
-            total[key] += manifest[key]
-    if (run / "report").exists("evaluate.json"):
-        costs["evaluate"] = {"stage": "evaluate", **(run / "report").read_json("evaluate.json")}
+        none: StageCost = {"stage": step.name, "seconds": 0.0, "items": 0, "unit": manifest["unit"], "bytes": 0}
+        total = costs.setdefault(step.name, none)
+        total["seconds"] += manifest["seconds"]
+        total["items"] += manifest["items"]
+        total["bytes"] += manifest["bytes"]
+    report = run_dir / layout.REPORT
+    if report.exists(layout.EVALUATE):
+        costs["evaluate"] = cast(StageCost, {"stage": "evaluate"} | report.read_json(layout.EVALUATE))
     return list(costs.values())
 
 
-def _curves(run: Folder, trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
+def _curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, Any]]:
     curves = []
-    for row in trained:
-        if not (run / row.folder).exists("metrics.jsonl"):
+    for cell in trained:
+        student = run_dir / cell.folder
+        if not student.exists(layout.METRICS):
             continue
-        points = [json.loads(line) for line in (run / row.folder).read("metrics.jsonl").splitlines()]
+        points = [json.loads(line) for line in student.read(layout.METRICS).splitlines()]
         curves.append(
             {
-                "method": row.method,
-                "seed": row.seed,
+                "method": cell.method,
+                "seed": cell.seed,
                 "epochs": [p["epoch"] for p in points],
                 "train_loss": [p["train_loss"] for p in points],
                 "top1_pct": [p["top1_pct"] for p in points],
@@ -185,14 +183,14 @@ def _curves(run: Folder, trained: Sequence[StudentRow]) -> list[dict[str, Any]]:
     return curves
 
 
-def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) -> list[dict[str, Any]]:
+def _images(run: Run, places: Mapping[str, Place], limit: int = 600) -> list[dict[str, Any]]:
     """The first `limit` distilled images of each method, for the page."""
     from ddoq_ray.data.image_set import read_images
 
     found = []
-    for method, folder in folders.items():
-        images = run / folder / "images"
-        for count, item in enumerate(read_images([images.path(n) for n in images.names("images-*.tar")])):
+    for method, place in places.items():
+        images = run.dir / place.images
+        for count, item in enumerate(read_images([images.path(n) for n in images.names(layout.IMAGE_SHARDS)])):
             if count == limit:
                 break
             width, height = item.picture.size
@@ -200,7 +198,7 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
                 {
                     "method": method,
                     "class_id": item.class_id,
-                    "class_name": data.classes[item.class_id].name,
+                    "class_name": run.data.classes[item.class_id].name,
                     "centroid_id": item.centroid_id,
                     "weight": item.weight,
                     "png": item.data,
@@ -211,7 +209,7 @@ def _images(run: Folder, folders: dict[str, str], data: Data, limit: int = 600) 
     return found
 
 
-def _counts(data: Data, images: dict[str, Any] | None, rows: Sequence[dict[str, Any]], unscored: int) -> dict[str, int]:
+def _counts(data: Data, images: ImagesManifest | None, rows: Sequence[ResultRow], unscored: int) -> dict[str, int]:
     """Figures of the page's head; the validation images are those that were scored, where students were."""
     indexed = sum(s.samples for s in data.val)
     return {
@@ -235,77 +233,105 @@ def finite(value: Any) -> Any:
     return value
 
 
-def run(
-    config: RunConfig,
-    run_folder: Folder,
-    data: Data,
-    networks: Networks,
-    latents: Folder,
-    heldout: Heldout,
-    codebooks: dict[str, str],
-    image_sets: dict[str, str],
-    label_folders: Sequence[str],
-    rows: Sequence[StudentRow],
-    events: Events,
-) -> str:
+@dataclass(frozen=True)
+class Report(Step):
+    """The page and ``results.json``, made anew from what is there."""
+
+    stage = name = "report"
+
+    @property
+    def place(self) -> str:
+        return layout.REPORT
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        del config
+        return {}
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask("task that measures codebooks", 1, 0.5)]
+
+
+def run(run: Run, asked: RunConfig, heldout: Heldout, steps: Sequence[Step]) -> str:
     """Gather everything, write ``report/results.json`` and ``report/index.html``; return the page's path.
 
     Args:
+        asked: The configuration as it was given.
         heldout: Held-out latents on their way; waited for here.
-        codebooks: method -> folder of those that have a codebook.
-        image_sets: method -> folder of those whose images the page shows.
-        label_folders: All image sets, for the costs.
-        rows: Students whose results are wanted; those that are not trained are left out.
+        steps: All of the run, for the costs.
     """
     from ddoq_ray.page import accuracy_table, render_page
 
     start = time.time()
-    report = run_folder / "report"
-    measured = report.read_json("rows.json") if report.exists("rows.json") else []
-    have_latents = latents.exists("manifest.json") and latents.read_json("manifest.json").get("kept", True)
-    made = {m: f for m, f in codebooks.items() if (run_folder / f / "codebook").exists("manifest.json")}
-    drawn = {m: f for m, f in image_sets.items() if (run_folder / f / "images").exists("manifest.json")}
-    unseen = heldout.wait(events)
-    if have_latents:
+    report = run.dir / layout.REPORT
+    classes, unseen = _measured_classes(run, heldout)
+    results = _results(run, asked, [c for c in cells(asked) if _made(run.dir, c.folder)])
+    results |= {"classes": classes, "heldout": unseen}
+    costs = stage_costs(run.dir, steps)
+    seconds = round(time.time() - start, 3)
+    costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
+    results = finite(results | {"stages": costs})
+    report.publish_json(layout.RESULTS, results)
+    report.publish(layout.PAGE, render_page(results, _images(run, _shown(run))).encode())
+    if results["rows"]:
+        emit(accuracy_table(results), sys.stdout)
+    path = report.path(layout.PAGE)
+    say(f"report     {path}")
+    return path
+
+
+def _made(run_dir: Folder, place: str) -> bool:
+    return (run_dir / place).exists(layout.MANIFEST)
+
+
+def _shown(run: Run) -> dict[str, Place]:
+    """method -> the image set that the page shows of it: each set once, though methods of other weights share it."""
+    shown: dict[str, Place] = {}
+    for method in methods(run.config):
+        if method.sets and method.sets[0] not in shown.values() and _made(run.dir, method.sets[0].images):
+            shown[method.name] = method.sets[0]
+    return shown
+
+
+def _measured_classes(run: Run, heldout: Heldout) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row a class of every codebook, and the facts of the held-out latents."""
+    codebooks: dict[str, Place] = {}
+    for method in methods(run.config):
+        place = method.codebook
+        if place is not None and place not in codebooks.values() and _made(run.dir, place.codebook):
+            codebooks[method.name] = place
+    unseen = heldout.wait()
+    encoded = Artifact(run.latents, Encode.name).manifest()
+    if encoded is not None and encoded.get("kept", True):
         log = None if heldout.missing else (heldout.folder, heldout.shards)
-        classes = class_distances(run_folder, made, (latents, len(data.train)), log, data, config.ipc)
-    else:  # latents.keep=false: measured when the latents were still there
-        before = report.read_json("results.json") if report.exists("results.json") else {}
-        classes, unseen = before.get("classes", []), before.get("heldout", unseen)
-    trained = [r for r in rows if (run_folder / r.folder).exists("manifest.json")]
-    labels = run_folder / "labels"
-    images = Artifact(run_folder / "images", "synthesize").manifest()
-    checked = Artifact(labels, "label").manifest()
-    unscored = quarantine_reasons(run_folder, "val-*.jsonl")
-    refused = quarantine_reasons(run_folder) + unscored
-    results: dict[str, Any] = {
-        "name": os.path.basename(run_folder.uri),
-        "dataset": config.dataset.title,
-        "ipc": config.ipc,
-        "own_method": config.own_method,
+        return class_distances(run, codebooks, log), unseen
+    # latents.keep=false: measured when the latents were still there
+    report = run.dir / layout.REPORT
+    before = report.read_json(layout.RESULTS) if report.exists(layout.RESULTS) else {}
+    return before.get("classes", []), before.get("heldout", unseen)
+
+
+def _results(run: Run, asked: RunConfig, trained: Sequence[Cell]) -> dict[str, Any]:
+    """What ``results.json`` holds beside codebooks and costs."""
+    report = run.dir / layout.REPORT
+    measured: list[ResultRow] = report.read_json(layout.ROWS) if report.exists(layout.ROWS) else []
+    images = cast("ImagesManifest | None", Artifact(run.dir / Place().images, "synthesize").manifest())
+    checked = Artifact(run.dir / Place().labels(label_key(asked)), "label").manifest()
+    unscored = quarantine_reasons(run.dir, "val-*.jsonl")
+    refused = quarantine_reasons(run.dir) + unscored
+    return {
+        "name": os.path.basename(run.dir.uri),
+        "dataset": asked.dataset.title,
+        "ipc": asked.ipc,
+        "own_method": asked.own_method,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": "ddoq-ray " + " ".join(sys.argv[1:]),
         "commit": commit(),
-        "versions": networks.environment | {"python": sys.version.split()[0]},
-        "config": plain(config),
-        "counts": _counts(data, images, measured, sum(unscored.values())),
+        "versions": run.networks.environment | {"python": sys.version.split()[0]},
+        "config": plain(asked),
+        "counts": _counts(run.data, images, measured, sum(unscored.values())),
         "teacher": checked["teacher"] | {"split": "val"} if checked else None,
         "rows": measured,
-        "paired": paired(measured, config.ipc),
-        "classes": classes,
-        "heldout": unseen,
-        "curves": _curves(run_folder, trained),
+        "paired": paired(measured, asked.ipc),
+        "curves": _curves(run.dir, trained),
         "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }
-    costs = stage_costs(run_folder, label_folders, trained)
-    seconds = round(time.time() - start, 3)
-    costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
-    results["stages"] = costs
-    results = finite(results)
-    report.publish_json("results.json", results)
-    report.publish("index.html", render_page(results, _images(run_folder, drawn, data)).encode())
-    if measured:
-        emit(accuracy_table(results), sys.stdout)
-    path = report.path("index.html")
-    say(f"report     {path}")
-    return path

@@ -7,9 +7,9 @@ is never made again.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,18 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
-from ddoq_ray.data.image_set import read_images
-from ddoq_ray.data.samples import encode_png, write_tar
-from ddoq_ray.execution.networks import Networks
+from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
+from ddoq_ray.data.samples import encode_png
 from ddoq_ray.execution.pool import run_elastic
-from ddoq_ray.execution.workers import Events, Progress, device, pin_threads
-from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Progress, device, pin_threads
+from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_files, read_layout, read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
+from ddoq_ray.storage.layout import IMAGE_SHARDS, Place
 from ddoq_ray.storage.records import ClassInfo, ImageUnit, binary_rows
 
 
@@ -42,12 +44,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.folder}/images/{self.unit.name}".lstrip("/")
+        return posixpath.join(Place(self.folder).images, self.unit.name)
 
 
 def image_jobs(run_folder: Folder, folder: str, shard_images: int) -> list[Job]:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
-    codebook = run_folder / folder / "codebook"
+    codebook = run_folder / Place(folder).codebook
     class_ids: list[int] = []
     centroid_ids: list[int] = []
     parts: list[str] = []
@@ -74,7 +76,7 @@ class Decoder:
         run_folder: Folder,
         synthesizer: SynthesizerConfig,
         seed: int,
-        classes: list[ClassInfo],
+        classes: Sequence[ClassInfo],
         threads: int,
     ) -> None:
         from ddoq_ray.models.priors.load import load_prior
@@ -83,22 +85,22 @@ class Decoder:
         pin_threads(threads)
         self.synthesizer = Synthesizer(load_prior(prior_path, device=device()), seed, synthesizer.batch)
         self.run_folder = run_folder
-        self.options, self.seed, self.classes = synthesizer, seed, classes
+        self.how, self.seed, self.classes = synthesizer, seed, classes
 
     def run(self, job: Job) -> dict[str, Any]:
         """Make and publish one image shard; publishing it twice gives the same bytes."""
         from ddoq_ray.models.priors.base import Sampling
 
-        unit, own = job.unit, self.options
+        unit, own = job.unit, self.how
         rows: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
         for part in job.parts:
-            table = read_part(self.run_folder / job.folder / "codebook", part)
+            table = read_part(self.run_folder / Place(job.folder).codebook, part)
             centroids = binary_rows(table["centroid"], "<f4")
             for i, key in enumerate(zip(table["class_id"].to_pylist(), table["centroid_id"].to_pylist(), strict=True)):
                 rows[key] = (centroids[i], table["weight"][i].as_py())
         keys = list(zip(unit.class_ids, unit.centroid_ids, strict=True))
         # Centroids of noised latents are at the strength's level already.
-        start = own.start if noise_of(self.run_folder / job.folder / "codebook") is None else "given"
+        start = own.start if noise_of(self.run_folder / Place(job.folder).codebook) is None else "given"
         guidance = self.synthesizer.prior.guidance_of(own.guidance)
         pictures = self.synthesizer.pictures(
             np.stack([rows[key][0] for key in keys]),
@@ -106,101 +108,109 @@ class Decoder:
             unit.centroid_ids,
             Sampling(own.strength, own.steps, start, guidance),
         )
-        members: list[tuple[str, bytes]] = []
-        for (c, k), picture in zip(keys, pictures, strict=True):
-            name = f"{c:05d}-{k:04d}"
-            facts = {"centroid_id": k, "weight": rows[c, k][1], "prompt": self.classes[c].prompt, "seed": self.seed}
-            members += [
-                (f"{name}.png", encode_png(picture)),
-                (f"{name}.cls", str(c).encode()),
-                (f"{name}.json", json.dumps(facts).encode()),
-            ]
-        tar = write_tar(members)
-        self.run_folder.publish(f"{job.name}.tar", tar)
-        return _record(unit, tar) | constant_facts(zip(keys, pictures, strict=True))
+        images = [
+            NewImage(c, k, rows[c, k][1], self.classes[c].prompt, self.seed, encode_png(picture))
+            for (c, k), picture in zip(keys, pictures, strict=True)
+        ]
+        record = write_images(self.run_folder / job.folder / "images", unit.name, images)
+        return record | constant_facts(zip(keys, pictures, strict=True))
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    workers = ("min_workers", "max_workers")
-    options = {k: v for k, v in plain(config.synthesizer).items() if k not in workers}
-    if options["start"] == "noise":
-        options.pop("strength")
-    return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
+@dataclass(frozen=True)
+class Synthesize(Step):
+    """The images of a codebook."""
+
+    stage = name = "synthesize"
+
+    at: Place
+
+    @property
+    def place(self) -> str:
+        return self.at.images
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        workers = ("min_workers", "max_workers")
+        options = {k: v for k, v in plain(config.synthesizer).items() if k not in workers}
+        if options["start"] == "noise":
+            options.pop("strength")
+        return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        source = run.finished(Artifact(run.dir / self.at.codebook, "quantize"))
+        asked = digest_of([(c.prior_label, c.prompt) for c in run.data.classes])[:32]
+        return {"codebook": source["digest"], "prior": run.networks.prior_id, "classes": asked}
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask.of(config, "decoder", "decoder", config.synthesizer.max_workers, "synthesizer.max_workers")]
 
 
-def run(
-    config: RunConfig, run_folder: Folder, folders: list[str], data: Data, events: Events, networks: Networks
-) -> list[dict[str, Any]]:
-    """Synthesize the images of every codebook in `folders` on one pool; shards that are published are kept.
-
-    Args:
-        folders: Places relative to the run directory; "" is the run's own.
-    """
+def run(run: Run, steps: Sequence[Synthesize]) -> None:
+    """Synthesize the images of every codebook on one pool; shards that are published are kept."""
     start = time.time()
-    artifacts = {f: Artifact(run_folder / f / "images", "synthesize") for f in folders}
-    facts = {}
-    for f in folders:
-        source = Artifact(run_folder / f / "codebook", "quantize").require()
-        asked = digest_of([(c.prior_label, c.prompt) for c in data.classes])[:32]
-        facts[f] = identity(config) | {"codebook": source["digest"], "prior": networks.prior_id, "classes": asked}
-    todo = [f for f in folders if artifacts[f].begin(facts[f], overwrite=config.overwrite) != "done"]
-    jobs = [job for f in todo for job in image_jobs(run_folder, f, config.synthesizer.shard_images)]
-    shards = _published(run_folder, jobs)
-    resources = config.cluster.decoder
+    config, classes = run.config, run.data.classes
+    facts = {step: step.identity(run) for step in steps}
+    todo = [s for s in steps if s.artifact(run.dir).begin(facts[s], overwrite=config.overwrite) != "done"]
+    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, config.synthesizer.shard_images)]
+    shards = _synthesized(run, jobs, classes) if todo else {}
+    seconds = time.time() - start
+    total = max(1, sum(s["images"] for s in shards.values()))
+    for step in todo:
+        ordered = [shards[j.name] for j in jobs if j.folder == step.at.root]
+        share = sum(s["images"] for s in ordered) / total  # the sets share the workers
+        _finish(run, step, facts[step], ordered, seconds * share)
+
+
+def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) -> dict[str, dict[str, Any]]:
+    """The records of all jobs, by their names, once the shards that were not there are made."""
+    config, resources = run.config, run.config.cluster.decoder
+    shards = _published(run.dir, jobs)
 
     def spawn() -> Any:
         return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.given,
-            run_folder,
-            config.synthesizer,
-            config.seed,
-            list(data.classes),
-            config.cluster.threads,
+            config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads
         )
 
-    if todo:
-        with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
-            progress.advance(sum(s["images"] for s in shards.values()))
-            for job, result in run_elastic(
-                spawn,
-                [job for job in jobs if job.name not in shards],
-                min_workers=config.synthesizer.min_workers,
-                max_workers=config.synthesizer.max_workers,
-                name=lambda job: job.name,
-                on_event=lambda event, **f: events.add(event, stage="synthesize", **f),
-            ):
-                shards[job.name] = result
-                progress.advance(result["images"])
-    seconds = time.time() - start
-    for f in todo:
-        ordered = [shards[j.name] for j in jobs if j.folder == f]
-        images = sum(s["images"] for s in ordered)
-        constant = check_constant(f or "the run", ordered, [c.prompt for c in data.classes])
-        artifacts[f].finish(
-            facts[f],
-            # The sets share the workers; a set's share of the time is its share of the images.
-            seconds=round(seconds * images / max(1, sum(s["images"] for s in shards.values())), 3),
-            items=images,
-            unit="images",
-            bytes=sum(s["bytes"] for s in ordered),
-            shards=ordered,
-            **constant,
-            digest=digest_of([s["sha256"] for s in ordered]),
-            environment=networks.environment,
-        )
-        events.add("stage finished", stage="synthesize", folder=f, images=images)
-    return [artifacts[f].require() for f in folders]
+    with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
+        progress.advance(sum(s["images"] for s in shards.values()))
+        for job, result in run_elastic(
+            spawn,
+            [job for job in jobs if job.name not in shards],
+            min_workers=config.synthesizer.min_workers,
+            max_workers=config.synthesizer.max_workers,
+            name=lambda job: job.name,
+            on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
+        ):
+            shards[job.name] = result
+            progress.advance(result["images"])
+    return shards
 
 
-def _published(run_folder: Folder, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict[str, Any]], seconds: float) -> None:
+    images = sum(s["images"] for s in shards)
+    constant = check_constant(step.at.root or "the run", shards, [c.prompt for c in run.data.classes])
+    step.artifact(run.dir).finish(
+        facts,
+        seconds=round(seconds, 3),
+        items=images,
+        unit="images",
+        bytes=sum(s["bytes"] for s in shards),
+        shards=shards,
+        **constant,
+        digest=digest_of([s["sha256"] for s in shards]),
+        environment=run.networks.environment,
+    )
+    run.events.add("stage finished", stage="synthesize", folder=step.at.root, images=images)
+
+
+def _published(run_folder: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """The records of the image shards, by their jobs' names, that an earlier, cut-off run published.
 
     A set's folder is listed once: to ask an object store for each of 20,000 shards would take a quarter of an hour.
     """
     there = {
-        posixpath.join(folder, name)
-        for folder in {job.folder for job in jobs}
-        for name in (run_folder / folder).names("images/images-*.tar")
+        posixpath.join(images, name)
+        for images in {Place(job.folder).images for job in jobs}
+        for name in (run_folder / images).names(IMAGE_SHARDS)
     }
     return {job.name: _again(run_folder, job) for job in jobs if f"{job.name}.tar" in there}
 
@@ -209,8 +219,5 @@ def _again(run_folder: Folder, job: Job) -> dict[str, Any]:
     """The record of a published shard, by what is in it."""
     name = f"{job.name}.tar"
     pictures = (((i.class_id, i.centroid_id), np.asarray(i.picture)) for i in read_images([run_folder.path(name)]))
-    return _record(job.unit, run_folder.read(name)) | constant_facts(pictures)
-
-
-def _record(unit: ImageUnit, tar: bytes) -> dict[str, Any]:
-    return {"name": unit.name, "images": len(unit.class_ids), "bytes": len(tar), "sha256": digest_of(tar)}
+    record = shard_record(job.unit.name, len(job.unit.class_ids), run_folder.read(name))
+    return record | constant_facts(pictures)

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.data.samples import BadSample
 from ddoq_ray.stages.label.step import read_labels
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 
 KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
 
@@ -40,13 +42,13 @@ class Sets:
 
     def __init__(self, run: Folder, config: RunConfig, num_classes: int, device: Any) -> None:
         self.run, self.config, self.num_classes, self.device = run, config, num_classes, device
-        self._held: tuple[str, Set] | None = None
+        self._held: tuple[str | None, Set] | None = None
 
-    def get(self, name: str, train_urls: Sequence[str]) -> Set:
-        """The set in the folder `name`, or all the real images for the word `data`."""
+    def get(self, name: str | None, train_urls: Sequence[str]) -> Set:
+        """The set in the folder `name`, or all the real images for None."""
         if self._held is None or self._held[0] != name:
             self._held = None  # the old one goes first
-            self._held = (name, self._real(train_urls) if name == "data" else self._distilled(name))
+            self._held = (name, self._real(train_urls) if name is None else self._distilled(name))
         return self._held[1]
 
     @property
@@ -59,7 +61,7 @@ class Sets:
         from ddoq_ray.data.image_set import load_image_arrays
 
         images = self.run / name
-        shards = [images.path(n) for n in images.names("images-*.tar")]
+        shards = [images.path(n) for n in images.names(layout.IMAGE_SHARDS)]
         arrays = load_image_arrays(shards, self.config.student.image_size, self._side)
         return Set(torch.from_numpy(arrays.images).to(self.device), arrays.class_ids, arrays.weights)
 
@@ -68,13 +70,13 @@ class Sets:
 
         from ddoq_ray.data.samples import load_arrays
 
-        bad: list[BadSample] = []
+        bad: list[Refusal] = []
         resize = self.config.encoder.resize
         pixels, class_ids, _ = load_arrays(urls, self._side, self.num_classes, bad.append, resize=resize)
         if len(bad) > self.config.max_bad_fraction * (len(bad) + len(class_ids)):
             raise ValueError(
                 f"{len(bad)} of {len(bad) + len(class_ids)} training images cannot be read for the row `full`, more "
-                f"than max_bad_fraction={self.config.max_bad_fraction}; the first is {bad[0].key}: {bad[0].reason}"
+                f"than max_bad_fraction={self.config.max_bad_fraction}; the first is {bad[0].name}: {bad[0].reason}"
             )
         per_class = np.bincount(class_ids, minlength=self.num_classes)
         return Set(torch.from_numpy(pixels).to(self.device), class_ids, 1.0 / per_class[class_ids], len(bad))
@@ -127,15 +129,15 @@ def load_head(labels: Folder, device: Any) -> Any:
     import safetensors.numpy
     import torch
 
-    mend = f"remove {labels.path('manifest.json')} and run the label stage again, which writes it"
+    mend = f"remove {labels.path(layout.MANIFEST)} and run the label stage again, which writes it"
     try:
-        found = safetensors.numpy.load(labels.read("head.safetensors"))
+        found = safetensors.numpy.load(labels.read(layout.HEAD))
         tensors = {name: torch.from_numpy(values) for name, values in found.items()}
         classes, features = tensors["weight"].shape
     except FileNotFoundError:
-        raise ValueError(f"{labels.path('head.safetensors')} is missing, which feature labels need; {mend}") from None
+        raise ValueError(f"{labels.path(layout.HEAD)} is missing, which feature labels need; {mend}") from None
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{labels.path('head.safetensors')} is damaged ({error}); {mend}") from None
+        raise ValueError(f"{labels.path(layout.HEAD)} is damaged ({error}); {mend}") from None
     head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
     head.load_state_dict(tensors)
     return head.requires_grad_(False)

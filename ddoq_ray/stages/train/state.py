@@ -13,16 +13,17 @@ from typing import Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
+from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.train.sets import Set
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, digest_of
-from ddoq_ray.storage.records import StudentRow
 
 
 @dataclass
 class Student:
     """A row while it is trained."""
 
-    row: StudentRow
+    row: Cell
     set: Set
     loss_weights: Any
     model: Any
@@ -108,10 +109,10 @@ def publish(student: Student, artifact: Artifact, facts: dict[str, Any], config:
         tensors = {k: v.detach().cpu().contiguous() for k, v in student.model.state_dict().items()}
         weights = safetensors.torch.save(tensors)
         size = len(weights)
-        folder.publish("model.safetensors", weights)
-    folder.publish("config.json", (json.dumps(student.model.config(), indent=1) + "\n").encode())
+        folder.publish(layout.WEIGHTS, weights)
+    folder.publish(layout.NETWORK, (json.dumps(student.model.config(), indent=1) + "\n").encode())
     lines = [json.dumps(m, allow_nan=False) + "\n" for m in points]
-    folder.publish("metrics.jsonl", "".join(lines).encode())
+    folder.publish(layout.METRICS, "".join(lines).encode())
     images = len(student.set.images)
     artifact.finish(
         facts,

@@ -1,13 +1,14 @@
-"""train: one Ray Train run trains all students, row by row, by weighted KL against the teacher's soft labels.
+"""train: one Ray Train run trains all students, one after another, by weighted KL against the teacher's soft labels.
 
-Starting a Ray Train run costs seconds, so many (method, seed) rows share one. A row whose manifest is published is
-never trained again. What a worker does is in train_worker.py.
+Starting a Ray Train run costs seconds, so many cells share one. One whose manifest is published is
+never trained again. What a worker does is in worker.py.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
@@ -16,104 +17,112 @@ from ray.train.torch import TorchTrainer
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.execution.networks import Networks, check_batches
-from ddoq_ray.execution.workers import Events, Progress, say
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
-from ddoq_ray.stages.label.step import check_scored
-from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.label.step import Label, check_scored
+from ddoq_ray.stages.select.step import Select
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 from ddoq_ray.stages.train.worker import Job, train_loop
-from ddoq_ray.storage.artifact import Artifact, Folder
-from ddoq_ray.storage.records import StudentRow
+from ddoq_ray.storage import layout
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
 RAY_TRAIN = "train"  # Ray Train's own folder in students/
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    return {
-        "student": plain(config.student),
-        "resize": config.encoder.resize,
-        "protocol": {k: v for k, v in plain(config.protocol).items() if k != "name"},
-        "across_classes": config.weights.across_classes,
-        "seed": config.seed,
-        "workers": config.cluster.trainer.workers,
-    }
+@dataclass(frozen=True)
+class Train(Step):
+    """One trained student. More seeds or more baselines later leave the others as they are.
+
+    Attributes:
+        cell: Which student.
+        source: The step whose images it sees; None for all the real ones.
+        labels: The step whose labels it learns; None when the teacher labels while it trains.
+    """
+
+    stage = name = "train"
+
+    cell: Cell
+    source: Synthesize | Select | None
+    labels: Label | None
+
+    @property
+    def place(self) -> str:
+        return self.cell.folder
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        return {
+            "student": plain(config.student),
+            "resize": config.encoder.resize,
+            "protocol": {k: v for k, v in plain(config.protocol).items() if k != "name"},
+            "across_classes": config.weights.across_classes,
+            "seed": config.seed,
+            "workers": config.cluster.trainer.workers,
+            "scheme": self.cell.scheme,
+            "student_seed": self.cell.seed,
+        }
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        images = run.finished(self.source.artifact(run.dir)) if self.source is not None else None
+        labels = run.finished(self.labels.artifact(run.dir)) if self.labels is not None else None
+        return {
+            "images": images["digest"] if images is not None else run.data.digest,
+            "labels": labels["digest"] if labels is not None else run.networks.teacher_id,
+        }
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        workers = config.cluster.trainer.workers  # its controller asks for nothing
+        return [Ask.of(config, "trainer", "trainer", workers, "cluster.trainer.workers", workers)]
+
+    def checked(self, config: RunConfig) -> bool:
+        return self.wanted(config)  # to score trained students, it does not matter how they would be trained now
 
 
-class Inputs:
-    """The digests of what students train on, each manifest read once: rows share image sets and labels."""
-
-    def __init__(self, run_folder: Folder, data: Data, networks: Networks) -> None:
-        self.run, self.data, self.networks = run_folder, data, networks
-        self._read: dict[tuple[str, str], dict[str, Any]] = {}
-        self._data_digest: str | None = None
-
-    def manifest(self, folder: str, stage: str) -> dict[str, Any]:
-        key = (folder, stage)
-        if key not in self._read:
-            self._read[key] = Artifact(self.run / folder, stage).require()
-        return self._read[key]
-
-    def images(self, row: StudentRow) -> str:
-        if row.images != "data":
-            return str(self.manifest(row.images, "synthesize")["digest"])
-        if self._data_digest is None:
-            self._data_digest = self.data.digest
-        return self._data_digest
-
-    def labels(self, row: StudentRow) -> str | None:
-        return str(self.manifest(row.labels, "label")["digest"]) if row.labels else self.networks.teacher_id
-
-
-def row_identity(config: RunConfig, row: StudentRow, inputs: Inputs) -> dict[str, Any]:
-    """What a student depends on: more seeds or more baselines later leave the others as they are."""
-    made_of = {"images": inputs.images(row), "labels": inputs.labels(row)}
-    return identity(config) | made_of | {"scheme": row.scheme, "student_seed": row.seed}
-
-
-def run(
-    config: RunConfig, run_folder: Folder, rows: list[StudentRow], data: Data, events: Events, networks: Networks
-) -> list[dict[str, Any]]:
-    """Train every row that has no published result, in one Ray Train run; the rows' manifests come back.
+def run(run: Run, steps: Sequence[Train]) -> None:
+    """Train every student that has no published result, in one Ray Train run.
 
     Raises:
         ValueError: What a worker found that the user can mend.
         ray.train errors, when our own code fails in a worker or the workers die too often.
     """
-    inputs = Inputs(run_folder, data, networks)
+    config, data = run.config, run.data
     columns = teacher_columns(data)
-    for folder in dict.fromkeys(row.labels for row in rows if row.labels):
-        label = inputs.manifest(folder, "label")
-        check_scored(config, run_folder, label)
-        _check_labels(run_folder / folder, label, columns, networks)
+    for place, labels in {s.labels.place: s.labels for s in steps if s.labels is not None}.items():
+        made_by = run.finished(labels.artifact(run.dir))
+        check_scored(run, made_by)
+        _check_labels(run.dir / place, made_by, columns, run.networks)
     # As they were made: classes with fewer distinct images than centroids leave another last batch than was planned.
-    made = {row.images: inputs.manifest(row.images, "synthesize")["items"] for row in rows if row.images != "data"}
-    check_batches(made, config, networks)
+    made = {s.source.place: run.finished(s.source.artifact(run.dir))["items"] for s in steps if s.source is not None}
+    check_batches(made, config, run.networks)
     todo = []
-    for row in rows:
-        facts = row_identity(config, row, inputs)
-        if Artifact(run_folder / row.folder, "train").begin(facts, overwrite=config.overwrite) != "done":
-            todo.append((row, facts))
+    for step in steps:
+        facts = step.identity(run)
+        if step.artifact(run.dir).begin(facts, overwrite=config.overwrite) != "done":
+            todo.append((step.cell, facts))
     if todo:
         counts = data.counts
         job = Job(
-            run=run_folder,
+            run=run.dir,
             config=config,
             rows=tuple(todo),
             train_urls=tuple(data.train_urls),
             validation=Validation.of(config, data),
             teacher_index=columns,
             class_counts=tuple(counts[c.class_id] for c in data.classes),
-            outputs=networks.teacher_outputs,
+            outputs=run.networks.teacher_outputs,
         )
-        _fit(config, run_folder, job, events)
-        events.add("stage finished", stage="train", students=len(todo))
-    manifests = [Artifact(run_folder / r.folder, "train").require() for r in rows]
+        _fit(run, job)
+        run.events.add("stage finished", stage="train", students=len(todo))
+    manifests: list[StudentManifest] = [run.finished(step.artifact(run.dir)) for step in steps]
     _say_diverged([m for m in manifests if m.get("diverged")])
-    return manifests
 
 
-def _check_labels(folder: Folder, label: dict[str, Any], columns: Sequence[int], networks: Networks) -> None:
+def _check_labels(folder: Folder, label: LabelsManifest, columns: Sequence[int], networks: Networks) -> None:
     """Stored labels need no teacher, but their outputs must mean what the run takes them for.
 
     Raises:
@@ -129,7 +138,7 @@ def _check_labels(folder: Folder, label: dict[str, Any], columns: Sequence[int],
         )
 
 
-def _say_diverged(diverged: Sequence[dict[str, Any]]) -> None:
+def _say_diverged(diverged: Sequence[StudentManifest]) -> None:
     for m in diverged:
         say(
             f"train      {m['method']} seed {m['seed']} diverged: its loss was not a finite number in epoch "
@@ -137,15 +146,15 @@ def _say_diverged(diverged: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _fit(config: RunConfig, run_folder: Folder, job: Job, events: Events) -> None:
-    students = run_folder / "students"
+def _fit(run: Run, job: Job) -> None:
+    students = run.dir / layout.STUDENTS
     with Progress("train", len(job.rows), "students") as progress:
         # fit() blocks; the published results are the progress that the driver can see without a channel of its own.
         stop = threading.Event()
         left = [row for row, _ in job.rows]
 
         def look() -> None:
-            for row in [r for r in left if (run_folder / r.folder).exists("manifest.json")]:
+            for row in [r for r in left if (run.dir / r.folder).exists(layout.MANIFEST)]:
                 left.remove(row)
                 progress.advance(1, note=row.method)
 
@@ -156,7 +165,7 @@ def _fit(config: RunConfig, run_folder: Folder, job: Job, events: Events) -> Non
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_through_deaths(config, students, job, events)
+            _fit_through_deaths(run, students, job)
         finally:
             stop.set()
             watcher.join()
@@ -165,7 +174,7 @@ def _fit(config: RunConfig, run_folder: Folder, job: Job, events: Events) -> Non
     (students / RAY_TRAIN).remove()
 
 
-def _fit_through_deaths(config: RunConfig, students: Folder, job: Job, events: Events) -> None:
+def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
     """Fit; after a death once more, from the last checkpoint. Ray Train itself would try any exception again.
 
     Raises:
@@ -173,15 +182,15 @@ def _fit_through_deaths(config: RunConfig, students: Folder, job: Job, events: E
     """
     for deaths in range(MAX_DEATHS + 1):
         try:
-            _trainer(config, students, job).fit()
+            _trainer(run.config, students, job).fit()
             return
         except ray.train.TrainingFailedError as error:
             told = own_words(error)
             if told is not None:
                 raise ValueError(told) from None
-            if deaths == MAX_DEATHS or not worth_retrying(error, config.cluster.trainer.workers):
+            if deaths == MAX_DEATHS or not worth_retrying(error, run.config.cluster.trainer.workers):
                 raise
-            events.add("worker lost", stage="train", reason=type(error).__name__, deaths=deaths + 1)
+            run.events.add("worker lost", stage="train", reason=type(error).__name__, deaths=deaths + 1)
             say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
 
 

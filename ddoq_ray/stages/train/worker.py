@@ -18,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation
 from ddoq_ray.stages.label.step import for_teacher, view_spec
 from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.ranks import Ranks, share
 from ddoq_ray.stages.train.sets import Sets, SoftLabels
 from ddoq_ray.stages.train.state import Student
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
-from ddoq_ray.storage.records import StudentRow
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 
 # A report with a checkpoint is a barrier that costs about two seconds; a row that is shorter is simply trained again.
 CHECKPOINT_SECONDS = 60.0
@@ -37,7 +38,7 @@ class Job:
 
     run: Folder
     config: RunConfig
-    rows: tuple[tuple[StudentRow, dict[str, Any]], ...]
+    rows: tuple[tuple[Cell, dict[str, Any]], ...]
     train_urls: tuple[str, ...]
     validation: Validation
     teacher_index: tuple[int, ...]
@@ -84,7 +85,7 @@ class Trainer:
             raise RuntimeError(f"rank {self.ranks.rank} has a checkpoint of epoch {mine}, and rank 0 one of {epoch}")
         return state
 
-    def one_row(self, row: StudentRow, artifact: Artifact, facts: dict[str, Any], state: dict[str, Any] | None) -> None:
+    def one_row(self, row: Cell, artifact: Artifact, facts: dict[str, Any], state: dict[str, Any] | None) -> None:
         """Train and publish one student; it ends early where the loss is no longer a finite number."""
         start = time.time()
         student = self._begin(row, state)
@@ -108,7 +109,7 @@ class Trainer:
         if self.ranks.rank == 0:
             train_state.publish(student, artifact, facts, self.config, time.time() - start)
 
-    def _begin(self, row: StudentRow, state: dict[str, Any] | None) -> Student:
+    def _begin(self, row: Cell, state: dict[str, Any] | None) -> Student:
         import torch
 
         from ddoq_ray.core.losses import image_weights
@@ -129,7 +130,7 @@ class Trainer:
             model=model,
             wrapped=self._wrap(model),
             optimizer=train_state.optimizer(self.protocol, model),
-            epochs=self.protocol.epochs_for(len(found.images), full=row.images == "data"),
+            epochs=self.protocol.epochs_for(len(found.images), full=row.images is None),
         )
         if state is not None:
             model.load_state_dict(state["model"])
@@ -216,8 +217,7 @@ class Trainer:
         """(top-1, top-5) in % on the real validation images, over the classes of the data."""
         import torch
 
-        from ddoq_ray.stages.evaluate.step import accuracy
-        from ddoq_ray.stages.evaluate.validation import Refused, load_scored
+        from ddoq_ray.stages.evaluate.validation import Refused, accuracy, load_scored
 
         if self._val is None:
             images, class_ids = load_scored(self.job.validation, self.config.student.image_size, Refused())

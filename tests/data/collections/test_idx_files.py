@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from ddoq_ray.data.collections.idx import Idx, read_idx
-from ddoq_ray.data.collections.listing import Picture
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.data.collections.listing import Picture, harmless
+from ddoq_ray.storage.folder import Folder
 
 PIXELS = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)
 
@@ -85,7 +85,7 @@ def test_minus_one_is_no_label_in_every_type(tmp_path: Path) -> None:
     assert (survey.train.names, survey.train.class_ids.tolist()) == (["000000000", "000000002", "000000003"], [1, 0, 1])
     assert survey.val is None and "none of 4 validation images" in survey.notes[0]
     assert [r.reason for r in survey.train.refused] == ["no label"] * 5 and all(
-        r.harmless for r in survey.train.refused
+        harmless(r) for r in survey.train.refused
     )
     for code, dtype in ((0x09, "i1"), (0x0B, ">i2"), (0x0C, ">i4")):
         data = bytes((0, 0, code, 1)) + struct.pack(">I", 3) + np.asarray([-1, 7, 100]).astype(dtype).tobytes()

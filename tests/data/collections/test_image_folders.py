@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ddoq_ray.data.collections.folders import ImageFolder
-from ddoq_ray.data.collections.listing import Picture, Refused, extension_of, refusal
+from ddoq_ray.data.collections.listing import Picture, extension_of, harmless, no_image
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 
 PNG = encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))
 
@@ -55,7 +56,7 @@ def test_every_file_that_is_no_image_by_name_is_counted(tmp_path: Path) -> None:
     assert [c.name for c in survey.classes] == ["cat"]
     why = Counter(r.reason.partition(":")[0] for r in survey.train.refused)
     assert why["image outside a class folder"] == 1 and why["class folder without an image"] == 2
-    assert all(r.harmless for r in survey.train.refused if r.reason != "image outside a class folder")
+    assert all(harmless(r) for r in survey.train.refused if r.reason != "image outside a class folder")
 
 
 def test_reading_keeps_the_bytes_and_tells_what_cannot_be_read(tmp_path: Path) -> None:
@@ -67,10 +68,10 @@ def test_reading_keeps_the_bytes_and_tells_what_cannot_be_read(tmp_path: Path) -
     names = source.survey().train.names
     got = dict(zip(names, source.read("train", names, Folder(str(tmp_path / "s"))), strict=True))
     assert got["c/a.png"] == Picture(PNG, "png")
-    assert got["c/gone.png"] == Refused("c/gone.png", "unreadable: No such file or directory")
-    assert refusal(got["c/a.png"]) is None
-    assert refusal(got["c/text.jpg"]) == "not an image in a known format"
-    assert refusal(got["c/empty.png"]) == "empty file"
+    assert got["c/gone.png"] == Refusal("c/gone.png", "unreadable: No such file or directory")
+    assert no_image(got["c/a.png"]) is None
+    assert no_image(got["c/text.jpg"]) == "not an image in a known format"
+    assert no_image(got["c/empty.png"]) == "empty file"
 
 
 def test_extensions_in_a_shard() -> None:
@@ -112,7 +113,7 @@ def test_a_tree_in_a_store(tmp_path: Path) -> None:
     assert survey.train.names == ["cat/a.png", "dog/deep/b.png"]
     assert survey.val is not None and survey.val.sizes.tolist() == [len(PNG)] * 2
     got = list(source.read("train", ["dog/deep/b.png", "cat/gone.png"], Folder(str(tmp_path))))
-    assert got == [Picture(PNG, "png"), Refused("cat/gone.png", "unreadable: FileNotFoundError")]
+    assert got == [Picture(PNG, "png"), Refusal("cat/gone.png", "unreadable: FileNotFoundError")]
 
 
 def test_trees_that_read_as_splits_and_as_classes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from support.collection_trees import found, picture, put, rows_of, survey, tree
 
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.data.collections import kind_of
-from ddoq_ray.data.collections.listing import Picture, refusal
+from ddoq_ray.data.collections.listing import Picture, no_image
 from ddoq_ray.data.samples import read_classes
 
 CAT_DOG = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(3)]
@@ -68,8 +68,8 @@ def test_held_out_images_without_classes(tmp_path: Path) -> None:
 
 def test_a_picture_that_is_cut_off_is_not_of_an_unknown_format() -> None:
     for kind in ("JPEG", "PNG"):
-        assert f"begins as {kind}" in str(refusal(Picture(picture(kind)[:20], "jpg")))
-    assert refusal(Picture(b"404: Not Found", "jpg")) == "not an image in a known format"
+        assert f"begins as {kind}" in str(no_image(Picture(picture(kind)[:20], "jpg")))
+    assert no_image(Picture(b"404: Not Found", "jpg")) == "not an image in a known format"
 
 
 def test_a_class_without_a_name_or_a_prompt(tmp_path: Path) -> None:

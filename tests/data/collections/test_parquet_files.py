@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ddoq_ray.data.collections.listing import Picture, Refused
+from ddoq_ray.data.collections.listing import Picture
 from ddoq_ray.data.collections.parquet import Parquet
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.quarantine import Refusal
 
 IMAGES = [encode_png(np.full((4, 4), i, np.uint8)) for i in range(6)]
 
@@ -68,7 +69,7 @@ def test_names_from_the_files_own_metadata(tmp_path: Path) -> None:
         given.lay_open(i, scratch)
     names = [*survey.train.names[::-1], *survey.val.names]
     assert list(given.read("train", names, scratch)) == [
-        Refused(survey.train.names[3], "no image bytes"), Picture(IMAGES[3]), Picture(IMAGES[1]),
+        Refusal(survey.train.names[3], "no image bytes"), Picture(IMAGES[3]), Picture(IMAGES[1]),
         Picture(IMAGES[0], "PNG"), Picture(IMAGES[5]),
     ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from ddoq_ray.data.collections import torchvision_sets
 from ddoq_ray.data.collections.listing import NO_LABEL, Picture
 from ddoq_ray.data.collections.torchvision_sets import ARRAYS, TorchvisionSet
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 SCRATCH = Folder("nowhere")
 NOBODY = "http://127.0.0.1:9/"  # nobody listens there, so that it is the same with and without a network

@@ -20,17 +20,22 @@ from diffusers import AutoencoderKL
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
+from ddoq_ray.data.samples import decode_rgb, to_square
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.priors.base import Prior
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, chunk_rows, reader_tasks
+from ddoq_ray.stages.encode.stream import chunk_stream, inner_batch
+from ddoq_ray.stages.encode.stream import encoded as through_encoders
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, write_file
 from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
+from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import binary_rows, latent_schema
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -102,7 +107,7 @@ def run_encode(config: RunConfig, run: Path, prior: Prior) -> tuple[dict, list[i
     facts = Networks(prior.id, tuple(prior.latent_shape), prior.image_size, None, 10, None, None, None, 0, 0, {})
     reported: list[int] = []
     data = prepare.run(config, folder, events)
-    return encode.run(config, folder, data, events, facts, reported.append), reported
+    return encode.run(Run(config, folder, data, facts, events), reported.append), reported
 
 
 @pytest.fixture(scope="module")
@@ -291,10 +296,10 @@ def test_the_reader_is_never_fused_into_the_encoder(corpus: Corpus, prior: Prior
     config = settings(corpus)
     same = dataclasses.replace(config.cluster, encoder=config.cluster.reader)
     todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar"), "bytes": 1}]
-    stream = encode.chunk_stream(
+    stream = chunk_stream(
         dataclasses.replace(config, cluster=same), todo, Folder(str(tmp_path)), 10, prior.image_size, 64
     )
-    done = encode.encoded(stream, same, (1, 1), WhichProcess, ()).take_all()
+    done = through_encoders(stream, same, (1, 1), WhichProcess, ()).take_all()
     assert len(done) == 3 and all(row["name"] == "MapBatches(WhichProcess)" for row in done)
 
 
@@ -341,15 +346,15 @@ def test_the_batch_is_found_once_and_recorded(autoencoder_folder: Path, tmp_path
     config = load_config(["encoder.batch=0", f"encoder.path={autoencoder_folder}", "encoder.chunk_samples=16"])
     networks = Networks("some", (4, 4, 4), 8, None, 10, None, None, None, 0, 0, {}, "this")
     log, other = Folder(str(tmp_path / "log")), Folder(str(tmp_path / "other"))
-    found = encode.inner_batch(config, networks, log)
+    found = inner_batch(config, networks, log)
     record = log.read_json("batch.json")
     tried = sorted(map(int, record["images_per_s"]))
     assert record["batch"] == found and found in tried and tried == [2**i for i in range(len(tried))]
     assert max(tried) <= 16 and all(rate > 0 for rate in record["images_per_s"].values())
     log.publish_json("batch.json", record | {"batch": 11})  # what was recorded counts, not a second search
-    assert encode.inner_batch(config, networks, log) == 11
-    assert encode.inner_batch(config, networks, other, log) == 11 and not other.exists()
-    assert encode.inner_batch(load_config(), networks, log) == 64
+    assert inner_batch(config, networks, log) == 11
+    assert inner_batch(config, networks, other, log) == 11 and not other.exists()
+    assert inner_batch(load_config(), networks, log) == 64
 
 
 def test_chunks_are_whole_batches(corpus: Corpus) -> None:
@@ -373,7 +378,7 @@ def test_each_chunk_is_a_block_of_its_own(corpus: Corpus, tmp_path: Path) -> Non
     config = settings(corpus)
     size = 1600  # a chunk is more than half of CHUNK_BYTES, as all are but the last of a shard
     assert CHUNK_BYTES // 2 < CHUNK * 3 * size**2 < CHUNK_BYTES
-    stream = encode.chunk_stream(config, todo, Folder(str(tmp_path)), 10, size, 64)
+    stream = chunk_stream(config, todo, Folder(str(tmp_path)), 10, size, 64)
     blocks = [meta.num_rows for bundle in stream.iter_internal_ref_bundles() for meta in bundle.metadata]
     assert blocks == [1, 1, 1]
 
@@ -381,7 +386,9 @@ def test_each_chunk_is_a_block_of_its_own(corpus: Corpus, tmp_path: Path) -> Non
 def test_what_changes_latents_is_in_their_identity(prior: Prior) -> None:
     def of(*overrides: str, encoder_id: str = "") -> dict:
         facts = Networks(prior.id, (8, 4, 4), 16, None, 10, None, None, None, 0, 0, {}, encoder_id)
-        return encode.identity(load_config([*overrides]), None, facts)
+        folder = Folder("runs/none")
+        run = Run(load_config([*overrides]), folder, Data(folder, (), (), ()), facts, Events(folder))
+        return encode.Encode().identity(run)
 
     plain = of()
     assert of("encoder.workers=3", "encoder.max_workers=5", "seed=5") == plain

@@ -15,12 +15,13 @@ from support.corpus import NUM_CLASSES, Shard, malformed
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.tar_samples import DAMAGE
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.stages.encode import reader as encode_reader
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.prepare import step as prepare
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -44,7 +45,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     prior = load_prior(config.prior.path)
     facts = Networks(prior.id, tuple(prior.latent_shape), prior.image_size, None, 10, None, None, None, 0, 0, {})
     data = prepare.run(config, folder, events)
-    return root / "run", encode.run(config, folder, data, events, facts, lambda shard: None)
+    return root / "run", encode.run(Run(config, folder, data, facts, events), lambda shard: None)
 
 
 def numbered() -> list[tuple[int, Shard]]:
@@ -88,10 +89,7 @@ def test_the_manifest_sums_up_by_reason(encoded: tuple[Path, dict]) -> None:
 def test_squares_of_another_kind_are_other_latents() -> None:
     """What `encoder.resize` changes belongs to the identity of the latents."""
     squash, crop = (
-        encode.identity(
-            load_config([f"encoder.resize={mode}"]), None, Networks("", (4,), 8, None, 10, None, None, None, 0, 0, {})
-        )
-        for mode in ("squash", "center-crop")
+        encode.Encode().settings(load_config([f"encoder.resize={mode}"])) for mode in ("squash", "center-crop")
     )
     assert squash["encoder"]["resize"] == "squash" and squash != crop
 

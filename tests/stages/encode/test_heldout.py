@@ -15,19 +15,23 @@ import torch
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.distortion import assign, distortion, scheme_weights, voronoi_counts, w2_squared
-from ddoq_ray.data.samples import decode_rgb, to_square, write_tar
+from ddoq_ray.data.samples import decode_rgb, to_square
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.priors.load import load_prior
-from ddoq_ray.pipeline import check_run_folder
+from ddoq_ray.pipeline import check_run_dir, steps
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.heldout import Heldout, shares
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.report.step import class_distances
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ClassCounts, Codebook, ShardDone
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -48,7 +52,13 @@ class Case:
 
     def start(self, **report: int) -> Heldout:
         config = dataclasses.replace(self.config, report=dataclasses.replace(self.config.report, **report))
-        return Heldout(config, self.run, self.data, self.networks, self.latents)
+        heldout = Heldout(self.of(config))
+        heldout.start()
+        return heldout
+
+    def of(self, config: RunConfig) -> Run:
+        log = dataclasses.replace(config.latents, path=self.latents.uri)
+        return Run(dataclasses.replace(config, latents=log), self.run, self.data, self.networks, Events(self.run))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +101,10 @@ def case(
     networks = Networks(prior.id, tuple(prior.latent_shape), prior.image_size, None, 10, None, None, None, 0, 0, {})
     data = prepare.run(config, run, Events(run))
     latents = run / "latents"
-    Artifact(latents, "encode").finish(encode.identity(config, data, networks), kept=True)
+    identity = encode.Encode().identity(Run(config, run, data, networks, Events(run)))
+    Artifact(latents, "encode").finish(identity, kept=True)
     made = Case(config, run, data, networks, latents)
-    return made, made.start().wait(Events(run))
+    return made, made.start().wait()
 
 
 def found(case: Case) -> dict[int, np.ndarray]:
@@ -130,13 +141,13 @@ def test_latents_are_those_of_the_prior_and_at_most_the_limit(
 def test_a_second_report_encodes_nothing_and_a_cut_off_one_goes_on(case: tuple[Case, dict]) -> None:
     made, facts = case
     before = {p: p.stat().st_mtime_ns for p in Path((made.run / "heldout").uri).rglob("*.*")}
-    assert made.start().wait(Events(made.run)) == facts
+    assert made.start().wait() == facts
     assert {p: p.stat().st_mtime_ns for p in before} == before
     heldout = made.run / "heldout"
     kept = (heldout / "shard-000000").read("done.json")
     for name in ("manifest.json", "shard-000001/done.json"):
         heldout.remove(name)
-    assert made.start().wait(Events(made.run)) == facts
+    assert made.start().wait() == facts
     assert (heldout / "shard-000000").read("done.json") == kept
     times = {p.name: p.stat().st_mtime_ns for p in Path(heldout.uri).glob("shard-000002/*")}
     assert times == {p.name: t for p, t in before.items() if p.parent.name == "shard-000002"}
@@ -147,7 +158,7 @@ def test_latents_that_were_not_kept_are_made_again(case: tuple[Case, dict]) -> N
     before = found(made)
     encode.discard(made.run / "heldout", Events(made.run))
     assert not (made.run / "heldout").names("*/*.parquet")
-    assert made.start().wait(Events(made.run)) == facts
+    assert made.start().wait() == facts
     assert all((x == before[c]).all() for c, x in found(made).items())
 
 
@@ -157,13 +168,13 @@ def test_another_limit_is_refused_by_name(case: tuple[Case, dict]) -> None:
         made.start(heldout_images=5)
     asked = load_config([f"run_dir={made.run.uri}", "report.heldout_images=5", "stages=[report]"])
     with pytest.raises(ValueError, match="heldout_images: 6 there, 5 now"):  # before Ray starts
-        check_run_folder(dataclasses.replace(asked, dataset=made.config.dataset), made.run)
+        asked = dataclasses.replace(asked, dataset=made.config.dataset)
+        check_run_dir(asked, made.run, steps(asked))
 
 
 def test_what_is_missing_is_said(case: tuple[Case, dict], tmp_path: Path) -> None:
     made = dataclasses.replace(case[0], run=Folder(str(tmp_path)))
-    events = Events(made.run)
-    assert "heldout_images is 0" in made.start(heldout_images=0).wait(events)["missing"]
+    assert "heldout_images is 0" in made.start(heldout_images=0).wait()["missing"]
     assert "no held-out split" in dataclasses.replace(made, data=dataclasses.replace(made.data, val=())).start().missing
     assert "not stored" in dataclasses.replace(made, latents=Folder(str(tmp_path / "none"))).start().missing
     other = dataclasses.replace(made.networks, prior_id="other")
@@ -178,7 +189,7 @@ def test_held_out_images_are_encoded_as_the_log_was(case: tuple[Case, dict], tmp
     there = manifest["identity"]["encoder"] | {"posterior": "sample", "batch": 3}
     made.latents.publish_json("manifest.json", manifest | {"identity": manifest["identity"] | {"encoder": there}})
     assert made.config.encoder.posterior == "mode"
-    made.start().wait(Events(made.run))
+    made.start().wait()
     assert (made.run / "heldout").read_json("manifest.json")["identity"]["encoder"] == there
     drawn, means = found(made), found(case[0])
     assert all(len(drawn[c]) == len(means[c]) and (drawn[c] != means[c]).any() for c in means)
@@ -191,7 +202,7 @@ def test_held_out_images_are_encoded_as_the_log_was(case: tuple[Case, dict], tmp
 def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) -> None:
     """One codebook, fitted to nothing, with an empty cell and stale streaming counts."""
     made = case[0]
-    made.start().wait(Events(made.run))
+    made.start().wait()
     seen = found(made)  # in the place of the training latents
     shape = made.networks.latent_shape
     place = made.run / "some"
@@ -208,10 +219,12 @@ def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) ->
     ]
     write_part(place / "codebook", 0, made_of, **facts)
 
-    log = (made.run / "heldout", SHARDS)
+    shards = dataclasses.replace(made.data, train=made.data.val)
+    run = dataclasses.replace(made, latents=made.run / "heldout", data=shards).of(made.config)
+    codebooks = {"ddoq": Place("some")}
     first = (made.run / "heldout", 1)  # of the held-out log only the first shard
     unseen = dict(class_latents(*first, range(10)))
-    rows = class_distances(made.run, {"ddoq": "some"}, log, first, made.data, 4)
+    rows = class_distances(run, codebooks, first)
     assert [r["class_id"] for r in rows] == [2, 3]
     for row in rows:
         c = row["class_id"]
@@ -230,7 +243,7 @@ def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) ->
         own = w2_squared(unseen[c], centroids, scheme_weights(counts))
         assert row["heldout_w2_voronoi"] ** 2 == pytest.approx(own, rel=1e-9)
         assert row["heldout_w2_voronoi"] ** 2 >= row["heldout_distortion"] * (1 - 1e-9)
-    bare = class_distances(made.run, {"ddoq": "some"}, log, None, made.data, 4)
+    bare = class_distances(run, codebooks, None)
     assert bare == [{k: v for k, v in row.items() if not k.startswith("heldout")} for row in rows]
     (place / "nothing").publish("shard-000000/done.json", ShardDone(0, (), ClassCounts({}), 0).dumps())
-    assert class_distances(made.run, {"ddoq": "some"}, log, (place / "nothing", 1), made.data, 4) == bare
+    assert class_distances(run, codebooks, (place / "nothing", 1)) == bare

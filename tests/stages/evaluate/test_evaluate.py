@@ -13,8 +13,9 @@ from PIL import Image
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.pictures import encode_png, to_square
-from ddoq_ray.data.samples import load_arrays, write_tar
+from ddoq_ray.data.samples import load_arrays
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.evaluate.validation import (
     Refused,
     Validation,
@@ -26,7 +27,7 @@ from ddoq_ray.stages.evaluate.validation import (
 )
 from ddoq_ray.stages.label.teacher import teacher_crop
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 
 
@@ -133,7 +134,7 @@ def test_protocols_say_how_images_are_prepared() -> None:
 
 
 def test_accuracy_counts_nothing_that_is_not_a_number() -> None:
-    from ddoq_ray.stages.evaluate.step import accuracy
+    from ddoq_ray.stages.evaluate.validation import accuracy
 
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     torch.nn.init.constant_(model[1].weight, float("nan"))

@@ -13,14 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.stages.label import step as label
-from ddoq_ray.stages.label.step import _units, read_labels
+from ddoq_ray.stages.label.step import Label, _units, read_labels
 from ddoq_ray.stages.label.teacher import Named
 from ddoq_ray.stages.label.teacher_check import judge
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import LabelKey, Place
+from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ClassInfo, fixed_binary, label_schema
 
+STEP = Label(Synthesize(Place()), Place(), LabelKey("teacher", "protocol", 16))
 SHARDS = [{"name": "images-000000", "images": 4}, {"name": "images-000001", "images": 2}]
 
 
@@ -58,8 +61,8 @@ def test_units_are_the_epochs_that_are_missing_whatever_units_were_made_before(t
     run = Folder(str(tmp_path))
     for epoch in [*range(25, 50), 3]:
         for shard in SHARDS[: 1 if epoch == 3 else 2]:
-            run.publish(f"labels/epoch-{epoch:04d}/{shard['name']}.parquet", b"")
-    units = _units(config(unit), run, {"": {"items": 6, "shards": SHARDS}})
+            run.publish(f"{STEP.place}/epoch-{epoch:04d}/{shard['name']}.parquet", b"")
+    units = _units(config(unit), run, STEP, {"items": 6, "shards": SHARDS})  # type: ignore[typeddict-item]
     made = [(u.name, e) for u in units for e in range(u.first, u.last)]
     assert len(made) == len(set(made)) and all(u.last - u.first <= unit for u in units)
     wanted = {("images-000000", e) for e in range(25) if e != 3} | {("images-000001", e) for e in range(25)}
@@ -94,7 +97,7 @@ def test_missing_and_damaged_labels_are_refused_by_name(labels: Folder) -> None:
 
 def test_the_identity_holds_what_views_are_cut_from() -> None:
     def stored(*keys: str) -> Any:
-        return label.identity(load_config([*keys]))["views"]["stored"]
+        return STEP.settings(load_config([*keys]))["views"]["stored"]
 
     assert stored("student.image_size=224", "protocol.val_crop=0.875") == 256
     assert stored("student.image_size=224") == 224

@@ -20,12 +20,13 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
 from ddoq_ray.data.collections.listing import Listing
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.samples import load_arrays, write_tar
+from ddoq_ray.data.samples import load_arrays
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.pack import class_order, cut, hold_out
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassInfo, read_shards
 
 Files = dict[str, bytes]

@@ -7,18 +7,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from support.latent_logs import planned
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.noising import NoiseLevel, noised
 from ddoq_ray.execution.networks import Networks
-from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.encode.worker import write_file
-from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog, noise_of
 from ddoq_ray.storage.records import ClassCounts, ShardDone, ShardInfo, binary_rows, latent_schema
 
@@ -71,11 +70,11 @@ def test_a_codebook_of_noised_latents(log: tuple[Folder, dict[int, np.ndarray]])
     for place, actors, level in (("one", 1, 0.1), ("two", 2, 0.1), ("clean", 1, 0.0)):
         config = load_config(["baselines=[]", "ipc=3", f"seed={SEED}", f"quantizer.num_shards={actors}"])
         config = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, noise_level=level))
-        handle = Quantizers(config, run, place, config.quantizer, Data.load(run), run / "latents", FACTS)
+        handle = planned(config, run, place, FACTS)
         handle.launch()
         for shard in range(SHARDS):
             handle.shard_done(shard)
-        handle.finish(Events(run))
+        handle.finish()
         codebook = run / place / "codebook"
         assert noise_of(codebook) == (LEVEL if level else None)
         made.append({n: codebook.read(n) for n in codebook.names("part-*.parquet")})

@@ -16,7 +16,8 @@ from support.latent_logs import Running, check_class, fold, quantize, rows_of, s
 from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 

@@ -15,8 +15,9 @@ from support.latent_logs import Running, quantize, rows_of, settings, write_log
 from ddoq_ray.stages.quantize import step as stage
 from ddoq_ray.stages.quantize.deaths import Deaths, too_many
 from ddoq_ray.stages.synthesize.step import image_jobs
-from ddoq_ray.storage.artifact import Artifact, Folder
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.codebook import read_layout, read_part
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.snapshots import read_snapshots, write_snapshot
 
 SHARDS = 8

@@ -12,13 +12,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
-from support.latent_logs import DIM, FACTS, Running, check_class, fold, quantize, rows_of, settings, write_log
+from support.latent_logs import (
+    DIM,
+    FACTS,
+    Running,
+    check_class,
+    fold,
+    planned,
+    quantize,
+    rows_of,
+    settings,
+    write_log,
+)
 
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.memory import check_memory, plan_memory
-from ddoq_ray.stages.quantize.step import Quantizers
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import part_classes
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import CodebookWarning, binary_rows, fixed_binary
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -111,7 +122,7 @@ class TestMemory:
         config = settings("ipc=3")
         networks = dataclasses.replace(FACTS, latent_shape=(1 << 20, 1 << 20))
         run = Folder(str(tmp_path))
-        made = Quantizers(config, run, "", config.quantizer, Data.load(run), run / "latents", networks)
+        made = planned(config, run, "", networks)
         with pytest.raises(ValueError, match=r"4 x D x max\(buffer, ipc\)") as error:
             check_memory(made.needs)
         for words in ("quantizer actors need", "GiB", "class-sorted", "quantizer.num_shards", "quantizer.buffer=ipc"):

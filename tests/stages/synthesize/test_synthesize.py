@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.samples import write_tar
+from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
 from ddoq_ray.stages.synthesize.step import Job, _published
-from ddoq_ray.storage.artifact import Folder
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ImageUnit
 
 NAMES = ["zero", "one", "two"]

@@ -19,6 +19,7 @@ from support.students import EPOCHS, IMAGES, small_job
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.stages.prepare.step import Data
@@ -27,7 +28,8 @@ from ddoq_ray.stages.train.memory import check_full, full_bytes
 from ddoq_ray.stages.train.ranks import Ranks, share
 from ddoq_ray.stages.train.sets import SoftLabels, load_head
 from ddoq_ray.stages.train.worker import Trainer
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ClassCounts, ClassInfo, ShardInfo
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -108,9 +110,9 @@ def test_a_checkpoint_is_used_only_by_the_row_that_wrote_it(tmp_path: Path) -> N
 def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: str, size: int) -> None:
     keys = (f"student.arch={arch}", "protocol.schedule=constant", "protocol.cutmix=false")
     trained(tmp_path / "whole", *keys, size=size)
-    whole = (tmp_path / "whole/students/s-seed0/model.safetensors").read_bytes()
     job = small_job(tmp_path / "cut", *keys, size=size)
     (row, facts) = job.rows[0]
+    whole = (tmp_path / "whole" / row.folder / "model.safetensors").read_bytes()
     first = Trainer(job, ONE)
     student = first._begin(row, None)
     for _ in range(2):
@@ -121,7 +123,7 @@ def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: st
     }  # fmt: skip
     torch.rand(1000)  # what another row, or another process, drew in between
     Trainer(job, ONE).one_row(row, Artifact(job.run / row.folder, "train"), facts, state)
-    assert (tmp_path / "cut/students/s-seed0/model.safetensors").read_bytes() == whole
+    assert (tmp_path / "cut" / row.folder / "model.safetensors").read_bytes() == whole
 
 
 def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
 def test_a_student_that_diverges_says_so_and_ends(tmp_path: Path, learning_rate: str) -> None:
     keys = (f"protocol.lr={learning_rate}", "protocol.schedule=constant")
     manifest = trained(tmp_path, *keys)
-    folder = tmp_path / "students/s-seed0"
+    folder = tmp_path / "students/s-t-p-8px-seed0"
     assert manifest["diverged"] is True and manifest["diverged_epoch"] < EPOCHS
     assert manifest["best_top1_pct"] is None and not (folder / "model.safetensors").exists()
 
@@ -271,8 +273,8 @@ def test_counts_are_taken_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     data = Counted(run, classes, (), ())
     networks = Networks("prior", (1,), 8, None, 1000, "teacher", "net", None, 1000, 4, {})
     job = small_job(tmp_path)
-    row = dataclasses.replace(job.rows[0][0], images="data", labels=None)
+    cell = dataclasses.replace(job.rows[0][0], images=None, labels=None)
     monkeypatch.setattr(train, "_fit", lambda *_: None)
     with pytest.raises(ValueError, match="not finished"):  # nobody trained it
-        train.run(job.config, run, [row], data, Events(run), networks)
+        train.run(Run(job.config, run, data, networks, Events(run)), [train.Train(cell, None, None)])
     assert len(asked) == 1

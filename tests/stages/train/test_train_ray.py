@@ -15,11 +15,14 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from support.students import EPOCHS, small_job
 
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train import worker as train_worker
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.prepared import Data
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
 
@@ -69,18 +72,19 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = small_job(tmp_path / "run", "cluster.trainer.num_cpus=0.5")
-    events = Events(job.run)
+    networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
+    run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
     monkeypatch.setattr(train, "train_loop", _dies_once)
-    train._fit(job.config, job.run, job, events)
+    train._fit(run, job)
     assert Artifact(job.run / job.rows[0][0].folder, "train").manifest() is not None
     assert "1 of 1 students" in capsys.readouterr().err
     assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
 
     (row, facts) = job.rows[0]
     job.run.remove("labels/epoch-0002")
-    again = dataclasses.replace(job, rows=((dataclasses.replace(row, folder="students/s-seed1"), facts),))
+    again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"^\S*epoch-0002/images-000000\.parquet is missing"):
-        train._fit(job.config, job.run, again, events)
+        train._fit(run, again)
     assert time.monotonic() - start < 60
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -15,16 +16,24 @@ import pytest
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.methods import SPECS
 from ddoq_ray.core.baselines import herding, medoids
 from ddoq_ray.data.image_set import DistilledImage, read_images
 from ddoq_ray.data.samples import decode_rgb
+from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
-from ddoq_ray.pipeline import plan_methods, student_rows
+from ddoq_ray.stages.cells import cells, methods
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.stages.synthesize import select
-from ddoq_ray.storage.artifact import Artifact, Folder, digest_of
+from ddoq_ray.stages.select import step as select
+from ddoq_ray.stages.select.choice import wanted_images
+from ddoq_ray.stages.select.random import draw
+from ddoq_ray.stages.select.step import Select
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, Codebook, ShardDone, fixed_binary, latent_schema
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -102,9 +111,17 @@ def prepared(
     return config, run, data
 
 
+def of(config: RunConfig, run: Folder, data: Data, latents: Folder | None = None) -> Run:
+    log = dataclasses.replace(config.latents, path=latents.uri if latents is not None else None)
+    networks = Networks("prior", SHAPE, 16, None, 10, None, None, None, 0, 0, {})
+    return Run(dataclasses.replace(config, latents=log), run, data, networks, Events(run))
+
+
 def choose(prepared: tuple[RunConfig, Folder, Data], place: str, draw_index: int, method: str = "random") -> Made:
     config, run, data = prepared
-    manifest = select.run(config, run, place, data, run / "latents", Events(run), draw_index, method=method)
+    step = Select(SPECS[method], Place(place), draw_index)
+    select.run(of(config, run, data), step)
+    manifest = step.artifact(run).require()
     images = run / place / "images"
     return {place: (list(read_images([images.path(n) for n in images.names("*.tar")])), manifest)}
 
@@ -180,14 +197,14 @@ def test_what_a_choice_needs_is_named(prepared: tuple[RunConfig, Folder, Data], 
     config, run, data = prepared
     empty = Folder(str(tmp_path))
     with pytest.raises(ValueError, match="run the encode stage first"):
-        select.run(config, run, "x", data, empty, Events(empty), method="herding")
+        select.run(of(config, run, data, empty), Select(SPECS["herding"], Place("x")))
     with pytest.raises(ValueError, match="run the quantize stage first"):
-        select.run(config, empty, "x", data, run / "latents", Events(empty), method="medoids")
+        select.run(of(config, empty, data, run / "latents"), Select(SPECS["medoids"], Place("x")))
 
 
 def test_every_image_of_a_class_can_be_drawn() -> None:
     config = load_config([f"ipc={IPC}"])
-    drawn = Counter(int(i) for k in range(200) for i in select.draw(config, {0: 9}, k)[0])
+    drawn = Counter(int(i) for k in range(200) for i in draw(config, {0: 9}, k)[0])
     assert sorted(drawn) == list(range(9))
     expected = 200 * IPC / 9
     assert max(abs(n - expected) for n in drawn.values()) < 5 * np.sqrt(expected)
@@ -197,21 +214,21 @@ def test_small_classes() -> None:
     counts = {0: 9, 1: 2, 2: 0}
     cap = load_config([f"ipc={IPC}", "small_class=cap"])
     drop = load_config([f"ipc={IPC}", "small_class=drop"])
-    assert select.wanted_images(cap, counts) == {0: 4, 1: 2}
-    assert select.wanted_images(drop, counts) == {0: 4}
-    drawn = select.draw(cap, counts, 0)
+    assert wanted_images(cap, counts) == {0: 4, 1: 2}
+    assert wanted_images(drop, counts) == {0: 4}
+    drawn = draw(cap, counts, 0)
     assert {c: len(p) for c, p in drawn.items()} == {0: 4, 1: 2}
     assert drawn[1].tolist() == [0, 1]
 
 
 def test_the_plan_gives_each_choice_one_set_and_random_one_a_seed() -> None:
     config = load_config(["ipc=3", "num_seeds=2", "baselines=[random,herding,medoids]"])
-    methods = {m.name: m for m in plan_methods(config)}
-    assert methods["herding"].images == ("compare/herding-ipc3",)
-    assert methods["medoids"].images == ("compare/medoids-ipc3",)
-    assert len(methods["random"].images) == 2
-    assert {m.scheme for name, m in methods.items() if name in select.METHODS} == {"uniform"}
-    rows = [(r.method, r.images, r.seed) for r in student_rows(config, list(methods.values()))]
+    planned = {m.name: m for m in methods(config)}
+    assert planned["herding"].sets == (Place("compare/herding-ipc3"),)
+    assert planned["medoids"].sets == (Place("compare/medoids-ipc3"),)
+    assert len(planned["random"].sets) == 2
+    assert {m.spec.scheme for m in planned.values() if m.spec.images == "select"} == {"uniform"}
+    rows = [(c.method, c.images, c.seed) for c in cells(config)]
     assert ("medoids", "compare/medoids-ipc3/images", 1) in rows
     assert ("random", "compare/random-ipc3/draw-1/images", 1) in rows
     assert json.dumps(rows).count("herding-ipc3/images") == 2

@@ -33,3 +33,13 @@ def tokens(name: str) -> list[str]:
         inner = next((f for f in FILLERS if token.endswith(f) and token[: -len(f)].rstrip("s") in SPLIT_WORDS), None)
         out += [token] if inner is None or token in SPLIT_WORDS else [token[: -len(inner)], inner]
     return out
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder's name says no more than which split it holds.
+
+    >>> is_split("train"), is_split("val_images"), is_split("trains"), is_split("photos")
+    (True, True, False, False)
+    """
+    words = tokens(name)
+    return bool(SPLIT_WORDS.keys() & set(words)) and set(words) <= SPLIT_WORDS.keys() | FILLERS

@@ -1,0 +1,179 @@
+"""The one table of commands: a new one is a file with its keys and what runs it, and a row here.
+
+Keys and what runs them are import paths, so that listing the commands loads none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line.
+
+    Attributes:
+        name: The word.
+        words: One line for the list of commands.
+        config: Its keys: `module:dataclass`.
+        main: What runs it: `module:function`, which is given the configuration.
+        use: How it is typed, with what it cannot do without.
+        goes_on: Whether the same command goes on where it was cut off; else it begins anew.
+        place: The key of the folder that it writes.
+        about: A paragraph for its own help.
+        reads: Keys, or prefixes that end with a dot, that its own help shows; none = all.
+        means: Keys that the word stands for.
+    """
+
+    name: str
+    words: str
+    config: str
+    main: str
+    use: str
+    goes_on: bool = True
+    place: str = "run_dir"
+    about: str = ""
+    reads: tuple[str, ...] = ()
+    means: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> type:
+        return _imported(self.config)
+
+    def compose(self, overrides: Sequence[str]) -> Any:
+        """The checked configuration of this command.
+
+        Raises:
+            ValueError: For an unknown, ineffective or invalid key.
+        """
+        from ddoq_ray.config.compose import load  # Hydra is not for a list of commands
+
+        for key in (m.partition("=")[0] for m in self.means):
+            if any(o.partition("=")[0].strip().lstrip("+") == key for o in overrides):
+                raise ValueError(f"`ddoq-ray {self.name}` is one stage; leave {key}= out, or leave the command out")
+        return load(self.keys, [*overrides, *self.means])
+
+    def run(self, config: Any) -> None:
+        _imported(self.main)(config)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _stage(name: str, words: str, reads: str) -> Command:
+    return Command(
+        name=name,
+        words=words,
+        config="ddoq_ray.config:RunConfig",
+        main="ddoq_ray.pipeline:run",
+        use=f"ddoq-ray {name} run_dir=FOLDER key=value ...",
+        about=f"The stage `{name}` of a run: {words}. The stages before it must be done in run_dir; give the keys that "
+        "they were given, which config.yaml there holds. The keys that it reads:",
+        reads=("run_dir", *reads.split(), "overwrite"),
+        means=(f"stages=[{name}]",),
+    )
+
+
+_VIEWS = (
+    "student.image_size protocol.epochs protocol.steps protocol.batch protocol.min_scale protocol.flip protocol.cutmix "
+    "protocol.val_crop "
+)
+
+RUN = Command(
+    name="run",
+    words="the configured stages, in order; what is done already is reused, what was cut off resumes",
+    config="ddoq_ray.config:RunConfig",
+    main="ddoq_ray.pipeline:run",
+    use="ddoq-ray [run] key=value ...",
+)
+STAGE_COMMANDS = (
+    _stage(
+        "prepare",
+        "any labelled images to shards, with a class list and an index",
+        "seed dataset. max_bad_fraction cluster.address cluster.num_cpus cluster.reader.",
+    ),
+    _stage(
+        "encode",
+        "images to latents",
+        "seed dataset. max_bad_fraction latents. prior.path encoder. cluster.address cluster.num_cpus cluster.threads "
+        "cluster.reader. cluster.encoder.",
+    ),
+    _stage(
+        "quantize",
+        "latents to centroids, counts and weights, for each method that has a codebook",
+        "seed ipc small_class baselines dataset. latents. prior.path quantizer. weights.scheme cluster.address "
+        "cluster.num_cpus cluster.threads cluster.quantizer.",
+    ),
+    _stage(
+        "synthesize",
+        "centroids to images, and the baselines' choices of real images",
+        "seed ipc small_class baselines num_seeds dataset. prior.path encoder.resize synthesizer. weights.scheme "
+        "cluster.address cluster.num_cpus cluster.threads cluster.decoder. cluster.reader.",
+    ),
+    _stage(
+        "label",
+        "soft labels of seeded views of every image set, by the teacher",
+        f"seed ipc baselines num_seeds dataset. prior.path teacher. labels. weights.scheme {_VIEWS}"
+        "cluster.address cluster.num_cpus cluster.threads cluster.teacher.",
+    ),
+    _stage(
+        "train",
+        "students on every image set, by Ray Train",
+        "seed ipc baselines num_seeds max_bad_fraction dataset. prior.path encoder.resize teacher.path labels.mode "
+        "weights. student. protocol. cluster.address cluster.num_cpus cluster.trainer.",
+    ),
+    _stage(
+        "evaluate",
+        "accuracy of the students on real validation images",
+        "ipc baselines num_seeds max_bad_fraction dataset. prior.path teacher.path weights.scheme student. "
+        "protocol.val_crop cluster.address cluster.num_cpus cluster.threads cluster.evaluator.",
+    ),
+    _stage(
+        "report",
+        "results.json, the page and the table, with the codebooks measured on unseen images",
+        "seed ipc baselines num_seeds dataset. latents. prior.path encoder. teacher.path weights.scheme student. "
+        "report. cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
+    ),
+)
+COMMANDS = (
+    RUN,
+    *STAGE_COMMANDS,
+    Command(
+        name="train-prior",
+        words="a small latent diffusion prior of your own, in diffusers' format, with what it is run by",
+        config="ddoq_ray.config.network_training:TrainPriorConfig",
+        main="ddoq_ray.commands.train_prior:main",
+        use="ddoq-ray train-prior [dataset=digits] out=FOLDER key=value ...",
+        goes_on=False,
+        place="out",
+    ),
+    Command(
+        name="train-teacher",
+        words="a classifier of your own that labels views",
+        config="ddoq_ray.config.network_training:TrainTeacherConfig",
+        main="ddoq_ray.commands.train_teacher:main",
+        use="ddoq-ray train-teacher [dataset=digits] out=FOLDER key=value ...",
+        goes_on=False,
+        place="out",
+    ),
+)
+BY_NAME = {command.name: command for command in COMMANDS}
+
+
+def named(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name in BY_NAME:
+        return BY_NAME[name]
+    near = difflib.get_close_matches(name.lower(), BY_NAME, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown command {name!r}{hint}; expected one of {', '.join(BY_NAME)}, or key=value")

@@ -1,0 +1,108 @@
+"""The rules for keys that are given although another key makes them do nothing: each is refused, with what to do.
+
+What depends on the data itself, such as a label's column for shards that turn out to be read where they are, is refused
+where the data is looked at (`WRITTEN` is here for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Keys of the dataset that say how shards are written; of WebDataset shards, only with dataset.resort.
+WRITTEN = ("heldout", "label_column", "image_column", "shard_samples", "shard_mb")
+# Kinds of collections that a key of the dataset is for, where not for all that are packed; None is found out later.
+_KINDS = {
+    "resort": (None, "webdataset"),
+    "label_column": (None, "imagefolder", "parquet"),
+    "image_column": (None, "parquet"),
+}
+_READ_IN_PLACE = "shards are read where they are; set dataset.resort=true to write them anew"
+
+# (key, or prefix that ends with a dot; when it has no effect; why). `config` has the groups of the keys that are given.
+Rule = tuple[str, Callable[[Any], bool], Callable[[Any], str]]
+
+
+def _of_kind(key: str) -> Callable[[Any], bool]:
+    return lambda c: c.dataset.kind == "digits" or c.dataset.kind not in _KINDS.get(key, (c.dataset.kind,))
+
+
+def _kind(c: Any) -> str:
+    return f"dataset.source={c.dataset.kind}"
+
+
+def _packing(key: str) -> list[Rule]:
+    """Rules of a key that says how shards are written."""
+    given = _of_kind(key)
+    rules: list[Rule] = [(f"dataset.{key}", given, lambda c: f"with {_kind(c)}; leave it out")]
+    if key in WRITTEN:
+        in_place: Callable[[Any], bool] = lambda c: c.dataset.kind == "webdataset" and not c.dataset.resort
+        rules.append((f"dataset.{key}", in_place, lambda c: f"here: {_READ_IN_PLACE}"))
+    return rules
+
+
+def _fixed(why: str) -> Callable[[Any], str]:
+    return lambda _: f"here: {why}; leave one of the two out"
+
+
+_RULES: tuple[Rule, ...] = (
+    (
+        "dataset.source",
+        lambda c: c.dataset.path is not None and c.dataset.source == "digits",
+        _fixed("dataset.path gives the data"),
+    ),
+    *(
+        (
+            f"dataset.{key}",
+            lambda c: c.dataset.path is None and c.dataset.source != "torchvision",
+            lambda _: "without dataset.path; set dataset.path too",
+        )
+        for key in ("val_path", "classes")
+    ),
+    (
+        "dataset.val_path",
+        lambda c: c.dataset.source in ("torchvision", "idx"),
+        lambda c: f"with {_kind(c)}, which has its own validation part; leave it out",
+    ),
+    ("dataset.heldout", lambda c: c.dataset.val_path is not None, _fixed("dataset.val_path gives validation images")),
+    *(rule for key in ("resort", *WRITTEN) for rule in _packing(key)),
+    (
+        "latents.keep",
+        lambda c: c.latents.path is not None and not c.latents.keep,
+        lambda _: "with latents.path: a run never removes another run's latents; leave it out",
+    ),
+    (
+        "latents.path",
+        lambda c: c.stages == ("encode",),
+        lambda _: "on the encode stage alone; leave it out, or run the stages after it",
+    ),
+    ("encoder.", lambda c: c.latents.path is not None, _fixed("latents.path gives latents that are already encoded")),
+    ("synthesizer.strength", lambda c: c.synthesizer.start == "noise", _fixed("synthesizer.start=noise is pure noise")),
+    ("labels.workers", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
+    ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
+    ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
+    ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
+    (
+        "cluster.num_cpus",
+        lambda c: c.cluster.address not in (None, "local"),
+        _fixed("cluster.address joins a cluster as it is"),
+    ),
+)
+
+
+def check_effective(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse the first key that has no effect.
+
+    Args:
+        config: What was composed, of a run or of another command.
+        given: The keys that were given, with their values; null, false and 0 of the dataset's ask for nothing.
+
+    Raises:
+        ValueError: Naming the key, why it has no effect and what to do.
+    """
+    for prefix, when, why in _RULES:
+        for key, value in given.items():
+            named = key == prefix or (prefix.endswith(".") and key.startswith(prefix))
+            if not named or (key.startswith("dataset.") and not value) or not when(config):
+                continue
+            raise ValueError(f"{key}{'=false' if value is False else ''} has no effect {why(config)}")

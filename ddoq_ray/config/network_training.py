@@ -1,0 +1,137 @@
+"""The keys of ``train-prior`` and ``train-teacher``: which images are learnt, and how each network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ddoq_ray.config.dataset import DatasetConfig
+from ddoq_ray.config.latents import Resize
+from ddoq_ray.config.schema import option, require
+
+DIGITS_SIDE = 16
+GROUPS = 8  # of every group norm of a prior's networks: small networks have few channels
+DTYPES = ("float32", "float16", "bfloat16")  # of a prior's saved weights
+
+
+@dataclass(frozen=True)
+class PriorTraining:
+    """How `train_prior` trains: AdamW with a cosine schedule, for the autoencoder first, then for the denoiser."""
+
+    seed: int = option(0, "of initialisations, batches and noise")
+    latent_channels: int = option(4, "channels of the latents")
+    autoencoder_widths: tuple[int, ...] = option(
+        (16, 32, 32), "channels of the autoencoder's levels; each level after the first halves the side"
+    )
+    autoencoder_steps: int = option(1000, "optimization steps of the autoencoder")
+    autoencoder_batch: int = option(64, "images in one step of the autoencoder")
+    autoencoder_lr: float = option(2e-3, "learning rate of the autoencoder")
+    kl_weight: float = option(
+        1e-3, "weight of the KL term (a mean over latent values) against the mean squared pixel error"
+    )
+    denoiser: str = option("unet", "the denoiser's architecture: unet or dit")
+    unet_widths: tuple[int, ...] = option((32, 64), "unet: channels of the levels")
+    unet_layers: int = option(1, "unet: residual blocks of a level")
+    dit_layers: int = option(4, "dit: blocks")
+    dit_heads: int = option(4, "dit: heads of a block")
+    dit_width: int = option(96, "dit: total width of the heads")
+    dit_patch: int = option(1, "dit: side of a patch, in latent pixels")
+    denoiser_steps: int = option(3500, "optimization steps of the denoiser")
+    denoiser_batch: int = option(128, "latents in one step of the denoiser")
+    denoiser_lr: float = option(2e-3, "learning rate of the denoiser")
+    ema: float = option(0.998, "decay of the averaged weights, which are the ones saved")
+    label_dropout: float = option(
+        0.1, "share of labels replaced by the null label, for classifier-free guidance; 0 = no guidance later"
+    )
+    prediction_type: str = option("epsilon", "what the denoiser predicts: epsilon or v_prediction")
+    beta_schedule: str = option("linear", "the noise schedule, by diffusers' name")
+    flip: bool = option(False, "mirror images at random")
+    dtype: str = option("float16", "of the saved weights: float32, float16 or bfloat16")
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        require(
+            self.denoiser in ("unet", "dit"), f"prior training: denoiser must be unet or dit, got {self.denoiser!r}"
+        )
+        require(self.dtype in DTYPES, f"prior training: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        require(
+            self.prediction_type in ("epsilon", "v_prediction"),
+            f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}",
+        )
+        for name in ("latent_channels", "autoencoder_steps", "autoencoder_batch", "denoiser_steps", "denoiser_batch"):
+            require(getattr(self, name) >= 1, f"prior training: {name} must be positive, got {getattr(self, name)}")
+        for name in ("autoencoder_widths", "unet_widths"):
+            widths = getattr(self, name)
+            fit = bool(widths) and not any(width % GROUPS for width in widths)
+            require(fit, f"prior training: {name} must be multiples of {GROUPS}, got {widths}")
+        require(
+            0 <= self.ema < 1 and 0 <= self.label_dropout < 1,
+            "prior training: ema and label_dropout must lie in [0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class TeacherTraining:
+    """How `train_teacher` trains: a cosine schedule with a short warm-up."""
+
+    seed: int = option(0, "of initialisation, batches and views")
+    arch: str = option("resnet18-small-w16", "a small-image network or any torchvision classifier's name")
+    epochs: int = option(60, "passes over the images")
+    batch: int = option(64, "images in one step; the last incomplete batch of a pass opens the next one")
+    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum 0.9")
+    lr: float = option(2e-3, "learning rate")
+    weight_decay: float = option(1e-2, "weight decay")
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
+    min_scale: float = option(0.5, "smallest crop area of a view")
+    flip: bool = option(True, "flip views left to right at random")
+    cutmix: bool = option(False, "paste a box of another image's view into each view")
+    dtype: str = option("float16", "of the saved weights: float32 or float16")
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        require(
+            self.epochs >= 1 and self.batch >= 2,
+            f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}",
+        )
+        require(
+            self.optimizer in ("adamw", "sgd"),
+            f"teacher training: optimizer must be adamw or sgd, got {self.optimizer!r}",
+        )
+        require(
+            self.dtype in ("float32", "float16"),
+            f"teacher training: dtype must be float32 or float16, got {self.dtype!r}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The keys of both commands; each adds `training`, how its network is trained."""
+
+    dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
+    out: str = option("model", "folder to write")
+    image_size: int | None = option(None, "side of the images, in pixels: 16 for the digits, asked for with other data")
+    resize: Resize = option("squash", "how a picture becomes a square: squash, center-crop or pad, as encoder.resize")
+    device: str = option("cpu", "cpu or cuda")
+    threads: int = option(1, "torch threads; the weights' bytes depend on it")
+    overwrite: bool = option(False, "replace the folder when it exists")
+
+    def __post_init__(self) -> None:
+        require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
+        require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
+
+    @property
+    def side(self) -> int:
+        return DIGITS_SIDE if self.image_size is None else self.image_size
+
+    @property
+    def folder(self) -> str:
+        return self.out
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig(TrainingCommand):
+    training: PriorTraining = option(PriorTraining, "how the prior is trained")
+
+
+@dataclass(frozen=True)
+class TrainTeacherConfig(TrainingCommand):
+    training: TeacherTraining = option(TeacherTraining, "how the teacher is trained")

@@ -1,0 +1,97 @@
+"""select: baselines made of real images, as image sets.
+
+`random` draws anew for each student; the others choose once, in latent space, from the run's latents. All weigh their
+images alike, as these baselines are used elsewhere: so a row tells what the choice of images is worth.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ddoq_ray.config import RunConfig
+from ddoq_ray.config.methods import MethodSpec
+from ddoq_ray.execution.run import Run
+from ddoq_ray.stages.encode.step import Encode
+from ddoq_ray.stages.select.choice import Choice, Picks
+from ddoq_ray.stages.select.images import publish, where
+from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.latent_index import latent_index
+from ddoq_ray.storage.layout import Place
+
+
+@dataclass(frozen=True)
+class Select(Step):
+    """An image set of chosen real images.
+
+    Attributes:
+        method: What chooses.
+        draw: Which of the method's draws it is; 0 for one that chooses once.
+    """
+
+    stage = "synthesize"
+    name = "select"
+
+    method: MethodSpec
+    at: Place
+    draw: int = 0
+
+    @property
+    def place(self) -> str:
+        return self.at.images
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        """The draw, and the size of the files."""
+        facts: dict[str, Any] = {
+            self.method.name: self.draw,
+            "seed": config.seed,
+            "ipc": config.ipc,
+            "resize": config.encoder.resize,
+            "shard_images": config.synthesizer.shard_images,
+        }
+        if self.method.reads or config.small_class != "error":
+            facts["small_class"] = config.small_class  # which classes are drawn from, and how many images
+        return facts
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        facts: dict[str, Any] = {"data": run.data.digest}
+        if self.method.reads:
+            facts["latents"] = run.finished(Artifact(run.latents, Encode.name))["digest"]
+        if "codebook" in self.method.reads:
+            facts["codebook"] = run.finished(Artifact(run.dir / Place().codebook, "quantize"))["digest"]
+        return facts
+
+    def asks(self, config: RunConfig) -> list[Ask]:
+        return [Ask.of(config, "reader", "reader")]
+
+
+def run(run: Run, step: Select) -> None:
+    """Choose real images and publish them as an image set.
+
+    Raises:
+        ValueError: When the latents or the codebook that the method needs are not there.
+    """
+    start = time.time()
+    artifact, facts = step.artifact(run.dir), step.identity(run)
+    if artifact.begin(facts, overwrite=run.config.overwrite) == "done":
+        return
+    index = latent_index(run.latents, len(run.data.train))
+    usable = index.counts.tolist()
+    counts = {c.class_id: usable[c.class_id] if c.class_id < len(usable) else 0 for c in run.data.classes}
+    chooser = import_module(f"ddoq_ray.stages.select.{step.method.name}")
+    picks: Picks = chooser.choose(Choice(run, step.method.name, index, counts, step.draw))
+    shards = publish(run, artifact.folder, where(index, picks), picks, step.draw)
+    images = sum(s["images"] for s in shards)
+    artifact.finish(
+        facts,
+        seconds=round(time.time() - start, 3),
+        items=images,
+        unit="images",
+        bytes=sum(s["bytes"] for s in shards),
+        shards=shards,
+        digest=digest_of([s["sha256"] for s in shards]),
+    )
+    run.events.add("stage finished", stage="select", folder=step.at.root, images=images)

@@ -1,0 +1,146 @@
+"""Every file and folder name of a run directory, coined here and nowhere else.
+
+Names are relative to the run directory. What a run makes itself lies at the root (``codebook/``, ``images/``), since
+that is what users came for; what other methods make, for comparison, has the same folders under
+``compare/<method>-ipc<K>/``. Code asks a `Place` and never joins names by itself.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass
+
+CONFIG = "config.yaml"
+EVENTS = "events.jsonl"
+LEASE = "lease.json"
+DATA = "data"
+LATENTS = "latents"
+HELDOUT = "heldout"
+QUARANTINE = "quarantine"
+REPORT = "report"
+STUDENTS = "students"
+COMPARE = "compare"
+
+# Of every artifact.
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+
+# data/
+SOURCE_CLASSES = "source-classes.json"
+CLASSES = "classes.json"
+SHARDS = "shards.json"
+VAL_SHARDS = "val-shards.json"
+
+# report/
+ROWS = "rows.json"
+EVALUATE = "evaluate.json"
+RESULTS = "results.json"
+PAGE = "index.html"
+
+# A student's folder.
+METRICS = "metrics.jsonl"
+WEIGHTS = "model.safetensors"
+NETWORK = "config.json"
+
+# The latent logs: a folder a shard, with its files and, last, its done record.
+DONE = "done.json"
+DONE_RECORDS = f"shard-*/{DONE}"
+CHUNKS = "shard-*/chunk-*.parquet"
+PARTS = "parts"  # chunks that wait to be joined
+BATCH = "batch.json"  # the micro-batch that was found
+
+# A codebook: parts, each with its record.
+CODEBOOK_PARTS = "part-*.parquet"
+CODEBOOK_RECORDS = "part-*.json"
+SNAPSHOTS = "snapshots"
+
+HEAD = "head.safetensors"  # beside feature labels
+IMAGE_SHARDS = "images-*.tar"
+
+
+def image_shard(index: int) -> str:
+    """An image shard's name, without its ending."""
+    return f"images-{index:06d}"
+
+
+def shard_name(index: int) -> str:
+    """What belongs to a shard of the data: its folder in a latent log, its files in quarantine."""
+    return f"shard-{index:06d}"
+
+
+def shard_index(name: str) -> int:
+    """Inverse of `shard_name`, for anything in a shard's folder."""
+    return int(name.split("/")[0].removeprefix("shard-"))
+
+
+def chunk_file(index: int) -> str:
+    return f"chunk-{index:05d}.parquet"
+
+
+def codebook_part(part: int) -> str:
+    return f"part-{part:05d}.parquet"
+
+
+def codebook_record(part: int) -> str:
+    return f"part-{part:05d}.json"
+
+
+def epoch_folder(epoch: int) -> str:
+    """Where the labels of an epoch are, a file an image shard."""
+    return f"epoch-{epoch:04d}"
+
+
+def word(text: str) -> str:
+    """A part of a folder's name: letters, digits, dots and dashes.
+
+    >>> word("my teacher (v2)")
+    'my-teacher-v2'
+    """
+    return re.sub(r"[^\w.]+", "-", text).strip("-") or "none"
+
+
+@dataclass(frozen=True)
+class LabelKey:
+    """What soft labels of an image set are known by: students of another size, teacher or protocol have others."""
+
+    teacher: str
+    protocol: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{word(self.teacher)}-{word(self.protocol)}-{self.size}px"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the run directory that holds a method's parts; by default the run's own.
+
+    Attributes:
+        root: Relative to the run directory.
+    """
+
+    root: str = ""
+
+    @staticmethod
+    def of_method(name: str, ipc: int) -> Place:
+        return Place(posixpath.join(COMPARE, f"{name}-ipc{ipc}"))
+
+    def draw(self, index: int) -> Place:
+        """The image set of one of a method's draws."""
+        return Place(posixpath.join(self.root, f"draw-{index}"))
+
+    @property
+    def codebook(self) -> str:
+        return posixpath.join(self.root, "codebook")
+
+    @property
+    def images(self) -> str:
+        return posixpath.join(self.root, "images")
+
+    def labels(self, key: LabelKey) -> str:
+        return posixpath.join(self.root, "labels", key.name)
+
+    def student(self, name: str) -> str:
+        return posixpath.join(self.root, STUDENTS, name)
