@@ -27,6 +27,7 @@ class Networks:
         latent_shape: (C, h, w) of the prior's latents.
         image_size: Side of the images that the prior reads and makes, in pixels.
         encoder_id: Content digest of `encoder.path`'s autoencoder; empty when the prior's own encodes.
+        prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
         student_takes_one: Whether the student trains on a batch of one image, which batch norm refuses.
         environment: Versions, threads and device kind of a worker: what the same bytes depend on.
@@ -44,6 +45,7 @@ class Networks:
     feature_dim: int
     environment: dict[str, Any]
     encoder_id: str = ""
+    prior_needs: tuple[str, ...] = ("prior_label",)
     noise_scales: tuple[float, float] | None = None
     student_takes_one: bool = True
 
@@ -126,7 +128,7 @@ class Inspection:
             "ray": ray.__version__,
             **{k: told[k] for k in ("threads", "cpu", "device")},
         }
-        for key in ("latent_shape", "prior_classes", "teacher_classes", "noise_scales"):
+        for key in ("latent_shape", "prior_classes", "prior_needs", "teacher_classes", "noise_scales"):
             facts[key] = None if facts[key] is None else tuple(facts[key])
         return dict(facts)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
-from ddoq_ray.models.priors.base import Prior
+from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 
 
@@ -53,6 +53,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "image_size": prior.image_size,
         "prior_classes": prior.classes or None,
         "prior_labels": prior.num_classes,
+        "prior_needs": list(prior.needs),
         "teacher_id": teacher.id if teacher else None,
         "teacher_arch": teacher.arch if teacher else None,
         "teacher_classes": (teacher.classes or None) if teacher else None,
@@ -96,7 +97,7 @@ def check_synthesizer(prior: Prior, settings: dict[str, Any]) -> None:
     """Whether the prior can run these settings, in the words of their keys."""
     settings = settings | {"guidance": prior.guidance_of(settings["guidance"])}
     try:
-        prior.check_settings(**settings)
+        prior.check_settings(Sampling(**settings))
     except ValueError as error:
         given = ", ".join(f"synthesizer.{key}={value}" for key, value in settings.items())
         raise ValueError(f"{error} ({given})") from error

@@ -14,6 +14,7 @@ from support.tiny_networks import tiny_kl, tiny_taesd
 
 from ddoq_ray.models.autoencoder import Autoencoder, identity_of, load_autoencoder
 from ddoq_ray.models.folders import content_digest
+from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
 
 
@@ -109,7 +110,7 @@ def test_a_prior_with_a_tiny_autoencoder(networks: dict[str, Any], tmp_path: Pat
     assert prior.image_size == 8 and prior.latent_shape == (4, 4, 4)
     z = prior.encode(images())
     torch.testing.assert_close(z, load_autoencoder(tmp_path).encode(images()))  # the prior's own, without its denoiser
-    made = prior.synthesize(z, torch.zeros(5, dtype=torch.int64), noise(), strength=0.5, steps=4)
+    made = prior.synthesize(z, torch.zeros(5, dtype=torch.int64), noise(), Sampling(0.5, 4))
     assert made.shape == (5, 8, 8, 3) and made.dtype == torch.uint8
 
 

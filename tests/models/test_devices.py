@@ -28,7 +28,7 @@ from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
-from ddoq_ray.models.priors.base import STARTS
+from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.stages.evaluate.validation import accuracy
 from ddoq_ray.stages.label.teacher import for_teacher
@@ -105,15 +105,15 @@ def prior_on(device: Any, denoiser: Any, scheduler: Any) -> ClassConditionalPrio
     return ClassConditionalPrior(*parts, num_classes=3, device=device, id="x")
 
 
-def check_alike(denoiser: Any, scheduler: Any, *runs: tuple[str, float]) -> None:
+def check_alike(denoiser: Any, scheduler: Any, *runs: tuple[Start, float]) -> None:
     here = prior_on("cpu", denoiser, scheduler)
     z, labels, noise = drawn(2, 4, 4, 4), torch.tensor([0, 2]), drawn(2, 4, 4, 4, seed=1)
     for start, guidance in runs:
-        how: dict[str, Any] = {"start": start, "strength": 0.5, "steps": 4, "guidance": guidance}
-        expected = here.synthesize(z, labels, noise, None, **how)
+        how = Sampling(0.5, 4, start, guidance)
+        expected = here.synthesize(z, labels, noise, how)
         with pretended_gpu() as gpu:
             there = prior_on(gpu, denoiser, scheduler)
-            made = there.synthesize(z, labels, noise, None, **how)
+            made = there.synthesize(z, labels, noise, how)
             assert there.noise_scales(0.5, 4) == pytest.approx(here.noise_scales(0.5, 4))
         assert not isinstance(made, OnGpu) and made.dtype == torch.uint8
         assert int((made.int() - expected.int()).abs().max()) <= 1  # of 255: a sum in another order
@@ -137,7 +137,7 @@ def test_generators_a_row_feed_the_steps_of_a_gpu(gpu: torch.device) -> None:
         prior = prior_on(device, tiny_unet, DDPMScheduler)
         rows = [torch.Generator().manual_seed(i) for i in range(2)]
         z, noise = drawn(2, 4, 4, 4), drawn(2, 4, 4, 4, seed=1)
-        return prior.synthesize(z, torch.tensor([0, 1]), noise, rows, strength=0.5, steps=4)
+        return prior.synthesize(z, torch.tensor([0, 1]), noise, Sampling(0.5, 4), rows)
 
     assert int((made(gpu).int() - made("cpu").int()).abs().max()) <= 1
 

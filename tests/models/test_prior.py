@@ -24,6 +24,7 @@ from support.tiny_networks import CLASSES, save_parts, tiny_dit, tiny_unet, tiny
 from ddoq_ray.data import collections as sources
 from ddoq_ray.data.samples import to_square
 from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.load import load_prior
 
@@ -54,6 +55,10 @@ def batch(seed: int = 0, n: int = 3):
     return torch.randn(n, 4, 4, 4, generator=g), labels, torch.randn(n, 4, 4, 4, generator=g)
 
 
+def synthesize(prior, z, y, e, generators=None, **how):
+    return prior.synthesize(z, y, e, Sampling(**how), generators)
+
+
 def test_attributes(folders):
     unet, dit = load_prior(folders["unet"]), load_prior(folders["dit"])
     for p in (unet, dit):
@@ -82,13 +87,13 @@ def test_shift_factor_is_undone_by_decoding(tmp_path):
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     torch.testing.assert_close(shifted.encode(x), plain.encode(x) - 0.3 * 0.5)
     _, y, e = batch(n=2)
-    a, b = (p.synthesize(p.encode(x), y, e, strength=0, steps=5) for p in (plain, shifted))
+    a, b = (synthesize(p, p.encode(x), y, e, strength=0, steps=5) for p in (plain, shifted))
     assert int((a.int() - b.int()).abs().max()) <= 1
 
 
 def test_strength_zero_is_a_plain_decode(prior):
     z, y, e = batch()
-    images = prior.synthesize(z, y, e, strength=0.0, steps=STEPS)
+    images = synthesize(prior, z, y, e, strength=0.0, steps=STEPS)
     with torch.no_grad():
         pixels = prior.vae.decode(z / 0.5).sample
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -98,11 +103,11 @@ def test_strength_zero_is_a_plain_decode(prior):
 def test_same_noise_same_bytes_other_noise_other_bytes(prior):
     z, y, e = batch()
     run = {"strength": 0.5, "steps": STEPS}
-    first = prior.synthesize(z, y, e, **run)
+    first = synthesize(prior, z, y, e, **run)
     torch.rand(7)  # the global generator must not matter
-    assert torch.equal(first, prior.synthesize(z, y, e, **run))
-    assert not torch.equal(first, prior.synthesize(z, y, -e, **run))
-    assert not torch.equal(first, prior.synthesize(z, y.flip(0), e, **run))
+    assert torch.equal(first, synthesize(prior, z, y, e, **run))
+    assert not torch.equal(first, synthesize(prior, z, y, -e, **run))
+    assert not torch.equal(first, synthesize(prior, z, y.flip(0), e, **run))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -117,7 +122,7 @@ def test_from_pure_noise_equals_diffusers_own_pipeline(folders, guidance, monkey
     prior = ClassConditionalPrior(pipeline.vae, pipeline.transformer, pipeline.scheduler)
     z, y, _ = batch()
     e = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    images = prior.synthesize(z, y, e, start="noise", strength=0.0, steps=STEPS, guidance=guidance)
+    images = synthesize(prior, z, y, e, start="noise", strength=0.0, steps=STEPS, guidance=guidance)
     assert (images.float() / 255 - torch.from_numpy(expected)).abs().max() <= 0.5 / 255 + 1e-4
 
 
@@ -131,17 +136,17 @@ def test_noised_runs_the_last_steps_from_the_noised_centroid(prior):
         for t in scheduler.timesteps[7:]:
             out = prior.denoiser(x, timestep=t.expand(3), class_labels=y).sample[:, :4]
             x = scheduler.step(out, t, x).prev_sample
-    expected = prior.synthesize(x, y, e, strength=0.0, steps=STEPS)
-    assert torch.equal(prior.synthesize(z, y, e, strength=0.3, steps=STEPS), expected)
+    expected = synthesize(prior, x, y, e, strength=0.0, steps=STEPS)
+    assert torch.equal(synthesize(prior, z, y, e, strength=0.3, steps=STEPS), expected)
 
 
 def test_guidance_one_is_the_conditional_model(prior):
     z, y, e = batch()
     run = {"strength": 0.6, "steps": STEPS}
-    plain = prior.synthesize(z, y, e, **run)
-    near = prior.synthesize(z, y, e, guidance=1.0 + 1e-9, **run)
+    plain = synthesize(prior, z, y, e, **run)
+    near = synthesize(prior, z, y, e, guidance=1.0 + 1e-9, **run)
     assert int((plain.int() - near.int()).abs().max()) <= 1
-    assert not torch.equal(plain, prior.synthesize(z, y, e, guidance=30.0, **run))
+    assert not torch.equal(plain, synthesize(prior, z, y, e, guidance=30.0, **run))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -159,15 +164,15 @@ def test_inversion_equals_diffusers_inverse_scheduler(folders, prediction_type):
     scheduler = DDIMScheduler(**options)
     scheduler.set_timesteps(STEPS)
     with torch.inference_mode():
-        mine = prior._invert(z, y, scheduler.timesteps[STEPS - 4 :])
+        mine = prior.sampler.invert(z, lambda x, t, g: prior.predict(x, t, y, g), scheduler.timesteps[STEPS - 4 :])
     torch.testing.assert_close(mine, x, atol=1e-5, rtol=1e-5)
 
 
 def test_inversion_brings_the_image_back_and_ignores_the_noise(prior):
     z, y, e = batch()
-    plain = prior.synthesize(z, y, e, strength=0.0, steps=50)
-    back = prior.synthesize(z, y, e, start="inversion", strength=0.4, steps=50)
-    assert torch.equal(back, prior.synthesize(z, y, -e, start="inversion", strength=0.4, steps=50))
+    plain = synthesize(prior, z, y, e, strength=0.0, steps=50)
+    back = synthesize(prior, z, y, e, start="inversion", strength=0.4, steps=50)
+    assert torch.equal(back, synthesize(prior, z, y, -e, start="inversion", strength=0.4, steps=50))
     assert (plain.int() - back.int()).abs().float().mean() < 2.0
 
 
@@ -177,8 +182,8 @@ def test_a_given_start_goes_on_from_its_own_noise(prior):
     prior.scheduler.set_timesteps(STEPS)
     alpha = float(prior.scheduler.alphas_cumprod[prior.scheduler.timesteps[STEPS // 2]])
     assert (signal, sigma) == pytest.approx((alpha**0.5, (1 - alpha) ** 0.5), rel=1e-5)
-    expected = prior.synthesize(z, y, e, start="noised", strength=0.5, steps=STEPS)
-    given = prior.synthesize(signal * z + sigma * e, y, torch.zeros_like(e), start="given", strength=0.5, steps=STEPS)
+    expected = synthesize(prior, z, y, e, start="noised", strength=0.5, steps=STEPS)
+    given = synthesize(prior, signal * z + sigma * e, y, torch.zeros_like(e), start="given", strength=0.5, steps=STEPS)
     assert int((given.int() - expected.int()).abs().max()) <= 1
     for strength in (0.0, 0.01):
         with pytest.raises(ValueError, match="strength"):
@@ -192,7 +197,7 @@ def test_step_noise_comes_from_the_generators(folders):
 
     def run(*seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds] if seeds else None
-        return prior.synthesize(z, y, e, generators, strength=0.5, steps=STEPS)
+        return synthesize(prior, z, y, e, generators, strength=0.5, steps=STEPS)
 
     assert torch.equal(run(1, 2, 3), run(1, 2, 3)) and torch.equal(run(), run())
     other = run(1, 2, 4)
@@ -203,8 +208,14 @@ def test_a_learned_variance_reaches_the_scheduler(folders):
     base = load_prior(folders["dit"])  # 8 output channels: noise and variance
     z, y, e = batch()
     images = [
-        ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False, variance_type=kind)).synthesize(
-            z, y, e, strength=0.5, steps=STEPS, guidance=2.0
+        synthesize(
+            ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False, variance_type=kind)),
+            z,
+            y,
+            e,
+            strength=0.5,
+            steps=STEPS,
+            guidance=2.0,
         )
         for kind in ("fixed_small", "learned_range")
     ]
@@ -216,7 +227,7 @@ def test_a_multistep_scheduler_keeps_no_state_between_calls(folders):
     prior = ClassConditionalPrior(base.vae, base.denoiser, DPMSolverMultistepScheduler(), num_classes=len(CLASSES))
     z, y, e = batch()
     run = {"strength": 0.5, "steps": STEPS}
-    assert torch.equal(prior.synthesize(z, y, e, **run), prior.synthesize(z, y, e, **run))
+    assert torch.equal(synthesize(prior, z, y, e, **run), synthesize(prior, z, y, e, **run))
 
 
 def test_the_published_dit_folder_format_loads(folders, tmp_path):
@@ -233,7 +244,7 @@ def test_the_published_dit_folder_format_loads(folders, tmp_path):
     old, new = load_prior(tmp_path / "old"), load_prior(folders["dit"])
     z, y, e = batch()
     run = {"strength": 0.5, "steps": STEPS, "guidance": 4.0}
-    assert torch.equal(old.synthesize(z, y, e, **run), new.synthesize(z, y, e, **run))
+    assert torch.equal(synthesize(old, z, y, e, **run), synthesize(new, z, y, e, **run))
 
 
 def test_the_id_names_values_not_files(folders, tmp_path):
@@ -273,7 +284,10 @@ def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="1 classes for a UNet with 4"):
         load_prior(folder)
     (folder := broken("text")).joinpath("model_index.json").write_text('{"text_encoder": ["transformers", "X"]}')
-    with pytest.raises(ValueError, match="text-conditional"):
+    with pytest.raises(ValueError, match=r"text-conditional.*None.*reads DiTPipeline, DiffusionPipeline"):
+        load_prior(folder)
+    (folder := broken("other")).joinpath("model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match=r"FluxPipeline; this version reads DiTPipeline"):
         load_prior(folder)
     folder = broken("lacking")
     config = json.loads((folder / "unet/config.json").read_text())
@@ -305,7 +319,7 @@ def test_arguments_that_do_not_fit_are_refused(prior):
         ((z, y, e), {**good, "steps": 0}, "steps"),
     ]:
         with pytest.raises(ValueError, match=match):
-            prior.synthesize(*arguments, **options)
+            synthesize(prior, *arguments, **options)
     with pytest.raises(ValueError, match="dtype"):
         ClassConditionalPrior(prior.vae, prior.denoiser, prior.scheduler, dtype="int8")
 
@@ -314,18 +328,18 @@ def test_guidance_without_a_null_label_is_refused(tmp_path):
     folder = save_parts(tmp_path, "unet", tiny_unet(3), extra={"classes": CLASSES})
     z, y, e = batch()
     prior = load_prior(folder)
-    prior.synthesize(z, y, e, strength=0.5, steps=STEPS)
+    synthesize(prior, z, y, e, strength=0.5, steps=STEPS)
     with pytest.raises(ValueError, match="null label"):
-        prior.synthesize(z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
+        synthesize(prior, z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
 
 
 def test_half_precision_stays_close(folders):
     z, y, e = batch()
     run = {"strength": 0.5, "steps": STEPS}
-    full = load_prior(folders["dit"]).synthesize(z, y, e, **run)
+    full = synthesize(load_prior(folders["dit"]), z, y, e, **run)
     half = load_prior(folders["dit"], dtype="bfloat16")
     assert half.encode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
-    assert (full.int() - half.synthesize(z, y, e, **run).int()).abs().float().mean() < 3
+    assert (full.int() - synthesize(half, z, y, e, **run).int()).abs().float().mean() < 3
 
 
 def test_the_shipped_digits_prior():
@@ -342,7 +356,7 @@ def test_the_shipped_digits_prior():
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     runs = {"decoded": ("noised", 0.0), "noised": ("noised", 0.4), "noise": ("noise", 1.0)}
     images = {
-        name: prior.synthesize(z, labels, noise, start=start, strength=strength, steps=25)
+        name: synthesize(prior, z, labels, noise, start=start, strength=strength, steps=25)
         for name, (start, strength) in runs.items()
     }
     assert (images["decoded"].float() - torch.from_numpy(rgb).float()).abs().mean() < 10

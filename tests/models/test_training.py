@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.training.prior import PriorTraining, batches, one_cycle, train_prior
 from ddoq_ray.models.training.teacher import TeacherTraining, accuracy, train_teacher
@@ -50,9 +51,9 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     pixels = torch.from_numpy(images).float() / 127.5 - 1
     z = a.encode(pixels)
     assert abs(float(z.std()) - 1) < 0.2
-    back = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.0, steps=5).float().mean((1, 2, 3))
+    back = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), Sampling(0.0, 5)).float().mean((1, 2, 3))
     assert back[ids == 1].mean() > back[ids == 0].mean() + 5
-    sampled = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), strength=0.4, steps=5, guidance=2.0)
+    sampled = a.synthesize(z, torch.from_numpy(ids), torch.randn_like(z), Sampling(0.4, 5, guidance=2.0))
     assert sampled.shape == (32, 8, 8, 3)
     written = json.loads((tmp_path / "a/ddoq_prior.json").read_text())
     assert written["training"]["options"]["denoiser"] == denoiser and written["training"]["data"] == "noise"

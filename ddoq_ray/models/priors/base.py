@@ -1,4 +1,4 @@
-"""What a prior is: an encoder, a latent diffusion model and a decoder behind one small interface.
+"""What a prior is: an encoder, a generative model and a decoder behind one small interface.
 
 Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ddoq_ray.models.autoencoder import Autoencoder
+from ddoq_ray.storage.records import ClassInfo
 
 Start = Literal["noised", "given", "inversion", "noise"]
 STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise")
@@ -30,27 +34,56 @@ class NonFiniteImages(ValueError):
         return type(self), (self.rows,)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How centroids become images (Algorithm 4: x = D(U_t(z, y))).
+
+    Attributes:
+        strength: in [0, 1]; the last int(steps * strength) of `steps` timesteps are run, as in diffusers' img2img
+            pipelines. 0 decodes the centroid as it is.
+        steps: number of timesteps of the whole trajectory.
+        start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "given": the centroid is of
+            that level already, as `noise_scales` gives it; "inversion": reach that level by deterministic DDIM
+            inversion; "noise": ignore centroid and strength.
+        guidance: classifier-free guidance scale; 1 means none.
+    """
+
+    strength: float
+    steps: int
+    start: Start = "noised"
+    guidance: float = 1.0
+
+
 class Prior(ABC):
     """What the encode and synthesize stages need of a generative model.
 
+    A kind of prior is a module with a subclass of this and a row in `load.LOADERS`.
+
     Attributes:
+        autoencoder: images to latents and back.
         latent_shape: (C, h, w) of one latent.
         image_size: H = W of the images it reads and makes.
-        num_classes: labels are 0 .. num_classes - 1.
-        has_null: whether there is a null label, which classifier-free guidance needs.
+        needs: the fields of `ClassInfo` that `conditioning` reads and that must be known of every class.
+        num_classes: where it takes labels, they are 0 .. num_classes - 1; 0 where it takes none.
+        has_null: whether there is a null condition (a label, an empty text), which classifier-free guidance needs.
         classes: names in label order, or None if the folder holds none.
         id: content digest of configuration and weights; two priors with one id encode alike.
     """
 
+    autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
     image_size: int
-    num_classes: int
-    has_null: bool
-    classes: list[str] | None
+    needs: tuple[str, ...] = ()
+    num_classes: int = 0
+    has_null: bool = False
+    classes: list[str] | None = None
     id: str
-    device: torch.device
 
-    @abstractmethod
+    @property
+    def device(self) -> torch.device:
+        """Where all its networks are."""
+        return self.autoencoder.device
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images, scaled to about unit standard deviation.
 
@@ -62,40 +95,59 @@ class Prior(ABC):
         Returns:
             float32 [B, C, h, w] on the prior's device.
         """
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"prior.encode: expected images [B, {expected}], got {tuple(images.shape)}")
+        return self.autoencoder.encode(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents float32 [B, C, h, w]: uint8 [B, H, W, 3] on the CPU.
+
+        Raises:
+            NonFiniteImages: some rows hold NaN or infinite values, of which uint8 would make black.
+        """
+        pixels = self.autoencoder.decode(latents)
+        # No row is named here: callers know whose they are.
+        bad = [i for i, row in enumerate(pixels) if not bool(torch.isfinite(row).all())]
+        if bad:
+            raise NonFiniteImages(bad)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    @abstractmethod
+    def conditioning(self, classes: Sequence[ClassInfo]) -> Tensor | None:
+        """What images of these classes are conditioned on: a row a class, on the CPU; None where nothing is.
+
+        A row follows from its class alone, whatever the others are, so that rows may be made once, pickled and put
+        together in any batch. Labels are int64 [N]; other kinds choose their own dtype and shape.
+
+        Raises:
+            ValueError: a class lacks a field of `needs`.
+        """
 
     @abstractmethod
     def synthesize(
         self,
         latents: Tensor,
-        labels: Tensor,
+        condition: Tensor | None,
         noise: Tensor,
+        how: Sampling,
         generators: Sequence[torch.Generator] | None = None,
-        *,
-        start: Start = "noised",
-        strength: float,
-        steps: int,
-        guidance: float = 1.0,
     ) -> Tensor:
-        """Decode centroids through the diffusion model (Algorithm 4: x = D(U_t(z, y))).
+        """Decode centroids through the generative model.
 
         Args:
             latents: float32 [B, C, h, w], the centroids, scaled as `encode` gives them.
-            labels: int64 [B].
+            condition: rows of `conditioning`, one an image.
             noise: float32 [B, C, h, w], standard normal; the noise of "noised" and the start of "noise".
+            how: start, strength, steps, guidance.
             generators: one a row, for schedulers that add noise in each step (DDPM); may be None for others.
-            start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "given": the centroid is
-                of that level already, as `noise_scales` gives it; "inversion": reach that level by deterministic DDIM
-                inversion; "noise": ignore centroid and strength.
-            strength: in [0, 1]; the last int(steps * strength) of `steps` timesteps are run, as in diffusers'
-                img2img pipelines. 0 decodes the centroid as it is.
-            steps: number of timesteps of the whole trajectory.
-            guidance: classifier-free guidance scale; 1 means none.
 
         Returns:
             uint8 [B, H, W, 3] on the CPU. The same bytes for the same batch, device and thread count.
 
         Raises:
-            ValueError: shapes or labels that do not fit, an unknown start, or a strength that runs no step.
+            ValueError: shapes or conditions that do not fit, or settings that `check_settings` refuses.
         """
 
     def guidance_of(self, asked: float | None) -> float:
@@ -103,7 +155,7 @@ class Prior(ABC):
         return asked if asked is not None else PUBLISHED_GUIDANCE if self.has_null else 1.0
 
     @abstractmethod
-    def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:
+    def check_settings(self, how: Sampling) -> int:
         """How many steps `synthesize` would run with these settings, without running them.
 
         Raises:
@@ -115,5 +167,30 @@ class Prior(ABC):
         """(signal, sigma) of the time at which `synthesize` starts: a latent z is there `signal * z + sigma * noise`.
 
         Raises:
-            ValueError: a strength that runs no step.
+            ValueError: a strength that runs no step, or a model that denoises nothing.
         """
+
+    def check_batch(self, latents: Tensor, noise: Tensor, generators: Sequence[torch.Generator] | None) -> None:
+        """Raise a ValueError unless latents, noise and generators are one batch of this prior's latents."""
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(f"prior: expected latents [B, {self.latent_shape}], got {tuple(latents.shape)}")
+        if noise.shape != latents.shape:
+            raise ValueError(f"prior: expected noise {tuple(latents.shape)}, got {tuple(noise.shape)}")
+        if generators is not None and len(generators) != len(latents):
+            raise ValueError(f"prior: expected {len(latents)} generators, one a row, got {len(generators)}")
+
+
+def field_of(classes: Sequence[ClassInfo], field: str) -> list[object]:
+    """A field of every class, in their order.
+
+    Raises:
+        ValueError: it is None for some.
+    """
+    lost = [c.name for c in classes if getattr(c, field) is None]
+    if lost:
+        more = ", ..." if len(lost) > 5 else ""
+        raise ValueError(
+            f"prior: {len(lost)} of {len(classes)} classes have no {field}, which this prior needs "
+            f"({', '.join(lost[:5])}{more}); give it for each in classes.json"
+        )
+    return [getattr(c, field) for c in classes]

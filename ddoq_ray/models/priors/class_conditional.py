@@ -6,8 +6,6 @@ Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNe
 from torch import Tensor
 
 from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, identity_of, load_network, network_kind
-from ddoq_ray.models.folders import content_digest, read_json
-from ddoq_ray.models.priors.base import STARTS, NonFiniteImages, Prior, Start
+from ddoq_ray.models.folders import content_digest, read_json, write_json
+from ddoq_ray.models.priors.base import field_of
+from ddoq_ray.models.priors.sampling import DiffusionPrior, Sampler
+from ddoq_ray.storage.records import ClassInfo
 
 PRIOR_JSON = "ddoq_prior.json"
 # DiT's published folders were saved before the class had its own name.
@@ -30,9 +30,12 @@ _DENOISERS = {
 }
 
 
-class ClassConditionalPrior(Prior):
+class ClassConditionalPrior(DiffusionPrior):
     """See `Prior`. The null label of classifier-free guidance is num_classes, DiT's convention."""
 
+    needs = ("prior_label",)
+
+    # Eight parameters: a folder's parts and how they run, by name.
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
@@ -75,8 +78,7 @@ class ClassConditionalPrior(Prior):
         out_channels = denoiser.config["out_channels"] or channels
         if out_channels not in (channels, 2 * channels):
             raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
-        if not hasattr(scheduler, "add_noise"):
-            raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
+        self.sampler = Sampler(scheduler, torch.device(device))
         if height != width:
             raise ValueError(f"prior: expected square latents, got {height} x {width}")
         self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
@@ -88,13 +90,11 @@ class ClassConditionalPrior(Prior):
             "scheduler": dict(scheduler.config),
         }
         self.id = id or content_digest(configs, _tensors(vae, denoiser))
-        self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.autoencoder = Autoencoder(vae, device=device, dtype=dtype)
         self.vae = self.autoencoder.network
         self.image_size = height * self.autoencoder.factor
         self.denoiser = cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
-        self.scheduler = scheduler
 
     @classmethod
     def from_folder(
@@ -142,67 +142,43 @@ class ClassConditionalPrior(Prior):
             )
         return prior
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"prior.encode: expected images [B, {expected}], got {tuple(images.shape)}")
-        return self.autoencoder.encode(images, noise)
+    def conditioning(self, classes: Sequence[ClassInfo]) -> Tensor:
+        """Their labels, int64 [N]."""
+        return torch.tensor(field_of(classes, "prior_label"), dtype=torch.int64)
 
-    @torch.inference_mode()
-    def synthesize(
-        self,
-        latents: Tensor,
-        labels: Tensor,
-        noise: Tensor,
-        generators: Sequence[torch.Generator] | None = None,
-        *,
-        start: Start = "noised",
-        strength: float,
-        steps: int,
-        guidance: float = 1.0,
-    ) -> Tensor:
-        run = self._check(latents, labels, noise, generators, start, strength, steps, guidance)
-        z = latents.to(self.device, torch.float32)
-        y = labels.to(self.device)
-        if run == 0:
-            return self._decode(z)
-        scheduler, timesteps = self._schedule(run, steps)
-        e = noise.to(self.device, torch.float32)
-        if start == "noise":
-            z = e * scheduler.init_noise_sigma
-        elif start == "inversion":
-            z = self._invert(z, y, timesteps)
-        elif start == "noised":
-            z = scheduler.add_noise(z, e, timesteps[:1].expand(len(z)))
-        options = _step_options(scheduler, generators)
-        for t in timesteps:
-            output = self._predict(scheduler.scale_model_input(z, t), t, y, guidance)
-            z = scheduler.step(output, t, z, **options).prev_sample
-        return self._decode(z)
+    def check_condition(self, condition: Tensor | None, rows: int) -> None:
+        """Raise a ValueError unless `condition` holds a label of this prior for each row."""
+        told = "none" if condition is None else f"{condition.dtype} {tuple(condition.shape)}"
+        if condition is None or tuple(condition.shape) != (rows,) or condition.dtype != torch.int64:
+            raise ValueError(f"prior: expected int64 labels [{rows}], got {told}")
+        if rows and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
+            raise ValueError(
+                f"prior: labels must lie in 0 .. {self.num_classes - 1}, got {int(condition.min())} .. "
+                f"{int(condition.max())}; check prior_label in classes.json"
+            )
 
-    def noise_scales(self, strength: float, steps: int) -> tuple[float, float]:
-        run = _steps_run(strength, steps)
-        if run == 0:
-            raise ValueError(f"prior: expected a strength above 0, got {strength}")
-        scheduler, timesteps = self._schedule(run, steps)
-        zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-        scales = [scheduler.add_noise(a, b, timesteps[:1].cpu()) for a, b in ((one, zero), (zero, one))]
-        return float(scales[0]), float(scales[1])
-
-    def _schedule(self, run: int, steps: int) -> tuple[Any, Tensor]:
-        """A scheduler at the start of the last `run` of `steps` timesteps, and these timesteps."""
-        # A fresh one a call: multistep ones carry state, which a retried unit must not see.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.device)
-        first = max(steps - run, 0) * scheduler.order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        return scheduler, scheduler.timesteps[first:]
+    def predict(self, z: Tensor, t: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
+        """The denoiser's output at z, guided; more than C channels only for a learned variance."""
+        assert condition is not None, "checked by check_condition"
+        y = condition
+        channels = self.latent_shape[0]
+        guided = guidance != 1.0
+        if guided:
+            z = torch.cat([z, z])
+            y = torch.cat([y, torch.full_like(y, self.num_classes)])
+        times = t.to(self.device).expand(len(z))
+        output = self.denoiser(z.to(self.dtype), timestep=times, class_labels=y).sample.float()
+        eps, rest = output[:, :channels], output[:, channels:]
+        if guided:
+            conditional, unconditional = eps.chunk(2)
+            eps = unconditional + guidance * (conditional - unconditional)
+            rest = rest.chunk(2)[0]
+        if rest.shape[1] and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+            return torch.cat([eps, rest], dim=1)
+        return eps
 
     def save(self, out: Path, extra: dict[str, Any], *, dtype: str = "float32") -> None:
         """Write the parts into the folder `out` in diffusers' format; `extra` goes into ddoq_prior.json."""
-        from ddoq_ray.models.folders import write_json
-
         part = "unet" if isinstance(self.denoiser, UNet2DModel) else "transformer"
         index: dict[str, Any] = {
             # diffusers has no pipeline of these parts with a class-conditional UNet; they load one by one.
@@ -223,126 +199,6 @@ class ClassConditionalPrior(Prior):
             out / PRIOR_JSON,
             {"kind": "class_conditional", "classes": self.classes, "image_size": self.image_size, **extra},
         )
-
-    def _decode(self, z: Tensor) -> Tensor:
-        pixels = self.autoencoder.decode(z)
-        # uint8 would make black of them. No row is named here: callers know whose they are.
-        bad = [i for i, row in enumerate(pixels) if not bool(torch.isfinite(row).all())]
-        if bad:
-            raise NonFiniteImages(bad)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)
-        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-
-    def _predict(self, z: Tensor, t: Tensor, y: Tensor, guidance: float) -> Tensor:
-        """The denoiser's output at z, guided; more than C channels only for a learned variance."""
-        channels = self.latent_shape[0]
-        guided = guidance != 1.0
-        if guided:
-            z = torch.cat([z, z])
-            y = torch.cat([y, torch.full_like(y, self.num_classes)])
-        times = t.to(self.device).expand(len(z))
-        output = self.denoiser(z.to(self.dtype), timestep=times, class_labels=y).sample.float()
-        eps, rest = output[:, :channels], output[:, channels:]
-        if guided:
-            conditional, unconditional = eps.chunk(2)
-            eps = unconditional + guidance * (conditional - unconditional)
-            rest = rest.chunk(2)[0]
-        if rest.shape[1] and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
-            return torch.cat([eps, rest], dim=1)
-        return eps
-
-    def _invert(self, z: Tensor, y: Tensor, timesteps: Tensor) -> Tensor:
-        """Deterministic DDIM inversion of z up to the noise level of timesteps[0], without guidance.
-
-        Each step is DDIM's formula read upwards, the noise being predicted at the level that is reached; the
-        levels are those the denoising passes, so that small steps bring z back.
-        Source: Song et al., Denoising Diffusion Implicit Models, Eq. 12; diffusers' DDIMInverseScheduler.
-        """
-        alphas = self.scheduler.alphas_cumprod.to(self.device)
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        alpha = torch.as_tensor(getattr(self.scheduler, "final_alpha_cumprod", 1.0), device=self.device)
-        for t in timesteps.flip(0):
-            output = self._predict(z, t, y, 1.0)[:, : self.latent_shape[0]]
-            signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-            if kind == "epsilon":
-                eps = output
-                clean = (z - sigma * eps) / signal
-            elif kind == "v_prediction":
-                clean, eps = signal * z - sigma * output, signal * output + sigma * z
-            else:
-                raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
-            alpha = alphas[t]
-            z = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps
-        return z
-
-    def _check(
-        self,
-        latents: Tensor,
-        labels: Tensor,
-        noise: Tensor,
-        generators: Sequence[torch.Generator] | None,
-        start: Start,
-        strength: float,
-        steps: int,
-        guidance: float,
-    ) -> int:
-        """The number of steps to run, once every argument has been found to fit."""
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise ValueError(f"prior: expected latents [B, {self.latent_shape}], got {tuple(latents.shape)}")
-        if noise.shape != latents.shape:
-            raise ValueError(f"prior: expected noise {tuple(latents.shape)}, got {tuple(noise.shape)}")
-        if labels.shape != latents.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(f"prior: expected int64 labels [{len(latents)}], got {labels.dtype} {tuple(labels.shape)}")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
-                f"prior: labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
-                f"{int(labels.max())}; check prior_label in classes.json"
-            )
-        if generators is not None and len(generators) != len(latents):
-            raise ValueError(f"prior: expected {len(latents)} generators, one a row, got {len(generators)}")
-        if start not in STARTS:
-            raise ValueError(f"prior: expected a start of {list(STARTS)}, got {start!r}")
-        return self.check_settings(start, strength, steps, guidance)
-
-    def check_settings(self, start: Start, strength: float, steps: int, guidance: float) -> int:
-        trained = self.scheduler.config["num_train_timesteps"]
-        if not 1 <= steps <= trained:
-            raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {steps}")
-        if not 0.0 <= strength <= 1.0:
-            raise ValueError(f"prior: strength must lie in [0, 1], got {strength}")
-        if guidance != 1.0 and not self.has_null:
-            raise ValueError(f"prior: guidance {guidance} needs a null label, which this model lacks; use guidance=1")
-        if start == "inversion" and not (
-            hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0
-        ):
-            raise ValueError(
-                f"prior: start=inversion needs a variance-preserving scheduler such as DDIM, "
-                f"not {type(self.scheduler).__name__}"
-            )
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        if start == "inversion" and kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
-        run = steps if start == "noise" else _steps_run(strength, steps)
-        if run:
-            try:
-                self._schedule(run, steps)
-            except (AssertionError, IndexError, TypeError, ZeroDivisionError) as error:
-                raise ValueError(
-                    f"prior: {type(self.scheduler).__name__} cannot do synthesizer.steps={steps} "
-                    f"({error}); choose another number, or a DDIMScheduler in the prior's scheduler folder"
-                ) from error
-        return run
-
-
-def _steps_run(strength: float, steps: int) -> int:
-    """How many of the last timesteps a strength runs."""
-    run = min(int(steps * strength + 1e-9), steps)  # 0.29 * 100 is 28.999... in binary
-    if run == 0 and strength > 0:
-        raise ValueError(
-            f"prior: strength {strength} of {steps} steps runs none of them; use strength=0 for a plain "
-            f"decode or at least {math.ceil(1e4 / steps) / 1e4:g}, or more steps"
-        )
-    return run
 
 
 def _tensors(vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
@@ -390,10 +246,3 @@ def _class_count(
             f"(and the null label) or {rows}"
         )
     return count, rows == count + 1
-
-
-def _step_options(scheduler: Any, generators: Sequence[torch.Generator] | None) -> dict[str, Any]:
-    """The step noise's source. Without generators it is a fixed one of the batch, never the global one."""
-    if "generator" not in inspect.signature(scheduler.step).parameters:
-        return {}
-    return {"generator": list(generators) if generators is not None else torch.Generator().manual_seed(0)}

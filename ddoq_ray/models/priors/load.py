@@ -37,11 +37,8 @@ def load_prior(path: str | os.PathLike[str], *, device: str | torch.device = "cp
 
 
 def _reader(folder: Path, index: dict[str, Any]) -> Callable[..., Prior]:
-    """By the pipeline's name; a pipeline of another name with a class-conditional one's parts is read as such."""
-    name = index.get("_class_name")
-    if "text_encoder" in index:
-        raise ValueError(
-            f"prior: {folder} is a text-conditional pipeline ({name}); this version reads class-conditional ones "
-            "(vae + unet or transformer + scheduler)"
-        )
-    return LOADERS.get(str(name), ClassConditionalPrior.from_folder)
+    name = str(index.get("_class_name"))
+    if name not in LOADERS:
+        told = "a text-conditional pipeline" if "text_encoder" in index else "a pipeline"
+        raise ValueError(f"prior: {folder} is {told} of the class {name}; this version reads {', '.join(LOADERS)}")
+    return LOADERS[name]

@@ -18,7 +18,9 @@ _BREAKS = re.compile(r"[\s_-]+")
 
 
 def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
-    """Find each class's place in the prior and (when the run needs it) the teacher; publish ``classes.json``.
+    """Find each class's place in the prior (where it takes labels) and, when the run needs it, the teacher.
+
+    Publishes ``classes.json``.
 
     Args:
         required: False where no later stage of this run needs the places: data can be prepared for a prior that is yet
@@ -28,15 +30,16 @@ def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
         ValueError: When a network does not cover the classes, and they are required.
     """
     classes: Sequence[ClassInfo] = data.classes
-    for line in contradictions(classes, "prior_label", "prior", networks.prior_classes):
-        say(line)
-    try:
-        classes = resolve_mapping(classes, "prior_label", "prior", networks.prior_classes, networks.prior_labels)
-    except ValueError as error:
-        if required:
-            raise
-        say(f"prepare    the classes have no place in the prior yet, which stages after prepare need: {error}")
-        return data
+    if "prior_label" in networks.prior_needs:
+        for line in contradictions(classes, "prior_label", "prior", networks.prior_classes):
+            say(line)
+        try:
+            classes = resolve_mapping(classes, "prior_label", "prior", networks.prior_classes, networks.prior_labels)
+        except ValueError as error:
+            if required:
+                raise
+            say(f"prepare    the classes have no place in the prior yet, which stages after prepare need: {error}")
+            return data
     if networks.teacher_id is not None:
         names = networks.teacher_classes
         for line in contradictions(classes, "teacher_index", "teacher", names):

@@ -19,7 +19,6 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
-from ddoq_ray.core.rng import philox
 from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
 from ddoq_ray.data.samples import encode_png
 from ddoq_ray.execution.pool import run_elastic
@@ -32,7 +31,7 @@ from ddoq_ray.storage.codebook import part_files, read_layout, read_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.layout import IMAGE_SHARDS, Place
-from ddoq_ray.storage.records import ImageUnit, binary_rows
+from ddoq_ray.storage.records import ClassInfo, ImageUnit, binary_rows
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,22 @@ class Decoder:
         run_folder: Folder,
         synthesizer: SynthesizerConfig,
         seed: int,
-        classes: list[tuple[int, str]],
+        classes: Sequence[ClassInfo],
         threads: int,
     ) -> None:
         from ddoq_ray.models.priors.load import load_prior
+        from ddoq_ray.models.synthesis import Synthesizer
 
         pin_threads(threads)
-        self.prior = load_prior(prior_path, device=device())
+        self.synthesizer = Synthesizer(load_prior(prior_path, device=device()), seed, synthesizer.batch)
         self.run_folder = run_folder
-        self.options, self.seed, self.classes = synthesizer, seed, classes
+        self.how, self.seed, self.classes = synthesizer, seed, classes
 
     def run(self, job: Job) -> dict[str, Any]:
         """Make and publish one image shard; publishing it twice gives the same bytes."""
-        import torch
+        from ddoq_ray.models.priors.base import Sampling
 
-        from ddoq_ray.models.priors.base import NonFiniteImages
-
-        unit = job.unit
+        unit, own = job.unit, self.how
         rows: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
         for part in job.parts:
             table = read_part(self.run_folder / Place(job.folder).codebook, part)
@@ -101,55 +99,21 @@ class Decoder:
             for i, key in enumerate(zip(table["class_id"].to_pylist(), table["centroid_id"].to_pylist(), strict=True)):
                 rows[key] = (centroids[i], table["weight"][i].as_py())
         keys = list(zip(unit.class_ids, unit.centroid_ids, strict=True))
-        shape = self.prior.latent_shape
         # Centroids of noised latents are at the strength's level already.
-        start = self.options.start if noise_of(self.run_folder / Place(job.folder).codebook) is None else "given"
-        images: list[NewImage] = []
-        pictures: list[np.ndarray] = []
-        for first in range(0, len(keys), self.options.batch):
-            inner = keys[first : first + self.options.batch]
-            z = torch.from_numpy(np.stack([rows[k][0] for k in inner]).reshape(-1, *shape))
-            labels = torch.tensor([self.classes[c][0] for c, _ in inner])
-            noise = torch.from_numpy(
-                np.stack([philox(self.seed, "noise", c, k).standard_normal(shape).astype(np.float32) for c, k in inner])
-            )
-            generators = [
-                torch.Generator(self.prior.device).manual_seed(int(philox(self.seed, "steps", c, k).integers(2**63)))
-                for c, k in inner
-            ]
-            _check_finite(z, inner, self.classes, "is a centroid")
-            try:
-                made = self.prior.synthesize(
-                    z,
-                    labels,
-                    noise,
-                    generators,
-                    start=start,
-                    strength=self.options.strength,
-                    steps=self.options.steps,
-                    guidance=self.prior.guidance_of(self.options.guidance),
-                )
-            except NonFiniteImages as error:
-                c, k = inner[error.rows[0]]
-                raise ValueError(
-                    f"synthesize: the image of class {c} ({self.classes[c][1]}), centroid {k}, and "
-                    f"{len(error.rows) - 1} more of its batch became NaN or infinite; the prior is damaged, or "
-                    "guidance and strength are beyond what it bears: check prior.path, or lower synthesizer.guidance"
-                ) from None
-            pictures += list(made.numpy())
-            for (c, k), picture in zip(inner, made.numpy(), strict=True):
-                images.append(NewImage(c, k, rows[c, k][1], self.classes[c][1], self.seed, encode_png(picture)))
+        start = own.start if noise_of(self.run_folder / Place(job.folder).codebook) is None else "given"
+        guidance = self.synthesizer.prior.guidance_of(own.guidance)
+        pictures = self.synthesizer.pictures(
+            np.stack([rows[key][0] for key in keys]),
+            [self.classes[c] for c in unit.class_ids],
+            unit.centroid_ids,
+            Sampling(own.strength, own.steps, start, guidance),
+        )
+        images = [
+            NewImage(c, k, rows[c, k][1], self.classes[c].prompt, self.seed, encode_png(picture))
+            for (c, k), picture in zip(keys, pictures, strict=True)
+        ]
         record = write_images(self.run_folder / job.folder / "images", unit.name, images)
         return record | constant_facts(zip(keys, pictures, strict=True))
-
-
-def _check_finite(z: Any, keys: list[tuple[int, int]], classes: list[tuple[int, str]], what: str) -> None:
-    for row, (c, k) in zip(z.numpy(), keys, strict=True):
-        if not np.isfinite(row).all():
-            raise ValueError(
-                f"synthesize: class {c} ({classes[c][1]}), centroid {k}, {what} with NaN or infinite values; make the "
-                "codebook anew (overwrite=true) after checking the latents"
-            )
 
 
 @dataclass(frozen=True)
@@ -183,7 +147,7 @@ class Synthesize(Step):
 def run(run: Run, steps: Sequence[Synthesize]) -> None:
     """Synthesize the images of every codebook on one pool; shards that are published are kept."""
     start = time.time()
-    config, classes = run.config, [(c.prior_label, c.prompt) for c in run.data.classes]
+    config, classes = run.config, run.data.classes
     facts = {step: step.identity(run) for step in steps}
     todo = [s for s in steps if s.artifact(run.dir).begin(facts[s], overwrite=config.overwrite) != "done"]
     jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, config.synthesizer.shard_images)]
@@ -196,7 +160,7 @@ def run(run: Run, steps: Sequence[Synthesize]) -> None:
         _finish(run, step, facts[step], ordered, seconds * share)
 
 
-def _synthesized(run: Run, jobs: Sequence[Job], classes: list[tuple[int | None, str]]) -> dict[str, dict[str, Any]]:
+def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) -> dict[str, dict[str, Any]]:
     """The records of all jobs, by their names, once the shards that were not there are made."""
     config, resources = run.config, run.config.cluster.decoder
     shards = _published(run.dir, jobs)
