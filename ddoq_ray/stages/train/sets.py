@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.labels import make_codec
 from ddoq_ray.data.samples import BadSample
 from ddoq_ray.stages.label.step import read_labels
 from ddoq_ray.storage import layout
@@ -112,6 +111,8 @@ class SoftLabels:
             return codec.decode(packed, head, device=self.device)
 
     def _decoder(self, labels: Folder) -> tuple[Any, Any]:
+        from ddoq_ray.core.labels import make_codec  # torch: only where a student is trained
+
         codec = Artifact(labels, "label").require()["codec"]
         if codec != "features":
             return make_codec(codec, self.outputs, None), None
