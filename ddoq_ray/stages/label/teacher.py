@@ -12,7 +12,6 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
-from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
@@ -95,6 +94,7 @@ class Teacher:
     """Holds the teacher, and one image set at a time."""
 
     def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
+        from ddoq_ray.core.labels import make_codec  # torch: only in the actor
         from ddoq_ray.models.classifiers import load_classifier
 
         pin_threads(config.cluster.threads)

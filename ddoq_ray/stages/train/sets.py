@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.labels import make_codec
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
@@ -113,6 +112,8 @@ class SoftLabels:
             return codec.decode(packed, head, device=self.device)
 
     def _decoder(self, labels: Folder) -> tuple[Any, Any]:
+        from ddoq_ray.core.labels import make_codec  # torch: only where a student is trained
+
         codec = Artifact(labels, "label").require()["codec"]
         if codec != "features":
             return make_codec(codec, self.outputs, None), None

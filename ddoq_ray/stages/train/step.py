@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchTrainer
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
@@ -194,7 +193,9 @@ def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
             say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
 
 
-def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
+def _trainer(config: RunConfig, students: Folder, job: Job) -> ray.train.DataParallelTrainer:
+    from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
+
     resources = config.cluster.trainer
     return TorchTrainer(
         train_loop,
