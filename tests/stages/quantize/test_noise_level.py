@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 SHAPE, CLASSES, SHARDS, ROWS, SEED = (2, 4, 4), 3, 2, 30, 7
 LEVEL = NoiseLevel(0.8, 0.6, SEED)
-FACTS = Networks("prior-1", SHAPE, 16, None, 10, None, None, None, 0, 0, {}, "", (0.8, 0.6))
+FACTS = Networks("prior-1", SHAPE, 16, None, 10, None, None, None, 0, 0, {}, noise_scales=(0.8, 0.6))
 
 
 @pytest.fixture(scope="module")
