@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +11,7 @@ import ddoq_ray
 from ddoq_ray.commands.sweep import configurations
 from ddoq_ray.commands.table import BY_NAME, named
 from ddoq_ray.execution import signals
+from ddoq_ray.execution.errors import user_error
 from ddoq_ray.execution.streams import emit, open_all
 
 
@@ -132,31 +130,3 @@ def _dispatch(line: Line) -> None:
         if line.several:
             emit(f"run {number} of {len(runs)}: {words} in {config.folder}", sys.stderr)
         command.run(config)
-
-
-def user_error(error: BaseException) -> str | None:
-    """The words of the ValueError at the bottom of an error, through Ray's wrappers; None for anything else.
-
-    Ray raises a worker's exception as a subclass of its class with the worker's traceback as text; the original is
-    its `cause`.
-    """
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        inner = getattr(current, "cause", None) or current.__cause__
-        if type(current) is ValueError:
-            return str(current) if _raised_here(error, current) else None
-        current = inner if isinstance(inner, BaseException) else None
-    return None
-
-
-def _raised_here(outer: BaseException, error: BaseException) -> bool:
-    """Whether our own code raised `error`: a library's ValueError is a bug of ours and keeps its traceback.
-
-    An error that came from a worker has lost its frames; Ray keeps them as text.
-    """
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if not files or f"{os.sep}ray{os.sep}" in files[-1]:
-        files = re.findall(r'File "([^"]+)"', str(getattr(outer, "traceback_str", "")))
-    return not files or f"{os.sep}ddoq_ray{os.sep}" in files[-1] or "site-packages" not in files[-1]

@@ -89,7 +89,7 @@ def refused(run: Path, *words: str) -> Iterator[None]:
     with pytest.raises(ValueError) as error:
         yield
     assert type(error.value) is ValueError or type(error.value).__name__.startswith("RayTaskError"), type(error.value)
-    from ddoq_ray.cli import user_error
+    from ddoq_ray.execution.errors import user_error
 
     message = user_error(error.value)
     assert message is not None

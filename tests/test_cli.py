@@ -20,6 +20,7 @@ from ddoq_ray.commands.table import BY_NAME, COMMANDS, RUN
 from ddoq_ray.config import STAGES
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import run_config
+from ddoq_ray.execution.errors import user_error
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,13 +74,13 @@ def test_user_error_finds_the_words_at_the_bottom() -> None:
         except ValueError as bottom:
             raise RuntimeError("wrapped") from bottom
     except RuntimeError as error:
-        assert cli.user_error(error) == "mend this"
-    assert cli.user_error(KeyError("a bug")) is None
+        assert user_error(error) == "mend this"
+    assert user_error(KeyError("a bug")) is None
 
     class Remote(Exception):
         cause = ValueError("from a worker")
 
-    assert cli.user_error(Remote()) == "from a worker"
+    assert user_error(Remote()) == "from a worker"
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ddoq_ray.execution.workers import DEATHS
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 
+LEFT: tuple[type[BaseException], ...] = (*DEATHS, ray.exceptions.TaskUnschedulableError)  # a node that has just left
 LOOK_SECONDS = 60.0  # for a node to answer
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
@@ -181,6 +182,6 @@ def _ask(nodes: Sequence[dict[str, Any]], run: Folder, token: str, named: Sequen
     for ref in ready:
         try:
             found.append((refs[ref], ray.get(ref)))
-        except (*DEATHS, ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+        except LEFT:
             continue  # it has just left
     return found

@@ -35,7 +35,7 @@ def run_elastic(
     Args:
         spawn: Makes an actor with a method ``run(unit)``; called again after a death.
         units: What is to be done; small, picklable.
-        min_workers: A hint kept for the shape of the demand: this many are asked for even for fewer units.
+        min_workers: This many are asked for even for fewer units.
         max_workers: Never more than this.
         name: A unit's name, for events and errors.
         on_event: Called with ``"worker lost"``, ``"unit requeued"`` and ``"worker joined"``.
@@ -44,64 +44,92 @@ def run_elastic(
         RuntimeError: When a unit was on a worker that died three times, or workers cannot start.
         RayTaskError: When our own code fails in a worker.
     """
+    pool = _Pool(spawn, name, on_event)
     queue = deque(units)
-    deaths: Counter[str] = Counter()
-    failed_starts = 0
-    starting: dict[Any, Any] = {}  # ready ref -> actor
-    running: dict[Any, tuple[Any, Any]] = {}  # result ref -> (actor, unit)
-    idle: list[Any] = []
     try:
-        while queue or running:
-            wanted = max(min_workers, min(max_workers, len(queue) + len(running))) if queue else 0
-            while len(starting) + len(running) + len(idle) < wanted:
-                actor = spawn()
-                starting[actor.__ray_ready__.remote()] = actor
-            while queue and idle:
-                actor, unit = idle.pop(), queue.popleft()
-                running[actor.run.remote(unit)] = (actor, unit)
+        while queue or pool.running:
+            if queue:
+                pool.grow(max(min_workers, min(max_workers, len(queue) + len(pool.running))))
+            while queue and pool.idle:
+                pool.give(queue.popleft())
             if not queue:
-                _release(idle, starting)
-            ready, _ = ray.wait([*running, *starting], num_returns=1)
-            ref = ready[0]
-            if ref in starting:
-                actor = starting.pop(ref)
-                try:
-                    ray.get(ref)
-                    idle.append(actor)
-                    failed_starts = 0
-                    on_event("worker joined", workers=len(running) + len(idle))
-                except DEATHS as error:
-                    failed_starts += 1
-                    init_error = isinstance(error, RayActorError) and error.actor_init_failed
-                    if init_error or failed_starts >= MAX_DEATHS:
-                        raise RuntimeError(f"workers cannot start: {error}") from error
-                    on_event("worker lost", reason=type(error).__name__)
-                continue
-            actor, unit = running.pop(ref)
-            try:
-                result = ray.get(ref)
-            except DEATHS as error:
-                deaths[name(unit)] += 1
-                on_event("worker lost", reason=type(error).__name__)
-                if deaths[name(unit)] >= MAX_DEATHS:
-                    raise RuntimeError(
-                        f"{name(unit)} was on a worker that died {MAX_DEATHS} times ({type(error).__name__}); "
-                        "see the worker's log for the cause (often too little memory for its batch)"
-                    ) from error
-                on_event("unit requeued", unit=name(unit), deaths=deaths[name(unit)])
+                pool.release()
+            unit, result, done = pool.wait()
+            if done:
+                yield unit, result
+            elif unit is not None:
                 queue.appendleft(unit)
-                ray.kill(actor)  # it may only be unreachable: its late result must not race the new one
-                continue
-            idle.append(actor)
-            yield unit, result
     finally:
-        _release(idle, starting)
-        for actor, _ in running.values():
+        pool.release()
+        for actor, _ in pool.running.values():
             ray.kill(actor)
 
 
-def _release(idle: list[Any], starting: dict[Any, Any]) -> None:
-    for actor in [*idle, *starting.values()]:
-        ray.kill(actor)
-    idle.clear()
-    starting.clear()
+class _Pool:
+    """The workers of `run_elastic`: starting, idle, or at a unit."""
+
+    def __init__(self, spawn: Callable[[], Any], name: Callable[[Any], str], on_event: Callable[..., None]) -> None:
+        self.spawn, self.name, self.on_event = spawn, name, on_event
+        self.starting: dict[Any, Any] = {}  # ready ref -> actor
+        self.running: dict[Any, tuple[Any, Any]] = {}  # result ref -> (actor, unit)
+        self.idle: list[Any] = []
+        self.deaths: Counter[str] = Counter()
+        self.failed_starts = 0
+
+    def grow(self, wanted: int) -> None:
+        while len(self.starting) + len(self.running) + len(self.idle) < wanted:
+            actor = self.spawn()
+            self.starting[actor.__ray_ready__.remote()] = actor
+
+    def give(self, unit: Any) -> None:
+        actor = self.idle.pop()
+        self.running[actor.run.remote(unit)] = (actor, unit)
+
+    def release(self) -> None:
+        """Let workers without a unit go."""
+        for actor in [*self.idle, *self.starting.values()]:
+            ray.kill(actor)
+        self.idle.clear()
+        self.starting.clear()
+
+    def wait(self) -> tuple[Any, Any, bool]:
+        """What happens next: (unit, result, True), (unit, None, False) of one to do again, or (None, None, False)."""
+        ready, _ = ray.wait([*self.running, *self.starting], num_returns=1)
+        if ready[0] in self.starting:
+            self._joined(ready[0])
+            return None, None, False
+        actor, unit = self.running.pop(ready[0])
+        try:
+            result = ray.get(ready[0])
+        except DEATHS as error:
+            self._died(unit, error)
+            ray.kill(actor)  # it may only be unreachable: its late result must not race the new one
+            return unit, None, False
+        self.idle.append(actor)
+        return unit, result, True
+
+    def _joined(self, ref: Any) -> None:
+        actor = self.starting.pop(ref)
+        try:
+            ray.get(ref)
+        except DEATHS as error:
+            self.failed_starts += 1
+            init_error = isinstance(error, RayActorError) and error.actor_init_failed
+            if init_error or self.failed_starts >= MAX_DEATHS:
+                raise RuntimeError(f"workers cannot start: {error}") from error
+            self.on_event("worker lost", reason=type(error).__name__)
+            return
+        self.idle.append(actor)
+        self.failed_starts = 0
+        self.on_event("worker joined", workers=len(self.running) + len(self.idle))
+
+    def _died(self, unit: Any, error: BaseException) -> None:
+        name = self.name(unit)
+        self.deaths[name] += 1
+        self.on_event("worker lost", reason=type(error).__name__)
+        if self.deaths[name] >= MAX_DEATHS:
+            raise RuntimeError(
+                f"{name} was on a worker that died {MAX_DEATHS} times ({type(error).__name__}); "
+                "see the worker's log for the cause (often too little memory for its batch)"
+            ) from error
+        self.on_event("unit requeued", unit=name, deaths=self.deaths[name])

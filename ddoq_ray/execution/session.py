@@ -148,7 +148,7 @@ def _bound(where: Where, done: threading.Event) -> None:
 
 def _start(cluster: ClusterConfig, quiet: dict[str, Any]) -> None:
     place = short_temporary(os.environ)
-    more = {} if place is None else {"_temp_dir": place}
+    more: dict[str, Any] = {} if place is None else {"_temp_dir": place}
     try:
         ray.init(address="local", num_cpus=_cpus(cluster), include_dashboard=False, **quiet, **more)
     except OSError as error:
@@ -240,7 +240,7 @@ def pending() -> str:
     """What Ray has no room for at this moment, and what is free: `waits for 0.5 CPU, 0.4 free`; empty when nothing."""
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-    state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)
+    state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
     asked: dict[tuple[tuple[str, float], ...], int] = {}
     for item in state.pending_resource_requests:
         _count(asked, item.request.resources_bundle, item.count)

@@ -18,6 +18,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
 from ddoq_ray.execution.console import say as say
+from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 
@@ -30,7 +31,7 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
     """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
 
     Raises:
-        ValueError: A worker's, for the person; the other tasks are cancelled.
+        ValueError: A worker's, for the user; the other tasks are cancelled.
     """
     waiting: dict[Any, int] = {}
     left = deque(enumerate(jobs))
@@ -47,7 +48,7 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
                 ray.cancel(ref)
                 with contextlib.suppress(ray.exceptions.RayError, ValueError):
                     ray.get(ref)
-            raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+            raise plain_error(error) from None
 
 
 class Events:

@@ -17,6 +17,7 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.cluster import ClusterConfig
+from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
@@ -60,7 +61,7 @@ def inner_batch(config: RunConfig, networks: Networks, log: Folder, other: Folde
     try:
         found = ray.get(search.remote(settings, chunk_rows(config, networks.image_size), SEARCH_SECONDS))
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+        raise plain_error(error) from None
     log.publish_json(layout.BATCH, found)
     return int(found["batch"])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.exceptions import RayTaskError
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+
+from ddoq_ray.execution.errors import cause_of
 
 # What a living rank says when another one dies in the middle of a collective: torch's own errors are of these kinds.
 _COLLATERAL = (RuntimeError, OSError)
@@ -19,7 +20,7 @@ def failures(error: TrainingFailedError) -> list[BaseException]:
         found = [error.controller_failure]
     else:
         found = []
-    return [e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, BaseException) else e for e in found]
+    return [cause_of(e) for e in found]
 
 
 def own_words(error: TrainingFailedError) -> str | None:

@@ -1,0 +1,47 @@
+"""Errors that come through Ray: the exception that was raised where the work was done.
+
+Ray raises a worker's exception as a subclass of its class with the worker's traceback as text; the original is its
+`cause`. Nothing here imports Ray: the command line asks before it may.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in the worker; the error itself where it was raised here."""
+    inner = getattr(error, "cause", None)
+    return inner if isinstance(inner, BaseException) else error
+
+
+def plain_error(error: BaseException) -> BaseException:
+    """What to raise in the driver: a worker's ValueError as itself, since users mend it; all else as Ray has it."""
+    cause = cause_of(error)
+    return cause if isinstance(cause, ValueError) else error
+
+
+def user_error(error: BaseException) -> str | None:
+    """The words of the ValueError at the bottom of an error, through Ray's wrappers; None for anything else."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        inner = cause_of(current) if cause_of(current) is not current else current.__cause__
+        if type(current) is ValueError:
+            return str(current) if _raised_here(error, current) else None
+        current = inner if isinstance(inner, BaseException) else None
+    return None
+
+
+def _raised_here(outer: BaseException, error: BaseException) -> bool:
+    """Whether our own code raised `error`: a library's ValueError is a bug of ours and keeps its traceback.
+
+    An error that came from a worker has lost its frames; Ray keeps them as text.
+    """
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not files or f"{os.sep}ray{os.sep}" in files[-1]:
+        files = re.findall(r'File "([^"]+)"', str(getattr(outer, "traceback_str", "")))
+    return not files or f"{os.sep}ddoq_ray{os.sep}" in files[-1] or "site-packages" not in files[-1]
