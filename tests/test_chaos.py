@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from support.deaths import InThread, workers
 
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
@@ -58,43 +56,10 @@ def run(corpus: Path, place: Path) -> None:
     )  # fmt: skip
 
 
-def workers(node: Any, word: str) -> list[int]:
-    """Processes of a node's Ray workers whose title has `word`."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if parent == raylet and title.startswith("ray::") and word in title:
-                found.append(int(entry.name))
-    return found
-
-
 def encoded_samples(place: Path) -> int:
     parts = sum(1 for _ in place.glob("latents/parts/shard-*/chunk-*.parquet"))
     done = [json.loads(p.read_text())["classes"] for p in place.glob("latents/shard-*/done.json")]
     return parts + sum(sum(classes.values()) for classes in done)
-
-
-def wait_for(chunks: int, place: Path, thread: threading.Thread, errors: list[BaseException]) -> None:
-    """Until so many chunks, of one sample each, are encoded: a moment of the work, not of the clock."""
-    while encoded_samples(place) < chunks:
-        assert thread.is_alive(), (f"the run ended before chunk {chunks}", errors)
-        time.sleep(0.01)
-
-
-def kill_one(
-    node: Any, word: str, rng: np.random.Generator, thread: threading.Thread, errors: list[BaseException]
-) -> None:
-    """SIGKILL one such worker, as soon as there is one."""
-    while not (there := workers(node, word)):
-        assert thread.is_alive(), (f"the run ended without another {word}", errors)
-        time.sleep(0.01)
-    os.kill(int(rng.choice(there)), signal.SIGKILL)
 
 
 def content(place: Path) -> dict[str, bytes]:
@@ -119,29 +84,19 @@ def test_any_death_at_any_moment(
     for seed in range(5):
         rng = np.random.default_rng(seed)
         place = tmp_path / f"run-{seed}"
-        errors: list[BaseException] = []
-
-        def work(place: Path = place, errors: list[BaseException] = errors) -> None:
-            try:
-                run(corpus, place)
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work)
-        thread.start()
+        work = InThread(functools.partial(run, corpus, place))
         moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD // 2), size=4, replace=False)).tolist()
         words = [*rng.permutation(["Quantizer", "Encoder", "Quantizer"]).tolist(), "node"]
         for moment, word in zip(moments, words, strict=True):
-            wait_for(moment, place, thread, errors)
+            work.wait_for(lambda place=place, moment=moment: encoded_samples(place) >= moment)
             if word == "node":
                 spare = cluster.add_node(**NODE)  # nodes come and go in the main thread only
-                assert thread.is_alive() and not workers(spare, "Quantizer"), errors
+                assert not workers(spare, "Quantizer")
                 cluster.remove_node(node, allow_graceful=False)
                 node = spare
             else:
-                kill_one(node, word, rng, thread, errors)
-        thread.join(timeout=240)
-        assert not thread.is_alive() and not errors, errors
+                work.kill(node, word, lambda there, rng=rng: int(rng.choice(there)))
+        work.join(240)
         assert content(place) == expected
         encoded = json.loads((place / "latents/manifest.json").read_text())["items"]
         assert encoded == SHARDS * PER_SHARD
