@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         emit(f"ddoq-ray {ddoq_ray.__version__}", sys.stdout)
         return 0
     with signals.watching():
-        return _told(args)
+        return _in_words(args)
 
 
 def read_line(args: Sequence[str]) -> Line:
@@ -69,7 +69,7 @@ def read_line(args: Sequence[str]) -> Line:
     return Line(command, words, completion=completion, **flags)
 
 
-def _told(args: list[str]) -> int:
+def _in_words(args: list[str]) -> int:
     """Run the command and put its end into words: (exit code)."""
     again = True
     try:

@@ -1,4 +1,4 @@
-"""What a person can get wrong, through the real pipeline: the words that help, and nothing lost of what was made.
+"""What users can get wrong, through the real pipeline: the words that help, and nothing lost of what was made.
 
 Three digits with the shipped prior and teacher; one Ray for the whole file.
 """

@@ -1,1 +1,1 @@
-"""What a person can ask for beyond `run`, one file a command."""
+"""What users can ask for beyond `run`, one file a command."""

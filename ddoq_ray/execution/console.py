@@ -25,7 +25,7 @@ _spoken = time.monotonic()
 
 
 def say(text: str) -> None:
-    """One line for the person who runs it; on stderr, so that stdout holds the result only."""
+    """One line for the user; on stderr, so that stdout holds the result only."""
     global _spoken
     _spoken = time.monotonic()
     tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else emit(text, sys.stderr)

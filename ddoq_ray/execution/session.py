@@ -184,7 +184,7 @@ def short_temporary(environment: Any) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_core() -> Iterator[None]:
-    """Keep Ray's C++ core off the driver's stderr: it warns there of Ray Data's own actors, in red and in vain.
+    """Keep Ray's C++ core off the driver's stderr: it warns there of Ray Data's own actors.
 
     The variable silences it from the start of the session on; the line by which it announces that, and anything else
     that the start writes, is shown only when the start fails for a reason that we have no words for.

@@ -1,4 +1,4 @@
-"""What prepare leaves behind: the run's data as later stages read it, and its figures for the person."""
+"""What prepare leaves behind: the run's data as later stages read it, and its figures for the user."""
 
 from __future__ import annotations
 

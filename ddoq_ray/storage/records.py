@@ -120,7 +120,7 @@ class ClassInfo:
     Attributes:
         class_id: The label in the shards' ``.cls`` files, 0 to C - 1.
         name: The source's own name of the class (a folder's name, a WordNet id).
-        prompt: A person's words for it; what a text-conditional prior is asked for.
+        prompt: Words for users for it; what a text-conditional prior is asked for.
         teacher_index: The output of the teacher that means this class; None until it is resolved.
         prior_label: The class label of a class-conditional prior; None until it is resolved.
     """

@@ -50,7 +50,7 @@ def text_of(name: str) -> str:
 
 
 def given_classes(path: str | None, beside: str | None) -> list[ClassInfo] | None:
-    """The class list that the person gave (`dataset.classes`), else the one beside the data, else None."""
+    """The class list that the user gave (`dataset.classes`), else the one beside the data, else None."""
     if path is not None:
         return read_classes(path)
     if beside is not None:

@@ -23,13 +23,13 @@ def row_names(container: int, rows: Sequence[int]) -> list[str]:
 
 
 class Containers(Source):
-    """A source that is laid open before it is read."""
+    """A source that is unpacked before it is read."""
 
     @abstractmethod
     def images(self, container: int) -> Iterator[tuple[bytes, str]]:
         """(bytes, extension or "") of each row of a file, in its order; empty bytes where there are none."""
 
-    def lay_open(self, container: int, scratch: Folder) -> None:
+    def unpack(self, container: int, scratch: Folder) -> None:
         index = f"{container:06d}.npz"
         if scratch.exists(index):
             return

@@ -88,10 +88,10 @@ class Source(ABC):
         """The images of some names of a split, one by one and in their order."""
 
     def containers(self) -> list[str]:
-        """Files that must be laid open before single samples of them can be read; usually none."""
+        """Files that must be unpacked before single samples of them can be read; usually none."""
         return []
 
-    def lay_open(self, container: int, scratch: Folder) -> None:
+    def unpack(self, container: int, scratch: Folder) -> None:
         """Publish in `scratch` what `read` needs of the container with that number. Running it twice is harmless."""
         raise AssertionError("this source has no containers")
 

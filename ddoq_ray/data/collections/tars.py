@@ -1,4 +1,4 @@
-"""WebDataset shards that the person asked to have written anew, sorted by class."""
+"""WebDataset shards that the user asked to have written anew, sorted by class."""
 
 from __future__ import annotations
 

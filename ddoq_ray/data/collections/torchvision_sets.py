@@ -133,7 +133,7 @@ class TorchvisionSet(Source):
         )
 
     def _imagenet(self, known: Any, split: str) -> Any:
-        """ImageNet, which torchvision unpacks from archives that the person has put there, and never downloads."""
+        """ImageNet, which torchvision unpacks from archives that the user has put there, and never downloads."""
         folder = os.path.join(self.root, split)
         with self._alone():
             there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -171,7 +171,7 @@ class TorchvisionSet(Source):
         before = socket.getdefaulttimeout()
         try:
             shutil.rmtree(aside, ignore_errors=True)  # a killed process's
-            for _, path, md5 in archives:  # what the person has put there need not be downloaded
+            for _, path, md5 in archives:  # what the user has put there need not be downloaded
                 there, place = os.path.join(self.root, path), os.path.join(aside, path)
                 if os.path.isfile(there) and _sum(there) == md5:
                     os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -202,7 +202,7 @@ class TorchvisionSet(Source):
         return [(known.url, known.filename, known.tgz_md5)]
 
     def _differing(self, archives: Sequence[tuple[str, str, str]], aside: str) -> list[str]:
-        """In words: the first archive that was not had, and those of the person's own that are damaged."""
+        """In words: the first archive that was not had, and those of the user's own that are damaged."""
         told = []
         for address, path, md5 in archives:
             came = _state(os.path.join(aside, path))

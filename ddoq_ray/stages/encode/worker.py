@@ -274,7 +274,7 @@ def search_batch(settings: EncoderSettings, largest: int, seconds: float) -> dic
         rates[batch] = passes * batch / (time.perf_counter() - start)
         if rates[batch] >= GAIN * rates[best]:
             best = batch
-        if batch >= 4 * best or once > 20 * seconds:  # doubled twice in vain
+        if batch >= 4 * best or once > 20 * seconds:  # doubled twice for nothing
             break
         batch *= 2
     if not rates:

@@ -36,7 +36,7 @@ from ddoq_ray.storage.quarantine import Refusal, publish_refusals, refused_kinds
 from ddoq_ray.storage.records import ClassInfo, ShardInfo
 
 Rows = npt.NDArray[np.int64]
-SCRATCH = "scratch"  # below data/: containers laid open, removed at the end
+SCRATCH = "scratch"  # below data/: containers unpacked, removed at the end
 MEMBER_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE  # of a sample, beside its image: two headers and the label
 
 
@@ -151,7 +151,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     shared = ray.put(source)
 
     def open_job(container: int) -> Callable[[], Any]:
-        return lambda: _lay_open.options(**resources).remote(shared, container, data / SCRATCH)
+        return lambda: _unpack.options(**resources).remote(shared, container, data / SCRATCH)
 
     containers = source.containers()
     if containers:
@@ -320,8 +320,8 @@ def _survey(source: Source) -> Survey:
 
 
 @ray.remote(num_cpus=1)
-def _lay_open(source: Source, container: int, scratch: Folder) -> None:
-    source.lay_open(container, scratch)
+def _unpack(source: Source, container: int, scratch: Folder) -> None:
+    source.unpack(container, scratch)
 
 
 @ray.remote(num_cpus=1)

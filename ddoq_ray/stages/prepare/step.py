@@ -2,7 +2,7 @@
 
 Writes ``data/source-classes.json`` (the class list as given), ``data/classes.json`` (with each class's place in the
 prior and the teacher), ``data/shards.json`` (what each training shard holds) and ``data/val-shards.json``. Shards of
-the person's own are read where they are; any other collection is packed into ``data/train`` and ``data/val``, each
+the user's own are read where they are; any other collection is packed into ``data/train`` and ``data/val``, each
 with a classes.json of its own, so that other runs can read them.
 """
 
@@ -100,7 +100,7 @@ def run(config: RunConfig, run_dir: Folder, events: Events) -> Data:
         check_unchanged(data_there)
         _check_validation(config, bool(data_there.val))
         return data_there
-    # The person's data is looked through before anything is written or removed: a wrong path must leave no begun
+    # The user's data is looked through before anything is written or removed: a wrong path must leave no begun
     # stage behind, which would refuse the right one.
     source = open_source(config.dataset)
     packed, plans, survey = None, None, None
@@ -208,7 +208,7 @@ def _relative(shard: ShardInfo, run_dir: Folder) -> ShardInfo:
 
 
 def _gives_class_list(config: RunConfig) -> bool:
-    """Whether the class list is a file of the person's own, which may change."""
+    """Whether the class list is a file of the user's own, which may change."""
     in_place = kind_of(config.dataset) == "webdataset" and not config.dataset.resort
     return in_place or config.dataset.classes is not None
 

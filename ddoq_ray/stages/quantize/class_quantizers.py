@@ -19,7 +19,7 @@ from ddoq_ray.storage.records import Codebook
 BATCH_BYTES = 256 << 20  # of fp16 latents that one call of an exact algorithm gets: fixed, so that its bytes are
 READ_BYTES = 512 << 20  # of fp16 latents that one pass over the log collects
 
-Grid = tuple[np.ndarray, np.ndarray]  # centroids float32 [K', D], the algorithm's own counts int64 [K']
+Centroids = tuple[np.ndarray, np.ndarray]  # centroids float32 [K', D], the algorithm's own counts int64 [K']
 ChunksOf = Callable[[Iterable[int]], Iterator[tuple[int, npt.NDArray[np.floating]]]]
 
 
@@ -69,15 +69,15 @@ def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, togeth
     return exact_algorithm(n, dim, k, together=together, **limits)
 
 
-def assign_grids(grids: Mapping[int, Grid], chunks_of: ChunksOf) -> Iterator[Codebook]:
-    """The codebook of each grid, in order, with exact Voronoi counts and distortion from one pass over the log."""
-    counts = {c: np.zeros(len(centroids), np.int64) for c, (centroids, _) in grids.items()}
-    totals = dict.fromkeys(grids, 0.0)
-    for c, latents in chunks_of(grids):
-        labels, squared = assign(latents, grids[c][0])
+def exact_codebooks(found: Mapping[int, Centroids], chunks_of: ChunksOf) -> Iterator[Codebook]:
+    """A codebook for each class's centroids, in order, with exact Voronoi counts from one pass over the log."""
+    counts = {c: np.zeros(len(centroids), np.int64) for c, (centroids, _) in found.items()}
+    totals = dict.fromkeys(found, 0.0)
+    for c, latents in chunks_of(found):
+        labels, squared = assign(latents, found[c][0])
         counts[c] += np.bincount(labels, minlength=len(counts[c]))
         totals[c] += float(squared.sum())
-    for c, (centroids, stream) in grids.items():
+    for c, (centroids, stream) in found.items():
         yield Codebook(c, centroids, counts[c], totals[c] / counts[c].sum(), stream)
 
 
@@ -141,19 +141,19 @@ class WholeClasses:
                     stream = new_clvq(self.settings, c, ClvqConfig(name="clvq"))
                     for _, latents in self.chunks_of([c]):
                         stream.update(latents)
-                    yield from assign_grids({c: stream.result()}, self.chunks_of)
+                    yield from exact_codebooks({c: stream.result()}, self.chunks_of)
                     continue
                 x = np.concatenate(pieces.pop(c)).astype(np.float32)
-                grid = together[c] if c in together else self._alone(c, x)
-                yield from assign_grids({c: grid}, _whole(c, x))
+                centroids = together[c] if c in together else self._alone(c, x)
+                yield from exact_codebooks({c: centroids}, _whole(c, x))
 
-    def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Grid]:
+    def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Centroids]:
         """All classes of the Gram space at once, where the actor has a GPU."""
         if not classes or not isinstance(self.algorithm, GramConfig) or not self.settings.together:
             return {}
         from ddoq_ray.core.gram_batched import gram_kmeans_batched
 
-        grids = gram_kmeans_batched(
+        made = gram_kmeans_batched(
             [np.concatenate(pieces[c]) for c in classes],
             self.settings.ipc,
             seed=self.settings.seed,
@@ -164,9 +164,9 @@ class WholeClasses:
             device=device(),
             max_bytes=int(self.algorithm.max_class_gb * GIB),
         )
-        return dict(zip(classes, grids, strict=True))
+        return dict(zip(classes, made, strict=True))
 
-    def _alone(self, c: int, x: npt.NDArray[np.float32]) -> Grid:
+    def _alone(self, c: int, x: npt.NDArray[np.float32]) -> Centroids:
         """One class, float32 [n, D] in the log's order, by its algorithm."""
         from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
         from ddoq_ray.core.gram_kmeans import gram_kmeans

@@ -27,7 +27,7 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.class_quantizers import BATCH_BYTES, READ_BYTES, algorithm_of
-from ddoq_ray.stages.quantize.worker import Pending, shards_of, worth_finishing
+from ddoq_ray.stages.quantize.worker import Pending, enough_to_finish, shards_of
 
 BASE_BYTES = 240 << 20  # of a worker process that has done nothing yet
 LIBRARY_BYTES = 160 << 20  # scikit-learn, faiss
@@ -154,7 +154,7 @@ class _Census:
                     mine = [other for other in parts[part_of[c]] if other in part_of]
                     pending.add(part_of[c], int(self.images[mine].sum()), (self.shards[other] for other in mine))
                     waiting += float(size[mine].sum())
-            if pending.parts and worth_finishing(pending.own, pending.held, self.num_actors):
+            if pending.parts and enough_to_finish(pending.own, pending.held, self.num_actors):
                 now -= waiting
                 waiting = 0.0
                 pending.clear()

@@ -21,7 +21,7 @@ import ray
 from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.execution.workers import pin_blas_threads
-from ddoq_ray.stages.quantize.class_quantizers import Settings, WholeClasses, assign_grids, new_clvq
+from ddoq_ray.stages.quantize.class_quantizers import Settings, WholeClasses, exact_codebooks, new_clvq
 from ddoq_ray.stages.quantize.deaths import Deaths, last_words, too_many
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.codebook import write_part
@@ -33,7 +33,7 @@ from ddoq_ray.storage.snapshots import read_snapshots, write_snapshot
 SNAPSHOT_SHARE = 0.05  # of an actor's time, at most, goes into snapshots
 
 
-def worth_finishing(own: int, held: int, num_actors: int) -> bool:
+def enough_to_finish(own: int, held: int, num_actors: int) -> bool:
     """Whether to give pending classes their pass over the log now: it reads at most twice an actor's share.
 
     In a class-sorted log that is so at once, and their memory is freed. In a class-mixed one a single pass at the end
@@ -188,7 +188,7 @@ class Quantizer:
                 elif self.ready[follower] and len(self.waiting[follower]) == 1:
                     heapq.heappush(queue, follower)
             self.since_snapshot += 1
-            if self._worth_finishing():
+            if self._enough_to_finish():
                 self._finish_pending()
             if self.since_snapshot >= self.algorithm.snapshot_every:
                 self._snapshot_if_due()
@@ -223,9 +223,9 @@ class Quantizer:
 
     # ------------------------------------------------------------------ finishing
 
-    def _worth_finishing(self) -> bool:
+    def _enough_to_finish(self) -> bool:
         pending = self.pending
-        return bool(pending.parts) and worth_finishing(pending.own, pending.held, self.settings.num_actors)
+        return bool(pending.parts) and enough_to_finish(pending.own, pending.held, self.settings.num_actors)
 
     def _finish_pending(self) -> None:
         """Give each pending class its centroids and its exact assignment pass; write and free each part."""
@@ -246,7 +246,7 @@ class Quantizer:
     def _books(self, wanted: list[int]) -> Iterator[Codebook]:
         """The codebooks of consumed classes, in their order."""
         if isinstance(self.algorithm, ClvqConfig):
-            return assign_grids({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
+            return exact_codebooks({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
         return WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of).codebooks(wanted)
 
     def _wanted(self, c: int) -> bool:

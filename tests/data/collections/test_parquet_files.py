@@ -66,7 +66,7 @@ def test_names_from_the_files_own_metadata(tmp_path: Path) -> None:
     assert survey.val is not None and survey.val.class_ids.tolist() == [0]
     scratch = Folder(str(tmp_path / "scratch"))
     for i in (2, 0, 1, 1):  # any order, and twice
-        given.lay_open(i, scratch)
+        given.unpack(i, scratch)
     names = [*survey.train.names[::-1], *survey.val.names]
     assert list(given.read("train", names, scratch)) == [
         Refusal(survey.train.names[3], "no image bytes"), Picture(IMAGES[3]), Picture(IMAGES[1]),
