@@ -42,13 +42,13 @@ def provenance() -> dict[str, str]:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
     except OSError:  # a bare GPU machine: the rows must not be lost for it
         commit = ""
-    module = Path(sys.argv[0]).stem
+    package, module = Path(sys.argv[0]).parent.name, Path(sys.argv[0]).stem
     words = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--json" and sys.argv[i - 1] != "--json"]
     words = [Path(a).name if os.sep in a and Path(a).exists() else a for a in words]
     return {
         "hardware": hardware(),
         "commit": commit.strip() or "unknown",
-        "command": " ".join(["python -m", f"benchmarks.{module}", *words]),
+        "command": " ".join(["python -m", f"{package}.{module}", *words]),
     }
 
 

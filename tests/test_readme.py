@@ -60,7 +60,7 @@ def test_package_tree_is_what_readme_lists() -> None:
 
 
 def test_digits_table_is_the_measured_one() -> None:
-    rows = json.loads((CHECKOUT / "benchmarks/results/digits.json").read_text())
+    rows = json.loads((CHECKOUT / "studies/results/digits.json").read_text())
     table = block("digits-table")
     for row in rows:
         cell = f"{row['top1_pct_mean']:.1f} +- {row['top1_pct_std']:.1f}"
@@ -75,7 +75,7 @@ def test_files_that_readme_links_exist() -> None:
 
 
 def test_strength_figures_are_the_measured_ones() -> None:
-    rows = json.loads((CHECKOUT / "benchmarks/results/strength.json").read_text())
+    rows = json.loads((CHECKOUT / "studies/results/strength.json").read_text())
     text = " ".join(README.split())
     for strength, words in ((0.1, "0.1 gave"), (0.0, "no noise at all"), (0.2, "0.2 gave"), (0.4, "0.4 gave")):
         means = [r["top1_pct_mean"] for r in rows if r.get("strength") == strength]

@@ -13,7 +13,7 @@ class SynthesizerConfig:
     """The defaults of `start` to `guidance` are for the digits' prior, as every prior brings its own (configs/prior).
 
     Its strength was chosen on the digits' selection split: the best mean over IPC 1, 5 and 10
-    (benchmarks/results/strength.json).
+    (studies/results/strength.json).
     """
 
     start: Literal["noised", "inversion", "noise"] = option(

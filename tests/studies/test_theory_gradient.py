@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import theory_gradient as tg
+from studies import theory_gradient as tg
 
 
 def random_network(dim, seed=0):

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import theory_quantization as tq
-from benchmarks.theory import circle, principal, unit_scale
-from benchmarks.theory_figures import fill, number, plots, tables
+from studies import theory_quantization as tq
+from studies.theory import circle, principal, unit_scale
+from studies.theory_figures import fill, number, plots, tables
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +78,7 @@ def test_numbers_are_short():
     ]  # fmt: skip
 
 
-RESULT = CHECKOUT / "benchmarks/results/theory.json"
+RESULT = CHECKOUT / "studies/results/theory.json"
 
 
 def test_the_pages_tables_are_the_measured_ones():

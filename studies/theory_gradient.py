@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.theory_diffusion import slope
 from ddoq_ray.core.distortion import assign, w2_squared
 from ddoq_ray.core.gram_kmeans import gram_kmeans
 from ddoq_ray.core.rng import philox
+from studies.theory_diffusion import slope
 
 HIDDEN, LOGITS = 32, 10
 _BEND = 4 / (3 * math.sqrt(3))  # largest slope of tanh' = 1 - tanh^2

@@ -1,4 +1,4 @@
-"""Tables and plots of the rows of `benchmarks.theory`. Nothing is measured here."""
+"""Tables and plots of the rows of `studies.theory`. Nothing is measured here."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import theory_diffusion as td
-from benchmarks import theory_reverse as tr
+from studies import theory_diffusion as td
+from studies import theory_reverse as tr
 
 SDES = [tr.Forward("ve"), tr.Forward("vp")]
 

@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import theory_diffusion, theory_gradient, theory_quantization
 from benchmarks.provenance import parser, provenance
 from benchmarks.quantize import synthetic
-from benchmarks.theory_figures import fill, plots, tables
-from benchmarks.theory_reverse import Forward
 from ddoq_ray.core.rng import philox
+from studies import theory_diffusion, theory_gradient, theory_quantization
+from studies.theory_figures import fill, plots, tables
+from studies.theory_reverse import Forward
 
 Rows = list[dict[str, Any]]
 Sets = dict[str, np.ndarray]

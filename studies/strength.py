@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits import summarize
 from benchmarks.provenance import finish, parser
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
@@ -19,6 +18,7 @@ from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.execution.session import ray_session
 from ddoq_ray.stages.prepare.step import digit_shards
 from ddoq_ray.storage.folder import Folder
+from studies.digits import summarize
 
 
 def write_selection(folder: str) -> list[str]:

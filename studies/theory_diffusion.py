@@ -1,4 +1,4 @@
-"""Theorem 13, Corollary 15 and Remark 14 as measurements, by `benchmarks.theory_reverse`. No network.
+"""Theorem 13, Corollary 15 and Remark 14 as measurements, by `studies.theory_reverse`. No network.
 
 Shapes: N points of the measure, d dimensions, M starts, K centroids.
 """
@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.theory_reverse import (
+from ddoq_ray.core.baselines import lloyd
+from ddoq_ray.core.distortion import assign
+from ddoq_ray.core.gram_kmeans import gram_kmeans
+from ddoq_ray.core.rng import philox
+from studies.theory_reverse import (
     BLOCK,
     FUNCTIONS,
     Forward,
@@ -25,10 +29,6 @@ from benchmarks.theory_reverse import (
     reverse_paths,
     score_growth,
 )
-from ddoq_ray.core.baselines import lloyd
-from ddoq_ray.core.distortion import assign
-from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.core.rng import philox
 
 _FEW_DIMENSIONS = 32
 _NEAR = 0  # stands for a K among the paired starts
