@@ -53,7 +53,7 @@ class Clvq:
           open and starts its counts at 1 for points that need not be samples.
         * Algorithm 1 line 7 keeps weights by a recursion whose step is left open. With the global step 1/t
           (t = samples so far) they are the counts over their sum; with the winner's own step 1/v they are far
-          from the Voronoi masses (`ddoq_ray.core.companion`). So counts are kept, and weights are
+          from the Voronoi masses (`tests/support/companion.py` is that recursion). So counts are kept, and weights are
           counts/sum.
         * `batch` > 1 freezes centroids and counts for the winners of one mini-batch, then applies its steps
           in order (for `paper` this is Sculley's mini-batch k-means). Borders depend only on the sample's

@@ -128,23 +128,24 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     n = len(differences)
     mean, std = mean_std(differences)
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    t, t_p = _t_test(mean, std, n)
+    t, t_p = _t_test(differences, mean, std)
     return PairedDifference(mean, std, n, wins, losses, t, t_p, _sign_test(wins, losses))
 
 
-def _t_test(mean: float, std: float, n: int) -> tuple[float, float]:
-    if n == 1 or math.isnan(mean):
+def _t_test(differences: Sequence[float], mean: float, std: float) -> tuple[float, float]:
+    if len(differences) == 1 or math.isnan(mean):
         return math.nan, math.nan
     if std == 0:
         return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0)
-    # Slow to import, and only reports need it.
-    from scipy.special import stdtr
+    from scipy.stats import ttest_1samp  # slow to import, and only reports need it
 
-    t = mean / (std / math.sqrt(n))
-    return t, 2 * float(stdtr(n - 1, -abs(t)))
+    found = ttest_1samp(differences, 0.0)
+    return float(found.statistic), float(found.pvalue)
 
 
 def _sign_test(wins: int, losses: int) -> float:
-    trials = wins + losses
-    tail = sum(math.comb(trials, i) for i in range(min(wins, losses) + 1))
-    return min(1.0, float(2 * tail / 2**trials))
+    if wins + losses == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from support.companion import clvq_as_printed, companion_weights
 
 from ddoq_ray.core.clvq import Clvq
-from ddoq_ray.core.companion import clvq_as_printed, companion_weights
 from ddoq_ray.core.distortion import total_variation, voronoi_counts
 
 
