@@ -19,7 +19,7 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 	$(BIN)/ddoq-ray $(ARGS)
 
 test: $(VENV)/.installed  ## the default suite, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 	$(BIN)/python -m pytest -m ''

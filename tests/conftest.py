@@ -17,15 +17,8 @@ from ddoq_ray.data.tar_writing import write_tar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share this process's Ray run first, one after another: starting it costs seconds.
-
-    With several processes (`pytest -n`) one of them takes these, and the others a module at a time, for the fixtures
-    that its tests share.
-    """
+    """Tests that share this process's Ray run first, one after another: starting it costs seconds."""
     items.sort(key=lambda item: "ray_here" not in getattr(item, "fixturenames", ()))
-    for item in items:
-        shared = "ray_here" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("Ray" if shared else item.nodeid.split("::")[0]))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
