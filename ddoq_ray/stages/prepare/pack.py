@@ -91,7 +91,7 @@ def hold_out(
 def cut(order: Sequence[Rows], sizes: npt.NDArray[np.int64], samples: int, max_bytes: int) -> list[Rows]:
     """Class after class, cut into shards of at most so many samples and bytes, and at least one sample.
 
-    >>> [s.tolist() for s in cut([np.array([0, 2]), np.array([1, 3])], np.array([10, 10, 5000, 10]), 3, 8000)]
+    >>> [s.tolist() for s in cut([np.array([0, 2]), np.array([1, 3])], np.array([10, 10, 5000, 10]), 3, 9000)]
     [[0, 2], [1, 3]]
     """
     rows = np.concatenate(list(order)) if order else np.empty(0, np.int64)
