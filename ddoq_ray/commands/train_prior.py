@@ -8,6 +8,7 @@ from ddoq_ray.commands.training import train
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.network_training import DIGITS_SIDE, TrainPriorConfig
 from ddoq_ray.config.presets import BROUGHT
+from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
 from ddoq_ray.models.training.prior import train_prior
 
@@ -18,7 +19,8 @@ def main(command: TrainPriorConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    train(command, train_prior, "train-prior", config=command.training, run_by=run_by(command))
+    teacher = None if command.teacher is None else load_classifier(command.teacher)
+    train(command, train_prior, "train-prior", config=command.training, teacher=teacher, run_by=run_by(command))
 
 
 def run_by(command: TrainPriorConfig) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class PriorTraining:
     kl_weight: float = option(
         1e-3, "weight of the KL term (a mean over latent values) against the mean squared pixel error"
     )
+    feature_weight: float = option(
+        0.1, "weight of the relative squared distance of the teacher's feature maps, where a teacher is given"
+    )
+    autoencoder_ema: float = option(0.998, "decay of the autoencoder's averaged weights, which are the ones saved")
     denoiser: str = option("unet", "the denoiser's architecture: unet or dit")
     unet_widths: tuple[int, ...] = option((32, 64), "unet: channels of the levels")
     unet_layers: int = option(1, "unet: residual blocks of a level")
@@ -44,7 +48,15 @@ class PriorTraining:
     )
     prediction_type: str = option("epsilon", "what the denoiser predicts: epsilon or v_prediction")
     beta_schedule: str = option("linear", "the noise schedule, by diffusers' name")
+    zero_snr: bool = option(False, "rescale the schedule to end in pure noise; wants prediction_type=v_prediction")
+    min_snr: float | None = option(None, "gamma of min-SNR weighting, such as 5; null = none")
     flip: bool = option(False, "mirror images at random")
+    minutes: float | None = option(
+        None, "train for this long instead of for a number of steps; the bytes then depend on the machine's speed"
+    )
+    autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
+    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
     dtype: str = option("float16", "of the saved weights: float32, float16 or bfloat16")
 
     def __post_init__(self) -> None:
@@ -57,15 +69,42 @@ class PriorTraining:
             self.prediction_type in ("epsilon", "v_prediction"),
             f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}",
         )
-        for name in ("latent_channels", "autoencoder_steps", "autoencoder_batch", "denoiser_steps", "denoiser_batch"):
+        require(
+            self.precision in ("float32", "bfloat16"),
+            f"prior training: precision must be float32 or bfloat16, got {self.precision!r}",
+        )
+        require(
+            self.minutes is None or self.minutes > 0, f"prior training: minutes must be positive, got {self.minutes}"
+        )
+        require(
+            0 < self.autoencoder_share < 1,
+            f"prior training: autoencoder_share must lie in (0, 1), got {self.autoencoder_share}",
+        )
+        require(
+            not self.zero_snr or self.prediction_type == "v_prediction",
+            "prior training: zero_snr=true needs prediction_type=v_prediction: from pure noise, epsilon says nothing",
+        )
+        for name in ("kl_weight", "feature_weight"):
+            require(getattr(self, name) >= 0, f"prior training: {name} must be 0 or more, got {getattr(self, name)}")
+        require(
+            self.min_snr is None or self.min_snr > 0, f"prior training: min_snr must be positive, got {self.min_snr}"
+        )
+        for name in (
+            "latent_channels",
+            "checkpoint_every",
+            "autoencoder_steps",
+            "autoencoder_batch",
+            "denoiser_steps",
+            "denoiser_batch",
+        ):
             require(getattr(self, name) >= 1, f"prior training: {name} must be positive, got {getattr(self, name)}")
         for name in ("autoencoder_widths", "unet_widths"):
             widths = getattr(self, name)
             fit = bool(widths) and not any(width % GROUPS for width in widths)
             require(fit, f"prior training: {name} must be multiples of {GROUPS}, got {widths}")
         require(
-            0 <= self.ema < 1 and 0 <= self.label_dropout < 1,
-            "prior training: ema and label_dropout must lie in [0, 1)",
+            0 <= self.ema < 1 and 0 <= self.autoencoder_ema < 1 and 0 <= self.label_dropout < 1,
+            "prior training: ema, autoencoder_ema and label_dropout must lie in [0, 1)",
         )
 
 
@@ -129,6 +168,9 @@ class TrainingCommand:
 
 @dataclass(frozen=True)
 class TrainPriorConfig(TrainingCommand):
+    teacher: str | None = option(
+        None, "classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
+    )
     training: PriorTraining = option(PriorTraining, "how the prior is trained")
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from ddoq_ray.models.cifar_resnet import WIDTHS, CifarResNet
 from ddoq_ray.models.folders import content_digest, published_folder, read_json, resolve_folder, write_json
 from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_pointers, fit_names, read_tensors
 
@@ -26,6 +27,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _TORCHVISION_PREFIX = "torchvision:"
 _SMALL = re.compile(r"(convnet3|resnet18-small)(?:-w(\d+))?")
+_CIFAR = re.compile(r"resnet(\d+)-cifar")
 # torchvision families whose last linear layer is the head and whose output is one tensor.
 _FAMILIES = (
     "alexnet", "convnext", "densenet", "efficientnet", "maxvit", "mnasnet", "mobilenet", "regnet", "resnet",
@@ -164,7 +166,7 @@ def build_classifier(
 
     Args:
         arch: "convnet3" (width 128) or "convnet3-w<width>"; "resnet18-small" (width 64) or
-            "resnet18-small-w<width>"; or a torchvision classification model such as "resnet18", "swin_t".
+            "resnet18-small-w<width>"; "resnet<depth>-cifar" (depth 20, 32, 44, 56, 110); or a torchvision classification model such as "resnet18", "swin_t".
         num_classes: C.
         image_size: S.
         mean: of the pixels in [0, 1], a channel.
@@ -185,7 +187,9 @@ def build_classifier(
 
 
 def _build_trunk(arch: str, image_size: int) -> tuple[nn.Module, int]:
-    small = _SMALL.fullmatch(arch)
+    small, cifar = _SMALL.fullmatch(arch), _CIFAR.fullmatch(arch)
+    if cifar is not None:
+        return CifarResNet(int(cifar.group(1))), WIDTHS[-1]
     if small is None:
         return _torchvision_trunk(torchvision_model(arch))
     name, width = small.group(1), small.group(2)
@@ -207,7 +211,7 @@ def torchvision_model(arch: str, weights: Any = None) -> nn.Module:
         families = [name for name in known if name.startswith(_FAMILIES)]
         raise ValueError(
             f"classifier: unknown architecture {arch!r}; expected convnet3[-w<width>], "
-            f"resnet18-small[-w<width>] or one of torchvision's {families}"
+            f"resnet18-small[-w<width>], resnet<depth>-cifar or one of torchvision's {families}"
         )
     return torchvision.models.get_model(arch, weights=weights)
 

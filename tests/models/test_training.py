@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.classifiers import build_classifier, load_classifier
+from ddoq_ray.models.features import FeatureLevels
+from ddoq_ray.models.fidelity import reconstructions
 from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
+from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.course import Course, Passes
 from ddoq_ray.models.training.prior import PriorTraining, batches, one_cycle, train_prior
 from ddoq_ray.models.training.teacher import TeacherTraining, accuracy, train_teacher
 
@@ -63,6 +68,84 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     assert load_prior(tmp_path / "c").id != a.id
 
 
+class Stopped(Exception):
+    """Raised in the middle of a training."""
+
+
+@pytest.mark.parametrize("phase, at", [("autoencoder", 2), ("denoiser", 1)])
+def test_a_stopped_prior_training_goes_on_to_the_same_bytes(tmp_path, phase, at):
+    images, ids = data()
+    teacher = build_classifier("convnet3-w8", 2, 8, seed=3)
+    config = PriorTraining(
+        checkpoint_every=15, flip=True, feature_weight=0.1, prediction_type="v_prediction", zero_snr=True, min_snr=5.0,
+        **TINY,
+    )  # fmt: skip
+    train_prior(images, ids, CLASSES, tmp_path / "whole", config=config, teacher=teacher)
+    saved = []
+    save = Checkpoints.save
+
+    def stop(self, state):
+        save(self, state)
+        saved.append(state.get("running", {}).get("phase"))
+        if saved.count(phase) == at:
+            raise Stopped
+
+    Checkpoints.save = stop
+    try:
+        with pytest.raises(Stopped):
+            train_prior(images, ids, CLASSES, tmp_path / "cut", config=config, teacher=teacher)
+    finally:
+        Checkpoints.save = save
+    other = PriorTraining(**{**asdict(config), "ema": 0.5})
+    with pytest.raises(ValueError, match=r"unfinished training.*\(options differ\)"):
+        train_prior(images, ids, CLASSES, tmp_path / "cut", config=other, teacher=teacher)
+    made: list[tuple[str, int]] = []
+    train_prior(
+        images, ids, CLASSES, tmp_path / "cut", config=config, teacher=teacher,
+        on_progress=lambda phase, step, steps, loss: made.append((phase, step)),
+    )  # fmt: skip
+    assert ("autoencoder" in dict(made)) == (phase == "autoencoder")  # a finished phase is not run again
+    for part in ("vae", "unet"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_training_by_time_ends_by_time_and_its_rate_is_a_bow():
+    course = Course(10, seconds=1.0)
+    rates = []
+    for _ in course:
+        rates.append(course.rate(1.0))
+        course.spent += 0.02
+    assert 45 <= course.done <= 51 and course.expected == course.done
+    assert max(rates) > 0.99 and rates[0] < 0.5 and rates[-1] < 0.02
+    by_steps = Course(50)
+    rates = [by_steps.rate(1.0) for _ in by_steps]
+    assert len(rates) == 50 and max(rates) > 0.99 and 0 < rates[-1] < 0.01 and 0 < rates[0] < 0.2
+
+
+def test_passes_see_every_row_once_and_any_step_alone():
+    passes = Passes(10, 4, (0, "x"))
+    flat = np.concatenate([passes.rows(step) for step in range(5)])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and list(flat[:10]) != list(flat[10:])
+    assert np.array_equal(Passes(10, 4, (0, "x")).rows(3), passes.rows(3))
+    assert sorted(Passes(3, 8, (0,)).rows(7)) == [0, 1, 2]
+
+
+def test_features_of_a_teacher_make_reconstructions_that_it_knows(tmp_path):
+    images, ids = data(64)
+    train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=10))
+    teacher = load_classifier(tmp_path / "t")
+    distances = {}
+    for weight in (0.0, 0.3):
+        config = PriorTraining(**TINY, feature_weight=weight)
+        train_prior(images, ids, CLASSES, tmp_path / f"p{weight}", config=config, teacher=teacher)
+        made = reconstructions(load_prior(tmp_path / f"p{weight}").autoencoder, images)
+        x, y = (torch.from_numpy(a).float() / 255 for a in (made, images))
+        distances[weight] = float(FeatureLevels(teacher).distance(x, y))
+    assert distances[0.3] < 0.9 * distances[0.0]
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path):
     images, ids = data()
     state = torch.random.get_rng_state()
@@ -103,7 +186,8 @@ def test_sgd_and_a_failed_run_leaves_nothing(tmp_path):
         train_teacher(images, ids, CLASSES, tmp_path / "u", config=config, on_progress=stop)
     with pytest.raises(KeyboardInterrupt):
         train_prior(images, ids, CLASSES, tmp_path / "u", config=PriorTraining(**TINY), on_progress=stop)
-    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    # Nothing but what a stopped training goes on from.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "u.training"]
     with pytest.raises(ValueError, match="exists already"):  # before training, not after
         train_prior(images, ids, CLASSES, tmp_path / "t", config=PriorTraining(**TINY), on_progress=stop)
 

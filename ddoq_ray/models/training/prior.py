@@ -1,7 +1,7 @@
 """Train a small class-conditional prior: a KL autoencoder, then a diffusion model on its latents.
 
-Meant for small images (the shipped digits prior, CIFAR-sized sets) in one process; for photographs use a
-published prior such as facebook/DiT-XL-2-256. Everything is seeded by generators of its own.
+Meant for small images (the shipped digits prior, CIFAR-sized sets); for photographs use a published prior such as
+facebook/DiT-XL-2-256. Everything is seeded by keys of its own, and goes on from a checkpoint where it was stopped.
 
 Shape suffixes: N images, B batch, C latent channels, h w latent size, S image size.
 """
@@ -11,22 +11,30 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
-from ddoq_ray.config.network_training import GROUPS, PriorTraining
+from ddoq_ray.config.network_training import PriorTraining
+from ddoq_ray.models.classifiers import Classifier
+from ddoq_ray.models.features import FeatureLevels
 from ddoq_ray.models.folders import check_free, published_folder
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.training.autoencoder import AutoencoderTraining, build_autoencoder
+from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.course import Course, Passes
+from ddoq_ray.models.training.denoiser import Denoiser, DenoiserTraining, build_denoiser, scheduler_of
 
 Progress = Callable[[str, int, int, float], None]
 _REPORT_EVERY = 50
+_ENCODED_AT_ONCE = 256
 
 
 def train_prior(
@@ -36,6 +44,7 @@ def train_prior(
     out: str | os.PathLike[str],
     *,
     config: PriorTraining | None = None,
+    teacher: Classifier | None = None,
     device: str | torch.device = "cpu",
     on_progress: Progress | None = None,
     overwrite: bool = False,
@@ -48,8 +57,10 @@ def train_prior(
         images: uint8 [N, 3, S, S].
         class_ids: int64 [N], labels 0 .. len(classes) - 1.
         classes: names in label order.
-        out: folder to write, whole or not at all.
+        out: folder to write, whole or not at all. A stopped training is kept in `<out>.training`, and goes on from
+            there.
         config: see `PriorTraining`.
+        teacher: a classifier of such images; the autoencoder then keeps what it sees (`feature_weight`).
         device: where to train.
         on_progress: called with (phase, step, steps, loss) now and then; phases "autoencoder" and "denoiser".
         overwrite: replace an existing folder.
@@ -60,48 +71,205 @@ def train_prior(
         What ddoq_prior.json records under "training": the configuration, versions and final losses.
 
     Raises:
-        ValueError: images and labels that do not fit, or an existing `out`.
+        ValueError: images and labels that do not fit, an existing `out`, or a stopped training of other settings.
     """
     config = config or PriorTraining()
     check_free(out, overwrite=overwrite)
     check_images(images, class_ids, classes)
-    order = canonical_order(images, class_ids)
-    images, class_ids = images[order], class_ids[order]
     size = images.shape[-1]
     factor = 2 ** (len(config.autoencoder_widths) - 1)
     if size % factor:
         raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
-    device = torch.device(device)
-    report = on_progress or (lambda phase, step, steps, loss: None)
-    pixels = (torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1.0).to(device)
-    labels = torch.from_numpy(np.ascontiguousarray(class_ids)).long().to(device)
-
-    vae, reconstruction = _train_autoencoder(pixels, config, report)
-    with torch.inference_mode():
-        sides = [pixels] + ([pixels.flip(-1)] if config.flip else [])
-        latents = torch.cat([vae.encode(b).latent_dist.mode() for side in sides for b in side.split(256)])
-    vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
-    denoiser, loss = _train_denoiser(
-        latents.clone() * vae.config["scaling_factor"],
-        labels.repeat(len(sides)),
-        len(classes),
+    order, digest = canonical_order(images, class_ids)
+    identity = {
+        "options": {**asdict(config), "autoencoder_widths": list(config.autoencoder_widths),
+                    "unet_widths": list(config.unet_widths)},
+        "images": digest, "classes": list(classes), "teacher": None if teacher is None else teacher.id,
+        "torch": str(torch.__version__), "diffusers": str(diffusers.__version__),
+        "device": torch.device(device).type, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    training = _Training(
+        Pictures(images, class_ids, order),
         config,
-        report,
+        torch.device(device),
+        Checkpoints(out, identity, overwrite=overwrite),
+        on_progress or (lambda phase, step, steps, loss: None),
     )
+    training.open()
+    vae = training.autoencoder(size, None if teacher is None else FeatureLevels(teacher.to(device)))
+    denoiser = training.denoiser(vae, len(classes))
     record = {
-        "options": asdict(config),
-        "images": len(images),
-        "pixel_mse": reconstruction,
-        "denoising_loss": loss,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "threads": torch.get_num_threads(),
-        **(extra or {}),
-    }
-    prior = ClassConditionalPrior(vae, denoiser, _scheduler(config), classes=list(classes), device=device)
+        **identity, "images": len(images), "images_digest": digest, **training.facts, **(extra or {}),
+    }  # fmt: skip
+    prior = ClassConditionalPrior(vae, denoiser, scheduler_of(config), classes=list(classes), device=device)
     with published_folder(out, overwrite=overwrite) as work:
         prior.save(work, {**(run_by or {}), "training": record}, dtype=config.dtype)
+    training.checkpoints.remove()
     return record
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Training images in an order that does not depend on the shards'.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+        class_ids: int64 [N].
+        order: int64 [N], the row of `images` that stands at each place.
+    """
+
+    images: npt.NDArray[np.uint8]
+    class_ids: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def pixels(self, places: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+        """float32 [B, 3, S, S] in [-1, 1] at some places."""
+        rows = np.ascontiguousarray(self.images[self.order[places]])
+        return torch.from_numpy(rows).to(device).float() / 127.5 - 1.0
+
+    def labels(self, places: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+        """int64 [B] at some places."""
+        return torch.from_numpy(self.class_ids[self.order[places]].astype(np.int64)).to(device)
+
+
+class _Training:
+    """The two phases, and the checkpoints between their steps."""
+
+    def __init__(
+        self,
+        data: Pictures,
+        config: PriorTraining,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        report: Progress,
+    ) -> None:
+        self.data, self.config, self.device = data, config, device
+        self.checkpoints, self.report = checkpoints, report
+        self.state: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Take up what was saved."""
+        self.state = self.checkpoints.open() or {}
+        self.facts = self.state.get("facts", {})
+
+    def autoencoder(self, size: int, teacher: FeatureLevels | None) -> AutoencoderKL:
+        config = self.config
+        vae = seeded(config.seed, lambda: build_autoencoder(size, config)).to(self.device)
+        if "autoencoder" in self.state:  # this phase is over
+            vae.load_state_dict(self.state["autoencoder"])
+            return vae.eval().requires_grad_(False)
+        training = AutoencoderTraining(vae, config, teacher)
+        passes = Passes(len(self.data), config.autoencoder_batch, (config.seed, "autoencoder"))
+
+        def step(number: int, rate: float) -> dict[str, float]:
+            return training.step(self.data.pixels(passes.rows(number), self.device), number, rate)
+
+        self._phase("autoencoder", training, step, config.autoencoder_steps, config.autoencoder_lr)
+        vae = training.finish()
+        self.state = {"autoencoder": vae.state_dict()}
+        return vae
+
+    def denoiser(self, vae: AutoencoderKL, num_classes: int) -> Denoiser:
+        config = self.config
+        sides = 2 if config.flip else 1
+        latents, mean, std = self._latents(vae, sides)
+        # A mean and a deviation for each channel: the denoiser's noise schedule assumes 0 and 1.
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0)
+        shape = (int(latents.shape[1]), int(latents.shape[2]), int(latents.shape[3]))
+        network = seeded(config.seed + 1, lambda: build_denoiser(shape, num_classes, config)).to(self.device)
+        training = DenoiserTraining(network, num_classes, config)
+        n = len(self.data)
+        passes = Passes(sides * n, config.denoiser_batch, (config.seed, "denoiser"))
+        shift, scale = (torch.from_numpy(x).view(1, -1, 1, 1).to(self.device) for x in (mean, std))
+
+        def step(number: int, rate: float) -> dict[str, float]:
+            rows = passes.rows(number)
+            z = torch.from_numpy(latents[rows]).to(self.device).float()
+            return training.step((z - shift) / scale, self.data.labels(rows % n, self.device), number, rate)
+
+        self._phase("denoiser", training, step, config.denoiser_steps, config.denoiser_lr)
+        return training.finish()
+
+    def _latents(self, vae: AutoencoderKL, sides: int) -> tuple[npt.NDArray[np.float16], Any, Any]:
+        """(float16 [sides N, C, h, w] in a file, mean, std float32 [C]); encoded once, mirrored ones behind."""
+        file = self.checkpoints.folder / "latents.npy"
+        if "moments" not in self.state or not file.exists():
+            moments = write_latents(vae, self.data, sides, file, self.device)
+            self.state["moments"] = [torch.from_numpy(m) for m in moments]
+            self.checkpoints.save({**self.state, "facts": self.facts})
+        mean, std = (m.numpy() for m in self.state["moments"])
+        return np.load(file, mmap_mode="r"), mean, std
+
+    def _phase(
+        self,
+        name: str,
+        training: AutoencoderTraining | DenoiserTraining,
+        step: Callable[[int, float], dict[str, float]],
+        steps: int,
+        peak: float,
+    ) -> None:
+        """Run a phase to its end, from where it was stopped."""
+        config, running = self.config, {}
+        seconds = None
+        if config.minutes is not None:
+            share = config.autoencoder_share if name == "autoencoder" else 1 - config.autoencoder_share
+            seconds = 60 * config.minutes * share
+        course = Course(steps, seconds)
+        begun = self.state.get("running")
+        if begun is not None and begun["phase"] == name:
+            training.restore(begun["training"])
+            course = Course(steps, seconds, **begun["course"])
+            running = dict(begun["losses"])
+        kept = {key: value for key, value in self.state.items() if key != "running"}
+        for number in course:
+            losses = step(number, course.rate(peak))
+            if not all(np.isfinite(loss) for loss in losses.values()):
+                raise ValueError(
+                    f"prior training: the {name}'s loss is {losses} at step {number}; lower training.{name}_lr "
+                    f"(now {peak:g})"
+                )
+            running = {key: loss + 0.99 * (running.get(key, loss) - loss) for key, loss in losses.items()}
+            made = number + 1
+            if made % _REPORT_EVERY == 0:
+                self.report(name, made, course.expected, sum(running.values()))
+            if made % config.checkpoint_every == 0:
+                now = {"phase": name, "training": training.state(), "course": {"done": made, "spent": course.spent},
+                       "losses": running}  # fmt: skip
+                self.checkpoints.save({**kept, "running": now, "facts": self.facts})
+        self.report(name, course.done, course.done, sum(running.values()))
+        self.state = kept
+        self.facts[f"{name}_steps"] = course.done
+        self.facts[f"{name}_seconds"] = round(course.spent)
+        self.facts[f"{name}_losses"] = running
+
+
+@torch.inference_mode()
+def write_latents(
+    vae: AutoencoderKL, data: Pictures, sides: int, file: Path, device: torch.device
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Encode all images into the file; their mean and deviation by channel, float32 [C] each."""
+    n, out, total, squares, count = len(data), None, 0.0, 0.0, 0
+    for side in range(sides):
+        for first in range(0, n, _ENCODED_AT_ONCE):
+            places = np.arange(first, min(first + _ENCODED_AT_ONCE, n))
+            x = data.pixels(places, device)
+            z = vae.encode(x.flip(-1) if side else x).latent_dist.mode().float().cpu().numpy()
+            if out is None:
+                out = np.lib.format.open_memmap(file, "w+", np.float16, (sides * n, *z.shape[1:]))
+            out[side * n + first : side * n + first + len(z)] = z
+            z64 = z.astype(np.float64)
+            total = total + z64.sum((0, 2, 3))
+            squares = squares + np.square(z64).sum((0, 2, 3))
+            count += z[:, 0].size
+    assert out is not None, "check_images refuses an empty set"
+    out.flush()
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 1e-12))
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
 def check_images(images: np.ndarray, class_ids: np.ndarray, classes: Sequence[str]) -> None:
@@ -118,12 +286,23 @@ def check_images(images: np.ndarray, class_ids: np.ndarray, classes: Sequence[st
         )
 
 
-def canonical_order(images: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
-    """int64 [N]: rows by class, then by content, so that training does not depend on the shards' order."""
+def canonical_order(images: np.ndarray, class_ids: np.ndarray) -> tuple[npt.NDArray[np.int64], str]:
+    """(int64 [N]: rows by class, then by content, so that training does not depend on the shards' order; a digest)."""
     keys = [
         (int(c), hashlib.blake2b(x.tobytes(), digest_size=16).digest()) for c, x in zip(class_ids, images, strict=True)
     ]
-    return np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    digest = hashlib.blake2b(digest_size=8)
+    for row in order:
+        digest.update(keys[row][0].to_bytes(8, "little") + keys[row][1])
+    return np.asarray(order, dtype=np.int64), digest.hexdigest()
+
+
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """Build a network from `seed`, leaving the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return build()
 
 
 def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
@@ -137,127 +316,6 @@ def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
         order = order[batch:]
 
 
-def _train_autoencoder(pixels: Tensor, config: PriorTraining, report: Progress) -> tuple[AutoencoderKL, float]:
-    levels = len(config.autoencoder_widths)
-    vae = _seeded(
-        config.seed,
-        lambda: AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=config.autoencoder_widths,
-            layers_per_block=1,
-            latent_channels=config.latent_channels,
-            norm_num_groups=GROUPS,
-            sample_size=pixels.shape[-1],
-            mid_block_add_attention=False,
-        ),
-    ).to(pixels.device)
-    optimizer, schedule = _optimizer(vae, config.autoencoder_lr, config.autoencoder_steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    running, steps = 0.0, config.autoencoder_steps
-    for step, index in enumerate(batches(len(pixels), config.autoencoder_batch, steps, generator), start=1):
-        x = pixels[index.to(pixels.device)]
-        if config.flip:
-            mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        posterior = vae.encode(x).latent_dist
-        # Noise from the CPU's generator: the same numbers on every device.
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        z = posterior.mean + posterior.std * noise
-        error = F.mse_loss(vae.decode(z).sample, x)
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-        _step(error + config.kl_weight * kl, vae, optimizer, schedule)
-        running = error.item() if step == 1 else 0.98 * running + 0.02 * error.item()
-        if step % _REPORT_EVERY == 0 or step == steps:
-            report("autoencoder", step, steps, running)
-    return vae.eval(), running
-
-
-def _train_denoiser(
-    latents: Tensor, labels: Tensor, num_classes: int, config: PriorTraining, report: Progress
-) -> tuple[UNet2DModel | DiTTransformer2DModel, float]:
-    channels, size = latents.shape[1], latents.shape[2]
-    model = _seeded(config.seed + 1, lambda: _build_denoiser(channels, size, num_classes, config)).to(latents.device)
-    # Stays in eval mode: diffusers' DiT drops labels by itself while training, in each block apart and from
-    # the global generator; labels are dropped here instead, for the whole network. There is no other dropout.
-    model.eval()
-    average = [p.detach().clone() for p in model.parameters()]
-    optimizer, schedule = _optimizer(model, config.denoiser_lr, config.denoiser_steps)
-    scheduler = _scheduler(config)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    running, steps = 0.0, config.denoiser_steps
-    for step, index in enumerate(batches(len(latents), config.denoiser_batch, steps, generator), start=1):
-        z = latents[index.to(latents.device)]
-        y = labels[index.to(latents.device)]
-        noise = torch.randn(z.shape, generator=generator).to(z.device)
-        t = torch.randint(scheduler.config["num_train_timesteps"], (len(z),), generator=generator).to(z.device)
-        dropped = (torch.rand(len(z), generator=generator) < config.label_dropout).to(z.device)
-        y = torch.where(dropped, num_classes, y)
-        noisy = scheduler.add_noise(z, noise, t)
-        target = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(z, noise, t)
-        loss = F.mse_loss(model(noisy, timestep=t, class_labels=y).sample, target)
-        _step(loss, model, optimizer, schedule)
-        with torch.no_grad():
-            # The first averages would otherwise remember the initialisation.
-            decay = min(config.ema, step / (step + 10))
-            torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1.0 - decay)
-        running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
-        if step % _REPORT_EVERY == 0 or step == steps:
-            report("denoiser", step, steps, running)
-    with torch.no_grad():
-        for parameter, mean in zip(model.parameters(), average, strict=True):
-            parameter.copy_(mean)
-    return model, running
-
-
-def _build_denoiser(
-    channels: int, size: int, num_classes: int, config: PriorTraining
-) -> UNet2DModel | DiTTransformer2DModel:
-    if config.denoiser == "dit":
-        return DiTTransformer2DModel(
-            num_attention_heads=config.dit_heads,
-            attention_head_dim=config.dit_width // config.dit_heads,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=config.dit_layers,
-            norm_num_groups=1,
-            sample_size=size,
-            patch_size=config.dit_patch,
-            num_embeds_ada_norm=num_classes,
-        )
-    levels = len(config.unet_widths)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=config.unet_layers,
-        block_out_channels=config.unet_widths,
-        down_block_types=("DownBlock2D",) * levels,
-        up_block_types=("UpBlock2D",) * levels,
-        norm_num_groups=GROUPS,
-        num_class_embeds=num_classes + 1,  # the last row is the null label
-    )
-
-
-def _scheduler(config: PriorTraining) -> DDIMScheduler:
-    # clip_sample, diffusers' default, cuts at +-1: right for pixels, ruinous for latents of unit deviation.
-    return DDIMScheduler(clip_sample=False, prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
-
-
-def _seeded(seed: int, build: Callable[[], Any]) -> Any:
-    """Build a network from `seed`, leaving the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        return build()
-
-
-def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2, betas=(0.9, 0.99))
-    return optimizer, one_cycle(optimizer, lr, max(steps, 2), warm_up=0.05)
-
-
 def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_up: float) -> Any:
     """A cosine up to `lr` over the share `warm_up` of the steps, then down to about zero; momentum stays.
 
@@ -267,11 +325,3 @@ def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_u
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=steps, pct_start=share, cycle_momentum=False
     )
-
-
-def _step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()

@@ -65,7 +65,7 @@ def train_teacher(
     check_images(images, class_ids, classes)
     if held_out is not None:
         check_images(*held_out, classes)
-    order = canonical_order(images, class_ids)
+    order, _ = canonical_order(images, class_ids)
     images, class_ids = images[order], class_ids[order]
     device = torch.device(device)
     size = images.shape[-1]

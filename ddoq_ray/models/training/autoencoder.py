@@ -1,0 +1,130 @@
+"""Training of an autoencoder: what one step does, whoever drives it.
+
+Shape suffixes: B batch, S image size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ddoq_ray.config.network_training import GROUPS, PriorTraining
+from ddoq_ray.models.features import FeatureLevels
+from ddoq_ray.models.training.averaging import Average
+from ddoq_ray.models.training.course import arithmetic, generator_of
+
+
+class AutoencoderTraining:
+    """An AutoencoderKL under training: pixels, KL, and, with a teacher, what the teacher sees.
+
+    Attributes:
+        network: the autoencoder; what is trained of it is `trained`.
+        trained: the whole network, or its decoder alone, so that latents stay what they are.
+    """
+
+    def __init__(
+        self,
+        network: AutoencoderKL,
+        config: PriorTraining,
+        teacher: FeatureLevels | None = None,
+        *,
+        decoder_only: bool = False,
+    ) -> None:
+        """Take a network, where it is."""
+        self.network, self.config, self.teacher = network, config, teacher
+        self.device = next(network.parameters()).device
+        if config.precision == "bfloat16":
+            nn.Module.to(network, memory_format=torch.channels_last)
+        parts = [network.decoder, network.post_quant_conv] if decoder_only else [network]
+        self.decoder_only = decoder_only
+        self.trained = nn.ModuleList([part for part in parts if part is not None])
+        network.requires_grad_(False)
+        self.trained.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99))
+        self.average = Average(self.trained, config.autoencoder_ema)
+
+    def step(self, pixels: Tensor, step: int, rate: float) -> dict[str, float]:
+        """One step.
+
+        Args:
+            pixels: float32 [B, 3, S, S] in [-1, 1].
+            step: its number, which keys the noise.
+            rate: the learning rate.
+
+        Returns:
+            The parts of the loss: mse (in [-1, 1]'s scale), kl (nats a latent value), features (relative).
+        """
+        generator = generator_of(self.config.seed, "autoencoder", step)
+        x = mirrored(pixels, generator) if self.config.flip else pixels
+        with arithmetic(self.device, self.config.precision):
+            posterior = self.network.encode(x).latent_dist
+            mean, variance = posterior.mean.float(), posterior.var.float()
+            # Noise from the CPU's generator: the same numbers on every device.
+            noise = torch.randn(mean.shape, generator=generator).to(self.device)
+            output = self.network.decode(mean + variance.sqrt() * noise).sample
+            parts = {"mse": F.mse_loss(output.float(), x)}
+            if not self.decoder_only:
+                parts["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
+            if self.teacher is not None:
+                parts["features"] = self.teacher.distance(output / 2 + 0.5, x / 2 + 0.5)
+        weights = {"mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        descend(loss, self.optimizer, rate)
+        self.average.update(step)
+        return {name: float(part.detach()) for name, part in parts.items()}
+
+    def finish(self) -> AutoencoderKL:
+        """The network with its averaged weights, in eval mode."""
+        self.average.apply()
+        return self.network.eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.restore(state["average"])
+
+
+def build_autoencoder(size: int, config: PriorTraining) -> AutoencoderKL:
+    """A freshly initialised autoencoder of images of `size` px."""
+    levels = len(config.autoencoder_widths)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.autoencoder_widths,
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=GROUPS,
+        sample_size=size,
+        mid_block_add_attention=False,
+    )
+
+
+def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x [B, 3, S, S], about half of the images left to right."""
+    chosen = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
+    return torch.where(chosen[:, None, None, None], x.flip(-1), x)
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One optimizer step at a learning rate, gradients cut to norm 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()

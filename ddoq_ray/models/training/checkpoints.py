@@ -1,0 +1,59 @@
+"""Where a training that was stopped goes on: one file beside the folder that it will publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Checkpoints:
+    """The state of one training, in the folder `<out>.training`.
+
+    Attributes:
+        folder: holds the checkpoint, and whatever else the training keeps until it is done.
+        identity: what the training is made of; another one's state is refused.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], identity: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Name the place; nothing is written yet."""
+        self.folder = Path(f"{os.fspath(out).rstrip('/')}.training")
+        self.identity = identity
+        self.overwrite = overwrite
+
+    def open(self) -> dict[str, Any] | None:
+        """The state that was saved last, or None; the folder exists afterwards.
+
+        Raises:
+            ValueError: the folder holds the state of another training.
+        """
+        file = self.folder / "checkpoint.pt"
+        if file.exists():
+            # Tensors and plain values only: a checkpoint is no program.
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved["identity"] == self.identity:
+                return dict(saved["state"])
+            if not self.overwrite:
+                theirs, ours = saved["identity"], self.identity
+                keys = [key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)]
+                raise ValueError(
+                    f"{self.folder} holds an unfinished training with other settings ({', '.join(sorted(keys))} "
+                    "differ); give the settings it was begun with to go on, or overwrite=true to begin anew"
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state of tensors and plain values; it replaces the last one in one step."""
+        file = self.folder / "checkpoint.pt"
+        work = file.with_suffix(".tmp")
+        torch.save({"identity": self.identity, "state": state}, work)
+        os.replace(work, file)
+
+    def remove(self) -> None:
+        """Nothing is kept of a training that is published."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Training of a latent denoiser: what one step does, whoever drives it.
+
+Shape suffixes: B batch, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor
+
+from ddoq_ray.config.network_training import GROUPS, PriorTraining
+from ddoq_ray.models.training.autoencoder import descend
+from ddoq_ray.models.training.averaging import Average
+from ddoq_ray.models.training.course import arithmetic, generator_of
+
+Denoiser = UNet2DModel | DiTTransformer2DModel
+
+
+class DenoiserTraining:
+    """A class-conditional denoiser under training: DDPM's loss, labels dropped for classifier-free guidance.
+
+    Attributes:
+        network: the denoiser.
+        num_classes: the null label, which stands for a dropped one.
+    """
+
+    def __init__(self, network: Denoiser, num_classes: int, config: PriorTraining) -> None:
+        """Take a network, where it is."""
+        self.network, self.num_classes, self.config = network, num_classes, config
+        self.device = next(network.parameters()).device
+        # Stays in eval mode: diffusers' DiT drops labels by itself while training, in each block apart and from the
+        # global generator; labels are dropped here instead, for the whole network. There is no other dropout.
+        network.eval()
+        self.scheduler = scheduler_of(config)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99))
+        self.average = Average(network, config.ema)
+
+    def step(self, latents: Tensor, labels: Tensor, step: int, rate: float) -> dict[str, float]:
+        """One step.
+
+        Args:
+            latents: float32 [B, C, h, w] of about unit deviation.
+            labels: int64 [B], 0 .. num_classes - 1.
+            step: its number, which keys noise, times and dropped labels.
+            rate: the learning rate.
+
+        Returns:
+            The loss: mse of the prediction, weighted by `min_snr` where that is given.
+        """
+        generator = generator_of(self.config.seed, "denoiser", step)
+        z, n = latents, len(latents)
+        noise = torch.randn(z.shape, generator=generator).to(self.device)
+        times = torch.randint(self.scheduler.config["num_train_timesteps"], (n,), generator=generator)
+        dropped = torch.rand(n, generator=generator) < self.config.label_dropout
+        y = torch.where(dropped.to(self.device), self.num_classes, labels)
+        t = times.to(self.device)
+        noisy = self.scheduler.add_noise(z, noise, t)
+        target = noise
+        if self.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(z, noise, t)
+        with arithmetic(self.device, self.config.precision):
+            output = self.network(noisy, timestep=t, class_labels=y).sample
+        squared = (output.float() - target).square().flatten(1).mean(1)
+        loss = (squared * self._weights(times).to(self.device)).mean()
+        descend(loss, self.optimizer, rate)
+        self.average.update(step)
+        return {"loss": float(loss.detach())}
+
+    def _weights(self, times: Tensor) -> Tensor:
+        """Min-SNR-gamma: min(SNR, gamma) on the clean latent's error (Hang et al., ICCV 2023, arXiv 2303.09556)."""
+        gamma = self.config.min_snr
+        if gamma is None:
+            return torch.ones(len(times))
+        signal = self.scheduler.alphas_cumprod[times]
+        snr = signal / (1 - signal).clamp_min(1e-12)
+        # The error of eps is SNR times the clean latent's, the error of v is SNR + 1 times.
+        scale = snr + 1 if self.config.prediction_type == "v_prediction" else snr.clamp_min(1e-12)
+        return snr.clamp_max(gamma) / scale
+
+    def finish(self) -> Denoiser:
+        """The network with its averaged weights."""
+        self.average.apply()
+        return self.network
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.restore(state["average"])
+
+
+def build_denoiser(latent_shape: tuple[int, int, int], num_classes: int, config: PriorTraining) -> Denoiser:
+    """A freshly initialised denoiser of latents [C, h, w]."""
+    channels, size, _ = latent_shape
+    if config.denoiser == "dit":
+        return DiTTransformer2DModel(
+            num_attention_heads=config.dit_heads,
+            attention_head_dim=config.dit_width // config.dit_heads,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=config.dit_layers,
+            norm_num_groups=1,
+            sample_size=size,
+            patch_size=config.dit_patch,
+            num_embeds_ada_norm=num_classes,
+        )
+    levels = len(config.unet_widths)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=config.unet_layers,
+        block_out_channels=config.unet_widths,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        norm_num_groups=GROUPS,
+        num_class_embeds=num_classes + 1,  # the last row is the null label
+    )
+
+
+def scheduler_of(config: PriorTraining) -> DDIMScheduler:
+    """The noise schedule that the denoiser learns, and is sampled with."""
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if config.zero_snr else {}
+    return DDIMScheduler(
+        # clip_sample, diffusers' default, cuts at +-1: right for pixels, ruinous for latents of unit deviation.
+        clip_sample=False,
+        prediction_type=config.prediction_type,
+        beta_schedule=config.beta_schedule,
+        **zero,
+    )
