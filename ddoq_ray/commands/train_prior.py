@@ -19,7 +19,7 @@ def main(command: TrainPriorConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    teacher = None if command.teacher is None else load_classifier(command.teacher)
+    teacher = None if command.perceptual is None else load_classifier(command.perceptual)
     train(command, train_prior, "train-prior", config=command.training, teacher=teacher, run_by=run_by(command))
 
 

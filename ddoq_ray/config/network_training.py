@@ -168,8 +168,8 @@ class TrainingCommand:
 
 @dataclass(frozen=True)
 class TrainPriorConfig(TrainingCommand):
-    teacher: str | None = option(
-        None, "classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
+    perceptual: str | None = option(
+        None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
     training: PriorTraining = option(PriorTraining, "how the prior is trained")
 

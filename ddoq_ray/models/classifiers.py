@@ -166,7 +166,8 @@ def build_classifier(
 
     Args:
         arch: "convnet3" (width 128) or "convnet3-w<width>"; "resnet18-small" (width 64) or
-            "resnet18-small-w<width>"; "resnet<depth>-cifar" (depth 20, 32, 44, 56, 110); or a torchvision classification model such as "resnet18", "swin_t".
+            "resnet18-small-w<width>"; "resnet<depth>-cifar" (depth 20, 32, 44, 56, 110); or a
+            torchvision classification model such as "resnet18", "swin_t".
         num_classes: C.
         image_size: S.
         mean: of the pixels in [0, 1], a channel.
