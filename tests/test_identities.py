@@ -24,6 +24,10 @@ VARIANTS = {
         "baselines=[]", "labels.mode=online", "synthesizer.start=noise", "protocol.optimizer=sgd",
         "protocol.schedule=step", "protocol.step_at=[2]",
     ),
+    "guided, candidates": (
+        "baselines=[]", "synthesizer.start=guided", "synthesizer.candidates=2", "synthesizer.rescale=true",
+        "synthesizer.keep=cell", "synthesizer.judge=shipped:digits-teacher",
+    ),
     "inversion, epochs": (
         "baselines=[full]", "synthesizer.start=inversion", "protocol.steps=null", "protocol.epochs=2",
         "protocol.full_epochs=1",
@@ -50,7 +54,7 @@ def test_what_a_stage_reads_is_in_its_identity(name: str, tmp_path: Path, ray_he
     log.mkdir()
     config = load_config([*SMALL, *VARIANTS[name], f"run_dir={tmp_path / 'run'}"])
     pipeline.run(recording(config, log))
-    unused = ("synthesizer.strength",) if config.synthesizer.start == "noise" else ()
+    unused = ("synthesizer.strength",) if config.synthesizer.start in ("noise", "guided") else ()
     assert left_out(config, log, *unused) == []
 
 

@@ -77,7 +77,24 @@ _RULES: tuple[Rule, ...] = (
         lambda _: "on the encode stage alone; leave it out, or run the stages after it",
     ),
     ("encoder.", lambda c: c.latents.path is not None, _fixed("latents.path gives latents that are already encoded")),
-    ("synthesizer.strength", lambda c: c.synthesizer.start == "noise", _fixed("synthesizer.start=noise is pure noise")),
+    (
+        "synthesizer.strength",
+        lambda c: c.synthesizer.start in ("noise", "guided"),
+        lambda c: f"here: synthesizer.start={c.synthesizer.start} begins with pure noise; leave one of the two out",
+    ),
+    *(
+        (f"synthesizer.{key}", lambda c: c.synthesizer.start != "guided", _fixed("synthesizer.start is not guided"))
+        for key in ("guide_until", "guide_scale", "guide_pool")
+    ),
+    *(
+        (f"synthesizer.{key}", lambda c: c.synthesizer.candidates == 1, _fixed("synthesizer.candidates=1 leaves none"))
+        for key in ("keep", "judge")
+    ),
+    (
+        "synthesizer.rescale",
+        lambda c: c.synthesizer.start == "noise",
+        _fixed("synthesizer.start=noise ignores the centroids"),
+    ),
     ("labels.workers", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
     ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),

@@ -20,7 +20,10 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 PRIOR_JSON = "ddoq_prior.json"
 OWN = "own"  # the choice for a prior that has no preset
 # What belongs to a prior: how it is run, and how a picture becomes its square.
-BROUGHT = {"synthesizer": ("start", "strength", "steps", "guidance"), "encoder": ("resize",)}
+BROUGHT = {
+    "synthesizer": ("start", "strength", "steps", "guidance", "guide_until", "guide_scale", "guide_pool"),
+    "encoder": ("resize",),
+}
 # Where the value is wrong, words; never used for values that a prior does not bring.
 _CHECKED = {"synthesizer": SynthesizerConfig, "encoder": EncoderConfig}
 

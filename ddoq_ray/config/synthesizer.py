@@ -16,14 +16,29 @@ class SynthesizerConfig:
     (studies/results/strength.json).
     """
 
-    start: Literal["noised", "inversion", "noise"] = option(
-        "noised", "noised: centroid noised to the strength, then denoised; inversion: DDIM inversion; noise: baseline"
+    start: Literal["noised", "inversion", "noise", "guided"] = option(
+        "noised",
+        "noised: centroid noised to the strength, then denoised; inversion: DDIM inversion; noise: baseline; guided: "
+        "from noise, pulled towards the centroid while there is much noise",
     )
     strength: float = option(0.1, "part of the diffusion that is run, 0 (plain decoding) to 1")
     steps: int = option(25, "diffusion steps of a whole run, of which the strength's part is done")
     guidance: float | None = option(
         1.0, "classifier-free guidance scale; 1 = none; null = 4 where the prior has a null label, else none"
     )
+    guide_until: float = option(0.5, "start=guided: pull while the noise's share of a latent is above this, 0 to 1")
+    guide_scale: float = option(0.3, "start=guided: the part of the way to the centroid that each pull goes, 0 to 1")
+    guide_pool: int = option(1, "start=guided: pull the means of squares of this many latent pixels; 1 = every value")
+    rescale: bool = option(
+        False, "widen the centroids of a class about their mean until they spread as the class's latents do"
+    )
+    candidates: int = option(1, "images made of each centroid, of which the judge keeps one")
+    keep: Literal["confident", "cell"] = option(
+        "confident",
+        "the candidate that is kept: confident: the one the judge is surest of; cell: the surest of those whose own "
+        "latent is nearest to this centroid",
+    )
+    judge: str | None = option(None, "classifier that chooses among candidates, as teacher.path; null = the teacher")
     batch: int = option(50, "images in one forward pass; part of what makes the images the same bytes")
     shard_images: int = option(50, "images in one tar: the unit of work, and what a death costs")
     min_workers: int = option(1, "decoder actors to start with")
@@ -35,6 +50,12 @@ class SynthesizerConfig:
         require(
             self.guidance is None or self.guidance >= 0, f"synthesizer.guidance={self.guidance}: expected 0 or more"
         )
+        for key in ("guide_until", "guide_scale"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"synthesizer.{key}={value}: expected 0 to 1")
+        for key in ("guide_pool", "candidates"):
+            value = getattr(self, key)
+            require(value >= 1, f"synthesizer.{key}={value}: expected 1 or more")
         require(self.batch >= 1, f"synthesizer.batch={self.batch}: expected 1 or more")
         require(self.shard_images >= 1, f"synthesizer.shard_images={self.shard_images}: expected 1 or more")
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")

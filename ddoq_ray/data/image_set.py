@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class DistilledImage:
 
 @dataclass(frozen=True)
 class NewImage:
-    """An image to write; `seed` is what its noise, or the draw of real images, came from."""
+    """An image to write; `seed` is what its noise, or the draw of real images, came from, `facts` what else is told."""
 
     class_id: int
     centroid_id: int
@@ -61,6 +61,7 @@ class NewImage:
     prompt: str
     seed: int
     png: bytes
+    facts: Mapping[str, float | int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -76,6 +77,7 @@ def write_images(images: Folder, name: str, made: Iterable[NewImage]) -> dict[st
             "weight": image.weight,
             "prompt": image.prompt,
             "seed": image.seed,
+            **image.facts,
         }
         members += [
             (f"{image.key}.png", image.png),

@@ -17,6 +17,8 @@ import ray
 from ddoq_ray.config import RunConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# The keys of `synthesizer` that a prior may refuse.
+SAMPLING = ("start", "strength", "steps", "guidance", "guide_until", "guide_scale", "guide_pool")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Networks:
         latent_shape: (C, h, w) of the prior's latents.
         image_size: Side of the images that the prior reads and makes, in pixels.
         encoder_id: Content digest of `encoder.path`'s autoencoder; empty when the prior's own encodes.
+        judge_id: Content digest of the classifier that chooses among candidates; None where nothing is chosen.
         prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
         student_takes_one: Whether the student trains on a batch of one image, which batch norm refuses.
@@ -45,6 +48,7 @@ class Networks:
     feature_dim: int
     environment: dict[str, Any]
     encoder_id: str = ""
+    judge_id: str | None = None
     prior_needs: tuple[str, ...] = ("prior_label",)
     noise_scales: tuple[float, float] | None = None
     student_takes_one: bool = True
@@ -61,6 +65,7 @@ class Inspection:
         """
         wanted, s = set(config.stages), config.synthesizer
         size = config.student.image_size
+        judge = s.judge or config.teacher.path if "synthesize" in wanted and s.candidates > 1 else None
         question = {
             "threads": config.cluster.threads,
             "prior": config.prior.path,
@@ -70,17 +75,14 @@ class Inspection:
                 "tried": "encode" in wanted and not config.latents.path,
             },
             "noise": [config.quantizer.noise_level, s.steps],
-            "synthesizer": (
-                {"start": s.start, "strength": s.strength, "steps": s.steps, "guidance": s.guidance}
-                if "synthesize" in wanted
-                else None
-            ),
+            "synthesizer": {key: getattr(s, key) for key in SAMPLING} if "synthesize" in wanted else None,
+            "judge": judge,
             "teacher": config.teacher.path if teacher else None,
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
         }
         self._threads = config.cluster.threads
         taught = config.teacher.path if teacher else None
-        self._key = (json.dumps(question), _files(config.prior.path, config.encoder.path, taught))
+        self._key = (json.dumps(question), _files(config.prior.path, config.encoder.path, taught, judge))
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:

@@ -95,6 +95,7 @@ def named_paths(config: RunConfig) -> list[Named]:
         "prior.path": config.prior.path,
         "encoder.path": config.encoder.path,
         "teacher.path": config.teacher.path,
+        "synthesizer.judge": config.synthesizer.judge,
     }
     found = []
     for key, path in given.items():

@@ -43,6 +43,10 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     if question["teacher"] is not None:
         teacher = load_classifier(question["teacher"])
         check_teacher(teacher)
+    judge = None
+    if question["judge"] is not None:
+        judge = load_classifier(question["judge"])
+        check_judge(judge, teacher)
     takes_one = True
     if question["student"] is not None:
         takes_one = check_student(**question["student"], outputs=teacher.num_classes if teacher else 2)
@@ -60,6 +64,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "teacher_outputs": teacher.num_classes if teacher else 0,
         "feature_dim": teacher.head.in_features if teacher else 0,
         "encoder_id": autoencoder.id if encoder["path"] else "",
+        "judge_id": judge.id if judge else None,
         "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
         "student_takes_one": takes_one,
         "environment": {
@@ -101,6 +106,21 @@ def check_synthesizer(prior: Prior, settings: dict[str, Any]) -> None:
     except ValueError as error:
         given = ", ".join(f"synthesizer.{key}={value}" for key, value in settings.items())
         raise ValueError(f"{error} ({given})") from error
+
+
+def check_judge(judge: Classifier, teacher: Classifier | None) -> None:
+    """Whether the classifier that chooses among candidates knows the classes by the teacher's outputs."""
+    if teacher is None:
+        return
+    same = judge.num_classes == teacher.num_classes
+    if same and judge.classes is not None and teacher.classes is not None:
+        same = judge.classes == teacher.classes
+    if not same:
+        raise ValueError(
+            f"synthesizer.judge has {judge.num_classes} outputs ({', '.join((judge.classes or ['unnamed'])[:3])}, ...) "
+            f"and the teacher {teacher.num_classes} ({', '.join((teacher.classes or ['unnamed'])[:3])}, ...); give a "
+            "judge of the same classes in the same order"
+        )
 
 
 def check_teacher(teacher: Classifier) -> None:

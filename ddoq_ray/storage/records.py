@@ -377,5 +377,9 @@ class ImageUnit:
     centroid_ids: tuple[int, ...]
 
     @property
+    def keys(self) -> list[tuple[int, int]]:
+        return list(zip(self.class_ids, self.centroid_ids, strict=True))
+
+    @property
     def name(self) -> str:
         return image_shard(self.index)

@@ -16,7 +16,7 @@ from support.tiny_networks import CLASSES, tiny_unet, tiny_vae
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
-from ddoq_ray.models.synthesis import Synthesizer
+from ddoq_ray.models.synthesis import Asked, Synthesizer
 from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
@@ -48,13 +48,13 @@ def test_a_row_follows_from_its_class_alone_and_may_be_shipped() -> None:
 def test_pictures_are_keyed_by_their_centroids() -> None:
     prior, how = prior_of(DDPMScheduler), Sampling(0.5, 2)
     z = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    made = Synthesizer(prior, seed=1, batch=1).pictures(z, INFOS, [4, 5, 6], how)
+    made = Synthesizer(prior, seed=1, batch=1).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
     assert made.shape == (3, 8, 8, 3) and made.dtype == np.uint8
-    back = Synthesizer(prior, seed=1, batch=1).pictures(z[::-1].copy(), INFOS[::-1], [6, 5, 4], how)
+    back = Synthesizer(prior, seed=1, batch=1).pictures(Asked(z[::-1].copy(), INFOS[::-1], [6, 5, 4]), how).pictures
     assert np.array_equal(made, back[::-1])
-    other = Synthesizer(prior, seed=2, batch=1).pictures(z, INFOS, [4, 5, 6], how)
+    other = Synthesizer(prior, seed=2, batch=1).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
     assert not np.array_equal(made, other)
-    together = Synthesizer(prior, seed=1, batch=3).pictures(z, INFOS, [4, 5, 6], how)
+    together = Synthesizer(prior, seed=1, batch=3).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
     assert np.abs(made.astype(int) - together).max() <= 1
 
 
@@ -62,12 +62,12 @@ def test_what_is_not_finite_is_named() -> None:
     z = np.zeros((2, 64), np.float32)
     z[1, 3] = np.nan
     with pytest.raises(ValueError, match=r"class 1 \(dog\), centroid 9, is a centroid with NaN"):
-        Synthesizer(prior_of(), 0, 2).pictures(z, INFOS[:2], [8, 9], Sampling(0.5, 4))
+        Synthesizer(prior_of(), 0, 2).pictures(Asked(z, INFOS[:2], [8, 9]), Sampling(0.5, 4))
     damaged = prior_of()
     with torch.no_grad():
         damaged.denoiser.conv_in.weight[0] = float("inf")
     with pytest.raises(ValueError, match=r"image of class 0 \(cat\), centroid 8, and 1 more"):
-        Synthesizer(damaged, 0, 2).pictures(np.zeros((2, 64), np.float32), INFOS[:2], [8, 9], Sampling(0.5, 4))
+        Synthesizer(damaged, 0, 2).pictures(Asked(np.zeros((2, 64), np.float32), INFOS[:2], [8, 9]), Sampling(0.5, 4))
 
 
 @pytest.mark.parametrize("needs", [("prior_label",), ("prompt",), ()])

@@ -27,6 +27,7 @@ def question(**changes: Any) -> dict[str, Any]:
         "noise": [0.0, 25],
         "synthesizer": {"start": "noised", "strength": 0.1, "steps": 25, "guidance": 1.0},
         "teacher": None,
+        "judge": None,
         "student": None,
     }
     return asked | changes

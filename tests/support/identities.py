@@ -44,6 +44,7 @@ ANYWHERE = {
     "prior.path": "the network's content digest stands for it",
     "teacher.path": "the same",
     "encoder.path": "the same",
+    "synthesizer.judge": "the same",
     "latents.path": "the log's own identity stands for it",
     "latents.keep": "what stays on disk after the run",
     "encoder.workers": "who works",

@@ -16,8 +16,8 @@ from torch import Tensor
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.storage.records import ClassInfo
 
-Start = Literal["noised", "given", "inversion", "noise"]
-STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise")
+Start = Literal["noised", "given", "inversion", "noise", "guided"]
+STARTS: tuple[Start, ...] = ("noised", "given", "inversion", "noise", "guided")
 PUBLISHED_GUIDANCE = 4.0  # of the works with DiT-XL/2-256
 
 
@@ -44,14 +44,23 @@ class Sampling:
         steps: number of timesteps of the whole trajectory.
         start: "noised": noise the centroid to the strength's level and denoise (SDEdit); "given": the centroid is of
             that level already, as `noise_scales` gives it; "inversion": reach that level by deterministic DDIM
-            inversion; "noise": ignore centroid and strength.
+            inversion; "noise": ignore centroid and strength; "guided": start from noise, and pull what the model takes
+            for the clean latent towards the centroid while there is more noise than `guide_until`; strength is ignored.
         guidance: classifier-free guidance scale; 1 means none.
+        guide_until: in [0, 1]: the noise's share sigma of a latent `signal * clean + sigma * noise`, with
+            signal^2 + sigma^2 = 1, down to which "guided" pulls; 0 pulls to the end, 1 never.
+        guide_scale: in [0, 1]: the part of the way to the centroid that one pull goes.
+        guide_pool: side of the squares of latent pixels whose mean is pulled; 1 pulls every value. A centroid is the
+            mean of its cell: right in what is coarse, and blurred in what is fine.
     """
 
     strength: float
     steps: int
     start: Start = "noised"
     guidance: float = 1.0
+    guide_until: float = 0.5
+    guide_scale: float = 0.3
+    guide_pool: int = 1
 
 
 class Prior(ABC):

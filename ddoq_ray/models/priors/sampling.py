@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddoq_ray.models.priors.base import STARTS, Prior, Sampling
 
@@ -51,9 +51,11 @@ class Sampler:
             raise ValueError(f"prior: steps must lie in 1 .. {trained}, got {how.steps}")
         if not 0.0 <= how.strength <= 1.0:
             raise ValueError(f"prior: strength must lie in [0, 1], got {how.strength}")
-        if how.start == "inversion":
-            self._check_inversion()
-        run = how.steps if how.start == "noise" else steps_of(how.strength, how.steps)
+        if how.start in ("inversion", "guided"):
+            self._check_clean(how.start)
+        if how.start == "guided":
+            _check_guide(how)
+        run = how.steps if how.start in ("noise", "guided") else steps_of(how.strength, how.steps)
         if run:
             try:
                 self.schedule(run, how.steps)
@@ -64,15 +66,16 @@ class Sampler:
                 ) from error
         return run
 
-    def _check_inversion(self) -> None:
+    def _check_clean(self, start: str) -> None:
+        """Raise a ValueError unless the clean latent follows from the network's output by a known formula."""
         if not (hasattr(self.scheduler, "alphas_cumprod") and float(self.scheduler.init_noise_sigma) == 1.0):
             raise ValueError(
-                f"prior: start=inversion needs a variance-preserving scheduler such as DDIM, "
+                f"prior: start={start} needs a variance-preserving scheduler such as DDIM, "
                 f"not {type(self.scheduler).__name__}"
             )
         kind = self.scheduler.config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prior: inversion needs prediction_type epsilon or v_prediction, not {kind!r}")
+            raise ValueError(f"prior: start={start} needs prediction_type epsilon or v_prediction, not {kind!r}")
 
     def schedule(self, run: int, steps: int) -> tuple[Any, Tensor]:
         """A scheduler at the start of the last `run` of `steps` timesteps, and these timesteps."""
@@ -107,7 +110,8 @@ class Sampler:
         if run == 0:
             return z
         scheduler, timesteps = self.schedule(run, how.steps)
-        if how.start == "noise":
+        centroids = z
+        if how.start in ("noise", "guided"):
             z = noise * scheduler.init_noise_sigma
         elif how.start == "inversion":
             z = self.invert(z, predict, timesteps)
@@ -116,8 +120,35 @@ class Sampler:
         options = step_noise(scheduler, generators)
         for t in timesteps:
             output = predict(scheduler.scale_model_input(z, t), t, how.guidance)
+            if how.start == "guided":
+                output = self.guided(output, z, t, centroids, how)
             z = scheduler.step(output, t, z, **options).prev_sample
         return z
+
+    def guided(self, output: Tensor, z: Tensor, t: Tensor, centroids: Tensor, how: Sampling) -> Tensor:
+        """The network's output at z and t, as if the clean latent it sees were nearer to the centroid.
+
+        While sigma_t > guide_until: clean <- clean + guide_scale * coarse(centroid - clean), `coarse` being the means
+        of squares of `guide_pool` pixels. Then the model is let go, and makes an image of the mode it is in.
+
+        Source: mode guidance and its stop are those of Chan-Santiago et al., MGD3, ICML 2025 (arXiv 2505.18963).
+        Differences: there the modes are k-means centres and the pull is a gradient step of its own on the noisy latent;
+        here centroids and weights are the quantizer's, the pull is a convex step of the clean estimate, which no scale
+        can overshoot, and it may be of the coarse part alone.
+        """
+        channels = z.shape[1]
+        level = self.scheduler.alphas_cumprod.to(self.device)[t.long().to(self.device)]
+        signal, sigma = level.sqrt(), (1 - level).sqrt()
+        if float(sigma) <= how.guide_until:
+            return output
+        prediction, rest = output[:, :channels], output[:, channels:]
+        # eps = (z - signal clean) / sigma; v = signal eps - sigma clean = (signal z - clean) / sigma. A shift of the
+        # clean latent moves them by -signal / sigma and -1 / sigma times as much.
+        v = self.scheduler.config.get("prediction_type", "epsilon") == "v_prediction"
+        clean = signal * z - sigma * prediction if v else (z - sigma * prediction) / signal.clamp_min(1e-4)
+        shift = how.guide_scale * _coarse(centroids - clean, how.guide_pool)
+        moved = prediction - (shift / sigma if v else shift * signal / sigma)
+        return torch.cat([moved, rest], dim=1)
 
     def invert(self, z: Tensor, predict: Predict, timesteps: Tensor) -> Tensor:
         """Deterministic DDIM inversion of z up to the noise level of timesteps[0], without guidance.
@@ -195,6 +226,23 @@ class DiffusionPrior(Prior):
             raise ValueError(
                 f"prior: guidance {how.guidance} needs a null label, which this model lacks; use guidance=1"
             )
+
+
+def _check_guide(how: Sampling) -> None:
+    if not (0 <= how.guide_until <= 1 and 0 <= how.guide_scale <= 1 and how.guide_pool >= 1):
+        raise ValueError(
+            "prior: expected guide_until and guide_scale in [0, 1] and guide_pool of 1 or more, got "
+            f"{how.guide_until}, {how.guide_scale} and {how.guide_pool}"
+        )
+
+
+def _coarse(x: Tensor, side: int) -> Tensor:
+    """x [B, C, h, w] with each square of `side` pixels replaced by its mean; squares at the edges may be smaller."""
+    if side == 1:
+        return x
+    means = nn.functional.avg_pool2d(x, side, ceil_mode=True, count_include_pad=False)
+    wide = means.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+    return wide[..., : x.shape[2], : x.shape[3]]
 
 
 def steps_of(strength: float, steps: int) -> int:

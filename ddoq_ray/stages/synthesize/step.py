@@ -10,15 +10,18 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
+from ddoq_ray.core.rescaling import rescaled
 from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
 from ddoq_ray.data.samples import encode_png
 from ddoq_ray.execution.pool import run_elastic
@@ -32,6 +35,9 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.layout import IMAGE_SHARDS, Place
 from ddoq_ray.storage.records import ClassInfo, ImageUnit, binary_rows
+
+if TYPE_CHECKING:
+    from ddoq_ray.models.priors.base import Sampling
 
 
 @dataclass(frozen=True)
@@ -78,42 +84,78 @@ class Decoder:
         seed: int,
         classes: Sequence[ClassInfo],
         threads: int,
+        judge: str | None = None,
     ) -> None:
+        from ddoq_ray.models.candidates import Candidates
+        from ddoq_ray.models.classifiers import load_classifier
         from ddoq_ray.models.priors.load import load_prior
         from ddoq_ray.models.synthesis import Synthesizer
 
         pin_threads(threads)
-        self.synthesizer = Synthesizer(load_prior(prior_path, device=device()), seed, synthesizer.batch)
+        candidates = None
+        if judge is not None:
+            candidates = Candidates(synthesizer.candidates, load_classifier(judge, device()), synthesizer.keep)
+        prior = load_prior(prior_path, device=device())
+        self.synthesizer = Synthesizer(prior, seed, synthesizer.batch, candidates)
         self.run_folder = run_folder
         self.how, self.seed, self.classes = synthesizer, seed, classes
 
     def run(self, job: Job) -> dict[str, Any]:
         """Make and publish one image shard; publishing it twice gives the same bytes."""
-        from ddoq_ray.models.priors.base import Sampling
+        from ddoq_ray.models.synthesis import Asked
 
-        unit, own = job.unit, self.how
-        rows: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
-        for part in job.parts:
-            table = read_part(self.run_folder / Place(job.folder).codebook, part)
-            centroids = binary_rows(table["centroid"], "<f4")
-            for i, key in enumerate(zip(table["class_id"].to_pylist(), table["centroid_id"].to_pylist(), strict=True)):
-                rows[key] = (centroids[i], table["weight"][i].as_py())
-        keys = list(zip(unit.class_ids, unit.centroid_ids, strict=True))
-        # Centroids of noised latents are at the strength's level already.
-        start = own.start if noise_of(self.run_folder / Place(job.folder).codebook) is None else "given"
-        guidance = self.synthesizer.prior.guidance_of(own.guidance)
-        pictures = self.synthesizer.pictures(
-            np.stack([rows[key][0] for key in keys]),
+        unit = job.unit
+        codebook = self.run_folder / Place(job.folder).codebook
+        books = {c: book for part in job.parts for c, book in class_books(read_part(codebook, part)).items()}
+        centroids = {c: book.spread() if self.how.rescale else book.centroids for c, book in books.items()}
+        asked = Asked(
+            np.stack([centroids[c][k] for c, k in unit.keys]),
             [self.classes[c] for c in unit.class_ids],
             unit.centroid_ids,
-            Sampling(own.strength, own.steps, start, guidance),
         )
+        made = self.synthesizer.pictures(asked, self._sampling(codebook), {c: b.centroids for c, b in books.items()})
         images = [
-            NewImage(c, k, rows[c, k][1], self.classes[c].prompt, self.seed, encode_png(picture))
-            for (c, k), picture in zip(keys, pictures, strict=True)
+            NewImage(c, k, float(books[c].weights[k]), self.classes[c].prompt, self.seed, encode_png(picture), facts)
+            for (c, k), picture, facts in zip(unit.keys, made.pictures, made.facts, strict=True)
         ]
         record = write_images(self.run_folder / job.folder / "images", unit.name, images)
-        return record | constant_facts(zip(keys, pictures, strict=True))
+        return record | constant_facts(zip(unit.keys, made.pictures, strict=True))
+
+    def _sampling(self, codebook: Folder) -> Sampling:
+        from ddoq_ray.models.priors.base import Sampling
+
+        own = self.how
+        # Centroids of noised latents are at the strength's level already.
+        start = own.start if noise_of(codebook) is None else "given"
+        how = Sampling(own.strength, own.steps, start, self.synthesizer.prior.guidance_of(own.guidance))
+        if start != "guided":
+            return how
+        return replace(how, guide_until=own.guide_until, guide_scale=own.guide_scale, guide_pool=own.guide_pool)
+
+
+@dataclass(frozen=True)
+class ClassBook:
+    """All centroids of a class: float32 [K, D], their weights float64 [K], and the class's distortion."""
+
+    centroids: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float64]
+    distortion: float
+
+    def spread(self) -> npt.NDArray[np.float32]:
+        return rescaled(self.centroids, self.weights, self.distortion)
+
+
+def class_books(part: pa.Table) -> dict[int, ClassBook]:
+    """The classes of a part of a codebook, whose rows are sorted by class and centroid."""
+    class_ids = part["class_id"].to_numpy()
+    centroids, weights = binary_rows(part["centroid"], "<f4"), part["weight"].to_numpy()
+    distortions = part["distortion"].to_numpy()
+    found, starts = np.unique(class_ids, return_index=True)
+    ends = [*starts[1:].tolist(), len(class_ids)]
+    return {
+        int(c): ClassBook(centroids[a:b], weights[a:b], float(distortions[a]))
+        for c, a, b in zip(found, starts.tolist(), ends, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -130,18 +172,30 @@ class Synthesize(Step):
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
         workers = ("min_workers", "max_workers")
-        options = {k: v for k, v in plain(config.synthesizer).items() if k not in workers}
-        if options["start"] == "noise":
-            options.pop("strength")
+        own = config.synthesizer
+        idle = [k for k in ("guide_until", "guide_scale", "guide_pool") if own.start != "guided"]
+        idle += ["strength"] if own.start in ("noise", "guided") else []
+        idle += ["keep"] if own.candidates == 1 else []
+        idle += ["judge"]  # its content counts, not its path: see `inputs`
+        options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
         return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
 
     def inputs(self, run: Run) -> dict[str, Any]:
         source = run.finished(Artifact(run.dir / self.at.codebook, "quantize"))
         asked = digest_of([(c.prior_label, c.prompt) for c in run.data.classes])[:32]
-        return {"codebook": source["digest"], "prior": run.networks.prior_id, "classes": asked}
+        made_by = {"codebook": source["digest"], "prior": run.networks.prior_id, "classes": asked}
+        if judge_of(run.config) is None:
+            return made_by
+        outputs = digest_of([c.teacher_index for c in run.data.classes])[:32]
+        return made_by | {"judge": run.networks.judge_id, "judge_outputs": outputs}
 
     def asks(self, config: RunConfig) -> list[Ask]:
         return [Ask.of(config, "decoder", "decoder", config.synthesizer.max_workers, "synthesizer.max_workers")]
+
+
+def judge_of(config: RunConfig) -> str | None:
+    """The path of the classifier that chooses among candidates; None where there is one image of each centroid."""
+    return (config.synthesizer.judge or config.teacher.path) if config.synthesizer.candidates > 1 else None
 
 
 def run(run: Run, steps: Sequence[Synthesize]) -> None:
@@ -167,8 +221,9 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
 
     def spawn() -> Any:
         return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads
-        )
+            config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads,
+            judge_of(config),
+        )  # fmt: skip
 
     with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
         progress.advance(sum(s["images"] for s in shards.values()))
