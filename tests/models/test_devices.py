@@ -28,10 +28,10 @@ from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
+from ddoq_ray.models.labelling import for_teacher
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.stages.evaluate.validation import accuracy
-from ddoq_ray.stages.label.teacher import for_teacher
 
 SCHEDULERS: tuple[Any, ...] = (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
