@@ -84,7 +84,7 @@ class Teacher:
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
-        self.run_folder, self.config = run, config
+        self.path, self.run_folder, self.config = path, run, config
         spec = view_spec(config.protocol, config.student.image_size)
         self.labeller = Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
         self._set: tuple[str, Any] | None = None
@@ -122,7 +122,7 @@ class Teacher:
         import torch
 
         refused = Refused()
-        crop = teacher_crop(self.config.teacher.path, self.config.protocol)
+        crop = teacher_crop(self.path, self.config.protocol)
         outputs_of = torch.tensor(columns)
         class_ids: list[int] = []
         chosen, outputs, broken = [], [], 0
@@ -171,11 +171,12 @@ _actor = ray.remote(Teacher)
 
 def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Callable[[], Any]:
     """What makes a teacher actor."""
-    resources = config.cluster.teacher
+    resources, path = config.cluster.teacher, config.teacher.path
+    assert path is not None, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
         return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.teacher.path, run_folder, config, codec
+            path, run_folder, config, codec
         )
 
     return spawn

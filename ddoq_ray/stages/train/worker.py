@@ -24,6 +24,8 @@ from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
 
 if TYPE_CHECKING:  # torch: only in the worker
+    from torch import Tensor
+
     from ddoq_ray.models.classifiers import Classifier
     from ddoq_ray.models.training.student import Targets
 
@@ -59,8 +61,8 @@ class Trainer:
         self.columns = torch.tensor(job.teacher_index, device=self.device)
         self.sets = Sets(job.run, job.config, len(job.teacher_index), self.device)
         self.labels = SoftLabels(job.run, job.outputs, self.device)
-        self.teacher: Any = None
-        self._val: Any = None
+        self.teacher: Classifier | None = None
+        self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
 
     def all_rows(self) -> None:
@@ -155,7 +157,9 @@ class Trainer:
         from ddoq_ray.models.training.student import teacher_targets
 
         if self.teacher is None:
-            self.teacher = load_classifier(self.config.teacher.path, self.device)
+            path = self.config.teacher.path
+            assert path is not None, "a student has no stored labels, and there is no teacher"
+            self.teacher = load_classifier(path, self.device)
         return teacher_targets(self.teacher)
 
     def _student(self, seed: int) -> Classifier:
