@@ -20,6 +20,7 @@ from torch import Tensor
 from ddoq_ray.config.network_training import TeacherTraining
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
 from ddoq_ray.models.folders import check_free
 from ddoq_ray.models.training.prior import Progress, batches, canonical_order, check_images, one_cycle
@@ -91,7 +92,8 @@ def train_teacher(
     }
     if held_out is not None:
         record["held_out_images"] = len(held_out[0])
-        record["held_out_accuracy"] = accuracy(model, *held_out)
+        scored, truth = held_out
+        record["held_out_accuracy"], _ = top1_top5(model, torch.from_numpy(scored), torch.from_numpy(truth))
     save_classifier(model, out, extra={"training": record}, dtype=config.dtype, overwrite=overwrite)
     return record
 
@@ -141,24 +143,3 @@ def _train(
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-
-
-@torch.inference_mode()
-def accuracy(model: Classifier, images: np.ndarray, class_ids: np.ndarray, *, batch: int = 256) -> float:
-    """Top-1 accuracy in percent on uint8 images [N, 3, S, S], uncropped; the model's mode is kept.
-
-    Args:
-        model: in eval mode.
-        images: uint8 [N, 3, S, S].
-        class_ids: int64 [N].
-        batch: images a forward pass.
-
-    Returns:
-        Percent correct.
-    """
-    correct = 0
-    for begin in range(0, len(images), batch):
-        x = torch.from_numpy(np.ascontiguousarray(images[begin : begin + batch])).to(model.mean.device).float() / 255
-        predicted = model(x).argmax(1).cpu().numpy()
-        correct += int((predicted == class_ids[begin : begin + batch]).sum())
-    return 100.0 * correct / len(images)

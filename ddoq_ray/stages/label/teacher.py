@@ -121,6 +121,8 @@ class Teacher:
         """What the real validation images are called; those that cannot be read are named in quarantine."""
         import torch
 
+        from ddoq_ray.models.accuracy import logits_of
+
         refused = Refused()
         crop = teacher_crop(self.path, self.config.protocol)
         outputs_of = torch.tensor(columns)
@@ -128,8 +130,7 @@ class Teacher:
         chosen, outputs, broken = [], [], 0
         images = scored_images(validation, self.model.image_size, crop, refused)
         for pixels, ids in _in_batches(images, self.config.teacher.batch):
-            with torch.inference_mode():
-                logits = self.model(torch.from_numpy(pixels).to(self.device).float() / 255).cpu()
+            logits = logits_of(self.model, torch.from_numpy(pixels)).cpu()
             broken += int((~logits.isfinite().all(1)).sum())
             chosen.append(logits[:, outputs_of].argmax(1).numpy())
             outputs.append(logits.argmax(1).numpy())

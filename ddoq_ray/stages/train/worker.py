@@ -15,7 +15,7 @@ import numpy as np
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.stages.cells import Cell
-from ddoq_ray.stages.evaluate.validation import Validation
+from ddoq_ray.stages.evaluate.validation import Refused, Validation, load_scored
 from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.sets import Sets, SoftLabels
@@ -175,16 +175,16 @@ class Trainer:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
-    def evaluate(self, model: Any) -> tuple[float, float]:
+    def evaluate(self, model: Classifier) -> tuple[float, float]:
         """(top-1, top-5) in % on the real validation images, over the classes of the data."""
         import torch
 
-        from ddoq_ray.stages.evaluate.validation import Refused, accuracy, load_scored
+        from ddoq_ray.models.accuracy import top1_top5
 
         if self._val is None:
             images, class_ids = load_scored(self.job.validation, self.config.student.image_size, Refused())
             self._val = (torch.from_numpy(images).to(self.device), torch.from_numpy(class_ids).to(self.device))
-        return accuracy(model, *self._val, self.columns)
+        return top1_top5(model, *self._val, self.columns)
 
     def _checkpoint(self, student: Student, facts: dict[str, Any]) -> None:
         """Hand the row's state to Ray Train, which gives it back after a failure."""
