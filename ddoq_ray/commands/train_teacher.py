@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from ddoq_ray.commands.training import train
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddoq_ray.commands.training import Split, train
 from ddoq_ray.config.network_training import TrainTeacherConfig
-from ddoq_ray.models.training.teacher import train_teacher
+from ddoq_ray.models.training.teacher import Destination, TeacherData, train_teacher
 
 
 def main(command: TrainTeacherConfig) -> None:
@@ -13,4 +18,12 @@ def main(command: TrainTeacherConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    train(command, train_teacher, "train-teacher", config=command.training, held_out=None)
+    train(command, _learn, "train-teacher", config=command.training, held_out=None)
+
+
+def _learn(
+    images: np.ndarray, class_ids: np.ndarray, classes: Sequence[str], out: str, *, held_out: Split | None, **how: Any
+) -> dict[str, Any]:
+    """`train_teacher`, called as `train` calls what it trains with."""
+    data = TeacherData(images, class_ids, classes, held_out)
+    return train_teacher(data, Destination(out, overwrite=how.pop("overwrite")), **how)

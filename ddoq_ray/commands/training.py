@@ -26,7 +26,7 @@ PREPARE_FIRST = (
 
 
 def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], name: str, **options: Any) -> None:
-    """Read the images and train with `function` (train_prior or train_teacher), showing progress.
+    """Read the images and train with `function` (train_prior, or what calls train_teacher), showing progress.
 
     `options` are given the held-out split where they ask for it by the name `held_out`.
     """

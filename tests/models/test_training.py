@@ -12,8 +12,9 @@ from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
+from ddoq_ray.models.training import teacher as teachers
 from ddoq_ray.models.training.prior import PriorTraining, batches, one_cycle, train_prior
-from ddoq_ray.models.training.teacher import TeacherTraining, train_teacher
+from ddoq_ray.models.training.teacher import Destination, TeacherData, TeacherTraining
 
 CLASSES = ["dark", "light"]
 TINY = {
@@ -29,6 +30,10 @@ def data(n: int = 32, size: int = 8, seed: int = 0):
     images = rng.integers(0, 100, (n, 3, size, size)) + 150 * ids[:, None, None, None]
     images[:, :, : size // 2] += 150 * (1 - ids)[:, None, None, None]
     return images.astype(np.uint8), ids.astype(np.int64)
+
+
+def train_teacher(images, class_ids, classes, out, held_out=None, **how):
+    return teachers.train_teacher(TeacherData(images, class_ids, classes, held_out), Destination(out), **how)
 
 
 @pytest.mark.parametrize("denoiser", ["unet", "dit"])
