@@ -1,8 +1,9 @@
 """The encoder of Stable Diffusion 1.5 and DiT on a GPU: images a second, and the part of the matrix peak that it is.
 
 The two autoencoders (`sd-1.5`, and `sd-vae-ft` of DiT) are built with random weights, on which speed does not depend;
-they are the same network, so a size is measured once and the row names both. Each way of encoding is what an encoder
-actor does with a chunk: pixels go up as bytes, are encoded in micro-batches, and the latents come back once.
+they are the same network, so a size is measured once and the row names both. Each form is measured through
+`ddoq_ray.models.encoding.LatentEncoder`, which is what an encoder actor calls with a chunk: pixels go up as bytes, are
+encoded in micro-batches, and the latents come back once.
 `d4m-loop` is what D4M's released code does: batches of 10, float16, eager, `.cpu().numpy()` for each. `peak_tflops` is
 a large matrix product in the same arithmetic, measured in the same run; `of_peak` is the encoder's own operations
 (convolutions and products, counted by torch) over it. Needs no Ray. Without a GPU every row says so; `--cpu` runs
@@ -12,15 +13,20 @@ everything on the processor, with small sizes, to show that it works.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.provenance import finish, parser
 from ddoq_ray.models.autoencoder import DTYPES, Autoencoder
+from ddoq_ray.models.encoding import Encoding, LatentEncoder
 
 NAMES = "sd-1.5 = sd-vae-ft"
 D4M_BATCH = 10
@@ -30,7 +36,10 @@ FORMS: dict[str, dict[str, bool]] = {
     "compiled": {"channels_last": True, "compile": True},
 }
 MEASURED = ["batch", "images_per_s", "tflops", "peak_tflops", "of_peak", "ratio_to_d4m", "peak_gib"]
+ARITHMETIC = ("bfloat16", "float16")
 COLUMNS = ["model", "size", "form", "dtype", *MEASURED]
+
+Report = Callable[[int, str, str, "dict[str, Any] | str"], None]
 
 
 def build(sample_size: int, widths: list[int]) -> AutoencoderKL:
@@ -88,20 +97,6 @@ def matrix_peak(dtype: torch.dtype, device: str, n: int, least: float) -> float:
     return 2 * n**3 / taken / 1e12
 
 
-def chunk_encoder(ours: Autoencoder, pixels: torch.Tensor, batch: int) -> Callable[[], Any]:
-    """What an encoder actor does with a chunk of pixels uint8 [n, H, W, 3] in host memory."""
-
-    def encode() -> Any:
-        on_device = pixels.to(ours.device, non_blocking=True)
-        parts = []
-        for inner in on_device.split(batch):
-            latents = ours.encode(inner.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            parts.append(latents.flatten(1).to(torch.float16))
-        return torch.cat(parts).cpu().numpy()
-
-    return encode
-
-
 def d4m_loop(network: AutoencoderKL, images: torch.Tensor, device: str) -> Callable[[], Any]:
     """D4M's loop over float images [n, 3, H, W] in host memory."""
 
@@ -114,6 +109,79 @@ def d4m_loop(network: AutoencoderKL, images: torch.Tensor, device: str) -> Calla
         return found
 
     return encode
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and how long.
+
+    Attributes:
+        widths: Channels of the network's levels.
+        seconds: How long a row is measured, at least.
+        peaks: Tflop/s of a matrix product, by arithmetic.
+    """
+
+    device: str
+    widths: list[int]
+    seconds: float
+    peaks: dict[str, float]
+
+    def row(self, size: int, dtype: str, batch: int, per_image: float) -> dict[str, Any]:
+        """The figures of a form that takes `per_image` seconds for an image."""
+        tflops = operations(size, self.widths) / per_image / 1e12
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else "not measured"
+        return {
+            "batch": batch,
+            "images_per_s": 1 / per_image,
+            "tflops": tflops,
+            "peak_tflops": self.peaks[dtype],
+            "of_peak": tflops / self.peaks[dtype],
+            "peak_gib": memory,
+        }
+
+    def d4m(self, size: int, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """D4M's loop over float images of these pixels uint8 [n, size, size, 3]."""
+        images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+        network = torch.nn.Module.to(build(size, self.widths), self.device, torch.float16).eval().requires_grad_(False)
+        taken = seconds_of(d4m_loop(network, images, self.device), self.device, self.seconds)
+        return self.row(size, "float16", D4M_BATCH, taken / len(images))
+
+    def ours(
+        self, pixels: npt.NDArray[np.uint8], form: str, dtype: str, batches: Sequence[int]
+    ) -> dict[str, Any] | None:
+        """The fastest of the batches over a chunk uint8 [n, size, size, 3]; None where the smallest does not fit."""
+        size, how, best = pixels.shape[1], FORMS[form], None
+        torch.compiler.reset()
+        autoencoder = Autoencoder(build(size, self.widths), device=self.device, dtype=dtype, **how)  # type: ignore[arg-type]  # bools by name
+        shape = (autoencoder.latent_channels, size // autoencoder.factor, size // autoencoder.factor)
+        for batch in batches:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            encoder = LatentEncoder(autoencoder, Encoding(shape, batch, one_shape="compile" in how))
+            fits = pixels[: len(pixels) - len(pixels) % batch]  # no time for what is only filled up
+            keys = [""] * len(fits)
+            try:
+                taken = seconds_of(partial(encoder.encode, fits, keys), self.device, self.seconds)
+            except torch.OutOfMemoryError:
+                break
+            row = self.row(size, dtype, batch, taken / len(fits))
+            if best is None or row["images_per_s"] > best["images_per_s"]:
+                best = row
+        return best
+
+
+def measure(bench: Bench, size: int, images: int, batches: Sequence[int], report: Report) -> None:
+    """All forms at one size, over a chunk of `images`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
+    d4m = bench.d4m(size, pixels[: 10 * D4M_BATCH])
+    report(size, "d4m-loop", "float16", d4m | {"ratio_to_d4m": 1.0})
+    for dtype in ARITHMETIC:
+        for form in FORMS:
+            best = bench.ours(pixels, form, dtype, batches)
+            if best is not None:
+                best["ratio_to_d4m"] = best["images_per_s"] / d4m["images_per_s"]
+            report(size, form, dtype, best or "out of memory")
 
 
 def main() -> None:
@@ -138,61 +206,21 @@ def main() -> None:
         rows.append(about | {"size": size, "form": form, "dtype": dtype} | told)
         print(*(f"{c}={rows[-1].get(c)}" for c in COLUMNS), flush=True)
 
-    if not gpu and not asked.cpu:
+    if gpu or asked.cpu:
+        torch.backends.cudnn.benchmark = False  # as in an actor
+        same_network(asked.widths)
+        peaks = {d: matrix_peak(DTYPES[d], device, asked.matrix, asked.seconds) for d in ARITHMETIC}
+        bench = Bench(device, asked.widths, asked.seconds, peaks)
+        for size in asked.size:
+            more = max(1, (512 // size) ** 2)
+            batches = [b * more for b in asked.batch_512 if b <= asked.images_512]
+            measure(bench, size, asked.images_512 * more, batches, report)
+    else:
         for size in asked.size:
             report(size, "d4m-loop", "float16", "not measured")
-            for dtype in ("bfloat16", "float16"):
+            for dtype in ARITHMETIC:
                 for form in FORMS:
                     report(size, form, dtype, "not measured")
-        finish(rows, COLUMNS, asked.json)
-        return
-
-    torch.backends.cudnn.benchmark = False  # as in an actor
-    same_network(asked.widths)
-    peaks = {d: matrix_peak(DTYPES[d], device, asked.matrix, asked.seconds) for d in ("bfloat16", "float16")}
-    for size in asked.size:
-        flops = operations(size, asked.widths)
-        more = max(1, (512 // size) ** 2)
-        count = asked.images_512 * more
-        pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
-        if gpu:
-            pixels = pixels.pin_memory()
-
-        def rate(seconds: float, dtype: str, batch: int, count: int = count, flops: int = flops) -> dict[str, Any]:
-            tflops = flops * count / seconds / 1e12
-            row = {"batch": batch, "images_per_s": count / seconds, "tflops": tflops, "peak_tflops": peaks[dtype]}
-            row["of_peak"] = tflops / peaks[dtype]
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if gpu else "not measured"
-            return row
-
-        few = (pixels[: 10 * D4M_BATCH].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
-        network = torch.nn.Module.to(build(size, asked.widths), device, torch.float16).eval().requires_grad_(False)
-        taken = seconds_of(d4m_loop(network, few, device), device, asked.seconds)
-        d4m = rate(taken * count / len(few), "float16", D4M_BATCH)
-        report(size, "d4m-loop", "float16", d4m | {"ratio_to_d4m": 1.0})
-        del network, few
-        for dtype in ("bfloat16", "float16"):
-            for form, how in FORMS.items():
-                best: dict[str, Any] = {}
-                ours = Autoencoder(build(size, asked.widths), device=device, dtype=dtype, **how)  # type: ignore[arg-type]
-                for batch in [b * more for b in asked.batch_512 if b <= asked.images_512]:
-                    if gpu:
-                        torch.cuda.empty_cache()
-                        torch.cuda.reset_peak_memory_stats()
-                    fits = pixels[: count - count % batch]  # the compiled form has one shape
-                    try:
-                        taken = seconds_of(chunk_encoder(ours, fits, batch), device, asked.seconds)
-                    except torch.OutOfMemoryError:
-                        break
-                    row = rate(taken * count / len(fits), dtype, batch)
-                    if not best or row["images_per_s"] > best["images_per_s"]:
-                        best = row
-                if not best:
-                    report(size, form, dtype, "out of memory")
-                    continue
-                report(size, form, dtype, best | {"ratio_to_d4m": best["images_per_s"] / d4m["images_per_s"]})
-                del ours
-                torch.compiler.reset()
     finish(rows, COLUMNS, asked.json)
 
 

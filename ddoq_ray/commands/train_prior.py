@@ -10,7 +10,7 @@ from ddoq_ray.config.network_training import DIGITS_SIDE, TrainPriorConfig
 from ddoq_ray.config.presets import BROUGHT
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
-from ddoq_ray.models.training.prior import train_prior
+from ddoq_ray.models.training.prior import Classifiers, train_prior
 
 
 def main(command: TrainPriorConfig) -> None:
@@ -19,8 +19,8 @@ def main(command: TrainPriorConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    teacher = None if command.perceptual is None else load_classifier(command.perceptual)
-    train(command, train_prior, "train-prior", config=command.training, teacher=teacher, run_by=run_by(command))
+    seen_by = Classifiers(*(load_classifier(p) if p is not None else None for p in (command.perceptual, command.judge)))
+    train(command, train_prior, "train-prior", seen_by=seen_by, run_by=run_by(command))
 
 
 def run_by(command: TrainPriorConfig) -> dict[str, Any]:

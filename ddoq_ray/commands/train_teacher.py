@@ -13,4 +13,4 @@ def main(command: TrainTeacherConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    train(command, train_teacher, "train-teacher", config=command.training, held_out=None)
+    train(command, train_teacher, "train-teacher")

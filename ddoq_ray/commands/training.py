@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from ddoq_ray.config.dataset import PACKED
-from ddoq_ray.config.network_training import TrainingCommand
+from ddoq_ray.config.network_training import TrainingCommand, TrainPriorConfig, TrainTeacherConfig
 from ddoq_ray.config.schema import require
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
 from ddoq_ray.data.samples import list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.models.training.data import Destination, TrainingSet
 from ddoq_ray.storage.quarantine import Refusal
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -25,31 +26,31 @@ PREPARE_FIRST = (
 )
 
 
-def train(command: TrainingCommand, function: Callable[..., dict[str, Any]], name: str, **options: Any) -> None:
+def train(
+    command: TrainPriorConfig | TrainTeacherConfig, function: Callable[..., dict[str, Any]], name: str, **options: Any
+) -> None:
     """Read the images and train with `function` (train_prior or train_teacher), showing progress.
 
-    `options` are given the held-out split where they ask for it by the name `held_out`.
+    Args:
+        command: with its `training`.
+        function: takes a TrainingSet, a Destination, `command.training`, device and on_progress.
+        name: of the command, for lines.
+        options: what else the function takes; `run_by` goes to the Destination.
     """
     import torch
 
     check_lasting(command.out, "out")
     torch.set_num_threads(command.threads)
-    (images, class_ids), held_out, classes = load_training_data(command)
-    if "held_out" in options:
-        options["held_out"] = held_out
-    say(f"{name} {len(images):,} images of {len(classes)} classes at {command.side} px")
+    data = load_training_data(command)
+    out = Destination(command.out, overwrite=command.overwrite, run_by=options.pop("run_by", {}))
+    say(f"{name} {len(data.images):,} images of {len(data.classes)} classes at {command.side} px")
     with StepBars() as bars:
-        facts = function(
-            images, class_ids, classes, command.out, device=command.device, on_progress=bars,
-            overwrite=command.overwrite, **options,
-        )  # fmt: skip
+        facts = function(data, out, command.training, device=command.device, on_progress=bars, **options)
     say(f"{name} {command.out}: {facts}")
 
 
-def load_training_data(command: TrainingCommand) -> tuple[Split, Split | None, list[str]]:
-    """(training images and class_ids, held-out ones or None, class names).
-
-    Images are uint8 [N, 3, side, side]. Held out are the digits' selection split, or dataset.val_path.
+def load_training_data(command: TrainingCommand) -> TrainingSet:
+    """Training images, and held-out ones where there are some: the digits' selection split, or dataset.val_path.
 
     Raises:
         ValueError: When the data is missing, empty, or has samples that cannot be used.
@@ -60,7 +61,7 @@ def load_training_data(command: TrainingCommand) -> tuple[Split, Split | None, l
     if dataset.path is None:
         splits = digits()
         train, held_out = (_grey(*splits[name], command.side) for name in ("train", "selection"))
-        return train, held_out, list(DIGIT_NAMES)
+        return TrainingSet(*train, list(DIGIT_NAMES), held_out)
     try:
         shards = list_shards(dataset.path)
     except ValueError as error:
@@ -75,7 +76,7 @@ def load_training_data(command: TrainingCommand) -> tuple[Split, Split | None, l
     if dataset.val_path is not None:
         val_shards = list_shards(dataset.val_path, key="dataset.val_path")
         held = _read(val_shards, command, len(classes), "dataset.val_path")
-    return train, held, [c.name for c in classes]
+    return TrainingSet(*train, [c.name for c in classes], held)
 
 
 def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Split:

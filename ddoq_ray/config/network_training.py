@@ -171,6 +171,9 @@ class TrainPriorConfig(TrainingCommand):
     perceptual: str | None = option(
         None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
+    judge: str | None = option(
+        None, "a classifier that says what it sees of the finished prior's images; null = the perceptual one"
+    )
     training: PriorTraining = option(PriorTraining, "how the prior is trained")
 
 

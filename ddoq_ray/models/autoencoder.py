@@ -61,7 +61,7 @@ class Autoencoder:
         """
         if dtype not in DTYPES:
             raise ValueError(f"autoencoder: expected a dtype of {sorted(DTYPES)}, got {dtype!r}")
-        if not isinstance(network, tuple(KINDS.values())):
+        if not any(isinstance(network, kind) for kind in KINDS.values()):
             raise ValueError(f"autoencoder: expected one of {sorted(KINDS)}, got {type(network).__name__}")
         config = network.config
         widths = config["block_out_channels" if isinstance(network, AutoencoderKL) else "encoder_block_out_channels"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,6 @@ from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_point
 
 CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _TORCHVISION_PREFIX = "torchvision:"
 _SMALL = re.compile(r"(convnet3|resnet18-small)(?:-w(\d+))?")
 _CIFAR = re.compile(r"resnet(\d+)-cifar")
@@ -33,6 +32,27 @@ _FAMILIES = (
     "alexnet", "convnext", "densenet", "efficientnet", "maxvit", "mnasnet", "mobilenet", "regnet", "resnet",
     "resnext", "shufflenet", "swin", "vgg", "vit", "wide_resnet",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What a network subtracts from pixels in [0, 1], and divides by, a channel each.
+
+    Raises:
+        ValueError: not three of each, or a deviation that is not positive.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        mean, std = self.mean, self.std
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"classifier: expected 3 means and 3 positive standard deviations, got {mean}, {std}")
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Classifier(nn.Module):
@@ -55,14 +75,11 @@ class Classifier(nn.Module):
         head: nn.Linear,
         *,
         image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        normalisation: Normalisation,
         classes: Sequence[str] | None = None,
     ) -> None:
         """Join the parts; see `build_classifier`."""
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"classifier: expected 3 means and 3 positive standard deviations, got {mean}, {std}")
         if classes is not None and len(classes) != head.out_features:
             raise ValueError(f"classifier: {len(classes)} class names for {head.out_features} outputs")
         self.arch = arch
@@ -72,8 +89,9 @@ class Classifier(nn.Module):
         self.trunk = trunk
         self.head = head
         # Not in the state dict: the folder's config.json is where they are written and read.
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
+            by_channel = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(name, by_channel, persistent=False)
 
     def features(self, x: Tensor) -> Tensor:
         """Map float [B, 3, S, S] in [0, 1] to the head's inputs [B, d]."""
@@ -89,7 +107,7 @@ class Classifier(nn.Module):
         return content_digest(self.config(), self.state_dict())
 
     def config(self) -> dict[str, Any]:
-        """What `build_classifier` needs to make this network again, without its weights."""
+        """What `classifier_of` needs to make this network again, without its weights."""
         return {
             "arch": self.arch,
             "num_classes": self.num_classes,
@@ -157,8 +175,7 @@ def build_classifier(
     arch: str,
     num_classes: int,
     image_size: int,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    normalisation: Normalisation = IMAGENET,
     seed: int = 0,
     classes: Sequence[str] | None = None,
 ) -> Classifier:
@@ -170,8 +187,7 @@ def build_classifier(
             torchvision classification model such as "resnet18", "swin_t".
         num_classes: C.
         image_size: S.
-        mean: of the pixels in [0, 1], a channel.
-        std: likewise.
+        normalisation: of the pixels.
         seed: of the initialisation.
         classes: names in label order.
 
@@ -184,7 +200,14 @@ def build_classifier(
         torch.random.default_generator.manual_seed(seed)
         trunk, d = _build_trunk(arch, image_size)
         head = nn.Linear(d, num_classes)
-    return Classifier(arch, trunk, head, image_size=image_size, mean=mean, std=std, classes=classes)
+    return Classifier(arch, trunk, head, image_size=image_size, normalisation=normalisation, classes=classes)
+
+
+def classifier_of(config: Mapping[str, Any]) -> Classifier:
+    """The network that `Classifier.config` tells of, freshly initialised: for weights that are loaded next."""
+    normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]))
+    classes = config.get("classes")
+    return build_classifier(config["arch"], config["num_classes"], config["image_size"], normalisation, classes=classes)
 
 
 def _build_trunk(arch: str, image_size: int) -> tuple[nn.Module, int]:
@@ -274,14 +297,7 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
         raise ValueError(f"classifier: {folder / CONFIG_JSON} lacks {absent}")
     check_not_pointers(folder, "classifier")
     file = _weights_file(folder)
-    model = build_classifier(
-        config["arch"],
-        config["num_classes"],
-        config["image_size"],
-        config["mean"],
-        config["std"],
-        classes=config.get("classes"),
-    )
+    model = classifier_of(config)
     tensors = fit_names(read_tensors(file, "classifier"), model.state_dict(), f"classifier: {file}")
     check_finite(tensors, f"classifier: {file}")
     model.load_state_dict(tensors)  # copies into float32 parameters
@@ -315,4 +331,5 @@ def _torchvision_classifier(arch: str) -> Classifier:
     head = [m for m in source.modules() if isinstance(m, nn.Linear)][-1]
     trunk, _ = _torchvision_trunk(source)
     names = weights.meta.get("categories")
-    return Classifier(arch, trunk, head, image_size=size, mean=transforms.mean, std=transforms.std, classes=names)
+    normalisation = Normalisation(tuple(transforms.mean), tuple(transforms.std))
+    return Classifier(arch, trunk, head, image_size=size, normalisation=normalisation, classes=names)

@@ -166,7 +166,7 @@ def _step(student: Classifier, images: int, size: int) -> None:
 def main() -> None:
     """Answer the question on standard input."""
     try:
-        answer = {"facts": describe(json.load(sys.stdin))}
+        answer: dict[str, Any] = {"facts": describe(json.load(sys.stdin))}
     except ValueError as error:
         answer = {"refused": str(error)}
     print("\n" + json.dumps(answer), flush=True)

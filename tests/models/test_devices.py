@@ -26,12 +26,12 @@ from ddoq_ray.core.gram_batched import gram_kmeans_batched
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
+from ddoq_ray.models.labelling import for_teacher
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
-from ddoq_ray.stages.evaluate.validation import accuracy
-from ddoq_ray.stages.label.teacher import for_teacher
 
 SCHEDULERS: tuple[Any, ...] = (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
@@ -173,7 +173,7 @@ def test_accuracy_is_measured_where_the_student_is(gpu: torch.device, arch: str)
     def measured(device: Any) -> tuple[float, float]:
         student = build_classifier(arch, 5, 32).to(device)
         with torch.inference_mode():  # a view of another mode's tensor is what the pretended GPU cannot make
-            return accuracy(student, pixels.to(device), truth.to(device), columns.to(device), batch=5)
+            return top1_top5(student, pixels.to(device), truth.to(device), columns.to(device), batch=5)
 
     assert measured(gpu) == measured("cpu")
 

@@ -16,7 +16,7 @@ from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
 from ddoq_ray.models.folders import resolve_folder
 from ddoq_ray.models.inspect import check_student, describe
-from ddoq_ray.stages.train.ranks import share
+from ddoq_ray.models.training.student import share
 
 
 def question(**changes: Any) -> dict[str, Any]:

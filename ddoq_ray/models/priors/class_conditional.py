@@ -224,10 +224,10 @@ def _class_count(
 ) -> tuple[int, bool]:
     """(num_classes, has a null label). A UNet's table does not tell if its last row is the null."""
     if isinstance(denoiser, DiTTransformer2DModel):
-        count = int(denoiser.config["num_embeds_ada_norm"])
-        if classes is not None and len(classes) != count:
-            raise ValueError(f"prior: {len(classes)} class names for a transformer of {count} classes")
-        return count, True
+        labels = int(denoiser.config["num_embeds_ada_norm"])
+        if classes is not None and len(classes) != labels:
+            raise ValueError(f"prior: {len(classes)} class names for a transformer of {labels} classes")
+        return labels, True
     rows = denoiser.config["num_class_embeds"]
     if not rows or denoiser.config["class_embed_type"] is not None:
         raise ValueError(

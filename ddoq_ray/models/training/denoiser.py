@@ -5,18 +5,19 @@ Shape suffixes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.training.autoencoder import descend
 from ddoq_ray.models.training.averaging import Average
 from ddoq_ray.models.training.course import arithmetic, generator_of
 
-Denoiser = UNet2DModel | DiTTransformer2DModel
+# diffusers' classes have no types: a UNet2DModel or a DiTTransformer2DModel.
+Denoiser: TypeAlias = nn.Module
 
 
 class DenoiserTraining:

@@ -8,9 +8,7 @@ Shape suffixes: N images, B batch, C latent channels, h w latent size, S image s
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,89 +21,117 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ddoq_ray.config.network_training import PriorTraining
+from ddoq_ray.core.rng import philox
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.features import FeatureLevels
+from ddoq_ray.models.fidelity import generate, judge_autoencoder, judge_samples
 from ddoq_ray.models.folders import check_free, published_folder
+from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.training.autoencoder import AutoencoderTraining, build_autoencoder
 from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Course, Passes
+from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.denoiser import Denoiser, DenoiserTraining, build_denoiser, scheduler_of
+from ddoq_ray.storage.records import ClassInfo
 
-Progress = Callable[[str, int, int, float], None]
 _REPORT_EVERY = 50
 _ENCODED_AT_ONCE = 256
 
 
 def train_prior(
-    images: np.ndarray,
-    class_ids: np.ndarray,
-    classes: Sequence[str],
-    out: str | os.PathLike[str],
-    *,
+    data: TrainingSet,
+    out: Destination,
     config: PriorTraining | None = None,
-    teacher: Classifier | None = None,
+    *,
+    seen_by: Classifiers | None = None,
     device: str | torch.device = "cpu",
     on_progress: Progress | None = None,
-    overwrite: bool = False,
-    extra: dict[str, Any] | None = None,
-    run_by: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a prior and publish it as the folder `out`, which `load_prior` reads.
+    """Train a prior and publish it as a folder, which `load_prior` reads.
 
     Args:
-        images: uint8 [N, 3, S, S].
-        class_ids: int64 [N], labels 0 .. len(classes) - 1.
-        classes: names in label order.
-        out: folder to write, whole or not at all. A stopped training is kept in `<out>.training`, and goes on from
-            there.
+        data: what it learns.
+        out: the folder. A stopped training is kept in `<folder>.training`, and goes on from there.
         config: see `PriorTraining`.
-        teacher: a classifier of such images; the autoencoder then keeps what it sees (`feature_weight`).
+        seen_by: classifiers of such images.
         device: where to train.
         on_progress: called with (phase, step, steps, loss) now and then; phases "autoencoder" and "denoiser".
-        overwrite: replace an existing folder.
-        extra: kept in ddoq_prior.json, such as the data's name.
-        run_by: settings of a run that belong to this prior, as groups of keys, kept in ddoq_prior.json.
 
     Returns:
-        What ddoq_prior.json records under "training": the configuration, versions and final losses.
+        What ddoq_prior.json records under "training": the configuration, versions, final losses and, with classifiers,
+        what they see in its images.
 
     Raises:
-        ValueError: images and labels that do not fit, an existing `out`, or a stopped training of other settings.
+        ValueError: images and labels that do not fit, an existing folder, or a stopped training of other settings.
     """
-    config = config or PriorTraining()
-    check_free(out, overwrite=overwrite)
-    check_images(images, class_ids, classes)
-    size = images.shape[-1]
+    config, seen_by = config or PriorTraining(), seen_by or Classifiers()
+    check_free(out.folder, overwrite=out.overwrite)
+    data.check()
+    size = data.images.shape[-1]
     factor = 2 ** (len(config.autoencoder_widths) - 1)
     if size % factor:
         raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
-    order, digest = canonical_order(images, class_ids)
+    order, digest = data.order()
     identity = {
-        "options": {**asdict(config), "autoencoder_widths": list(config.autoencoder_widths),
-                    "unet_widths": list(config.unet_widths)},
-        "images": digest, "classes": list(classes), "teacher": None if teacher is None else teacher.id,
-        "torch": str(torch.__version__), "diffusers": str(diffusers.__version__),
-        "device": torch.device(device).type, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
+        "data": digest,
+        "classes": list(data.classes),
+        "perceptual": None if seen_by.perceptual is None else seen_by.perceptual.id,
+        "torch": str(torch.__version__),
+        "diffusers": str(diffusers.__version__),
+        "device": torch.device(device).type,
+        "threads": torch.get_num_threads(),
+    }
     training = _Training(
-        Pictures(images, class_ids, order),
+        Pictures(data.images, data.class_ids, order),
         config,
         torch.device(device),
-        Checkpoints(out, identity, overwrite=overwrite),
+        Checkpoints(out.folder, identity, overwrite=out.overwrite),
         on_progress or (lambda phase, step, steps, loss: None),
     )
     training.open()
-    vae = training.autoencoder(size, None if teacher is None else FeatureLevels(teacher.to(device)))
-    denoiser = training.denoiser(vae, len(classes))
-    record = {
-        **identity, "images": len(images), "images_digest": digest, **training.facts, **(extra or {}),
-    }  # fmt: skip
-    prior = ClassConditionalPrior(vae, denoiser, scheduler_of(config), classes=list(classes), device=device)
-    with published_folder(out, overwrite=overwrite) as work:
-        prior.save(work, {**(run_by or {}), "training": record}, dtype=config.dtype)
+    levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(device))
+    vae = training.autoencoder(size, levels)
+    denoiser = training.denoiser(vae, len(data.classes))
+    prior = ClassConditionalPrior(vae, denoiser, scheduler_of(config), classes=list(data.classes), device=device)
+    record = {**identity, "images": len(data.images), **training.facts, **seen_by.judged(prior, data), **out.extra}
+    with published_folder(out.folder, overwrite=out.overwrite) as work:
+        prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)
     training.checkpoints.remove()
     return record
+
+
+@dataclass(frozen=True)
+class Classifiers:
+    """Classifiers of the images that a prior learns.
+
+    Attributes:
+        perceptual: the autoencoder keeps what this one sees (`feature_weight`).
+        judge: what this one sees of the finished prior's images is recorded; by default `perceptual`, whose view of
+            them is too kind, since they were made for it.
+    """
+
+    perceptual: Classifier | None = None
+    judge: Classifier | None = None
+
+    def judged(self, prior: Prior, data: TrainingSet, images: int = 1000) -> dict[str, Any]:
+        """What the judge says of reconstructions and of samples; of held-out images where there are some."""
+        judge = self.judge or self.perceptual
+        if judge is None:
+            return {}
+        real, class_ids = data.held_out or (data.images, data.class_ids)
+        rows = philox("judged").permutation(len(real))[:images]
+        real, class_ids = real[rows], np.asarray(class_ids[rows], np.int64)
+        classes = [ClassInfo(int(c), data.classes[c], data.classes[c], int(c), int(c)) for c in class_ids]
+        how = Sampling(1.0, 25, "noise", prior.guidance_of(None) if prior.has_null else 1.0)
+        made = generate(prior, classes, how, seed=0)
+        return {
+            "judge": judge.id,
+            "held_out": data.held_out is not None,
+            "reconstructions": judge_autoencoder(prior.autoencoder, judge, real, class_ids),
+            "samples": {"guidance": how.guidance, "steps": how.steps, **judge_samples(made, real, judge, class_ids)},
+        }
 
 
 @dataclass(frozen=True)
@@ -272,56 +298,8 @@ def write_latents(
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-def check_images(images: np.ndarray, class_ids: np.ndarray, classes: Sequence[str]) -> None:
-    """Raise a ValueError unless images are uint8 [N, 3, S, S] and labels int [N] in 0 .. len(classes) - 1."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or images.dtype != np.uint8:
-        raise ValueError(f"training: expected images uint8 [N, 3, S, S], got {images.dtype} {images.shape}")
-    if class_ids.shape != images.shape[:1] or not np.issubdtype(class_ids.dtype, np.integer):
-        raise ValueError(f"training: expected {len(images)} integer labels, got {class_ids.dtype} {class_ids.shape}")
-    if len(images) == 0:
-        raise ValueError("training: expected at least one image, got none")
-    if class_ids.min() < 0 or class_ids.max() >= len(classes):
-        raise ValueError(
-            f"training: labels must lie in 0 .. {len(classes) - 1}, got {class_ids.min()} .. {class_ids.max()}"
-        )
-
-
-def canonical_order(images: np.ndarray, class_ids: np.ndarray) -> tuple[npt.NDArray[np.int64], str]:
-    """(int64 [N]: rows by class, then by content, so that training does not depend on the shards' order; a digest)."""
-    keys = [
-        (int(c), hashlib.blake2b(x.tobytes(), digest_size=16).digest()) for c, x in zip(class_ids, images, strict=True)
-    ]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    digest = hashlib.blake2b(digest_size=8)
-    for row in order:
-        digest.update(keys[row][0].to_bytes(8, "little") + keys[row][1])
-    return np.asarray(order, dtype=np.int64), digest.hexdigest()
-
-
 def seeded(seed: int, build: Callable[[], Any]) -> Any:
     """Build a network from `seed`, leaving the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return build()
-
-
-def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
-    """`steps` index batches from endless shuffled passes over n rows; never smaller than min(n, batch)."""
-    batch = min(n, batch)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:batch]
-        order = order[batch:]
-
-
-def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_up: float) -> Any:
-    """A cosine up to `lr` over the share `warm_up` of the steps, then down to about zero; momentum stays.
-
-    OneCycleLR divides by zero where the warm-up is exactly one step (20 steps at 0.05), so it is a little longer there.
-    """
-    share = 1.5 * warm_up if warm_up * steps == 1.0 else warm_up
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=share, cycle_momentum=False
-    )

@@ -7,8 +7,6 @@ Shape suffixes: N images, B batch, C classes, S image size.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,80 +18,69 @@ from torch import Tensor
 from ddoq_ray.config.network_training import TeacherTraining
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
-from ddoq_ray.models.classifiers import Classifier, build_classifier, save_classifier
+from ddoq_ray.models.accuracy import top1_top5
+from ddoq_ray.models.classifiers import Classifier, Normalisation, build_classifier, save_classifier
 from ddoq_ray.models.folders import check_free
-from ddoq_ray.models.training.prior import Progress, batches, canonical_order, check_images, one_cycle
+from ddoq_ray.models.training.course import batches, one_cycle
+from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 
 _REPORT_EVERY = 20
 
 
 def train_teacher(
-    images: np.ndarray,
-    class_ids: np.ndarray,
-    classes: Sequence[str],
-    out: str | os.PathLike[str],
-    *,
+    data: TrainingSet,
+    out: Destination,
     config: TeacherTraining | None = None,
-    held_out: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
     device: str | torch.device = "cpu",
     on_progress: Progress | None = None,
-    overwrite: bool = False,
-    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a classifier and publish it as the folder `out`, which `load_classifier` reads.
+    """Train a classifier and publish it as a folder, which `load_classifier` reads.
 
     Args:
-        images: uint8 [N, 3, S, S].
-        class_ids: int64 [N], labels 0 .. len(classes) - 1.
-        classes: names in label order.
-        out: folder to write, whole or not at all.
+        data: what it learns.
+        out: the folder.
         config: see `TeacherTraining`.
-        held_out: (images, class_ids) to report an accuracy on, once, after training; nothing is chosen by it.
         device: where to train.
         on_progress: called with ("teacher", step, steps, loss) now and then.
-        overwrite: replace an existing folder.
-        extra: kept in config.json, such as the data's name.
 
     Returns:
         What config.json records under "training".
 
     Raises:
-        ValueError: images and labels that do not fit, or an existing `out`.
+        ValueError: images and labels that do not fit, or an existing folder.
     """
     config = config or TeacherTraining()
-    check_free(out, overwrite=overwrite)
-    check_images(images, class_ids, classes)
-    if held_out is not None:
-        check_images(*held_out, classes)
-    order, _ = canonical_order(images, class_ids)
-    images, class_ids = images[order], class_ids[order]
-    device = torch.device(device)
-    size = images.shape[-1]
-    # One channel at a time: float64 copies of all images at once would be eight times the set.
-    moments = [(float(images[:, c].mean() / 255), float(images[:, c].std() / 255)) for c in range(3)]
+    check_free(out.folder, overwrite=out.overwrite)
+    data.check()
+    order, _ = data.order()
+    images, class_ids = data.images[order], data.class_ids[order]
     model = build_classifier(
-        config.arch,
-        len(classes),
-        size,
-        [round(mean, 7) for mean, _ in moments],
-        [round(max(std, 1e-3), 7) for _, std in moments],
-        seed=config.seed,
-        classes=classes,
+        config.arch, len(data.classes), images.shape[-1], _moments(images), seed=config.seed, classes=data.classes
     ).to(device)
-    loss = _train(model, images, class_ids, config, device, on_progress)
+    loss = _train(model, images, class_ids, config, on_progress)
     record: dict[str, Any] = {
         "options": asdict(config),
         "images": len(images),
         "loss": loss,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **(extra or {}),
+        **out.extra,
     }
-    if held_out is not None:
-        record["held_out_images"] = len(held_out[0])
-        record["held_out_accuracy"] = accuracy(model, *held_out)
-    save_classifier(model, out, extra={"training": record}, dtype=config.dtype, overwrite=overwrite)
+    if data.held_out is not None:
+        scored, truth = (torch.from_numpy(np.ascontiguousarray(part)) for part in data.held_out)
+        record["held_out_images"] = len(scored)
+        record["held_out_accuracy"], _ = top1_top5(model, scored, truth)
+    save_classifier(model, out.folder, extra={"training": record}, dtype=config.dtype, overwrite=out.overwrite)
     return record
+
+
+def _moments(images: np.ndarray) -> Normalisation:
+    """Of uint8 [N, 3, S, S]: one channel at a time, since float64 copies of all would be eight times the set."""
+    moments = [(float(images[:, c].mean() / 255), float(images[:, c].std() / 255)) for c in range(3)]
+    return Normalisation(
+        tuple(round(mean, 7) for mean, _ in moments), tuple(round(max(std, 1e-3), 7) for _, std in moments)
+    )
 
 
 def _train(
@@ -101,9 +88,10 @@ def _train(
     images: np.ndarray,
     class_ids: np.ndarray,
     config: TeacherTraining,
-    device: torch.device,
     on_progress: Progress | None,
 ) -> float:
+    """The running loss after the last step; the images go to the model's device."""
+    device = model.mean.device
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     labels = torch.from_numpy(np.ascontiguousarray(class_ids)).long().to(device)
     steps = max(2, config.epochs * len(pixels) // min(config.batch, len(pixels)))
@@ -141,24 +129,3 @@ def _train(
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-
-
-@torch.inference_mode()
-def accuracy(model: Classifier, images: np.ndarray, class_ids: np.ndarray, *, batch: int = 256) -> float:
-    """Top-1 accuracy in percent on uint8 images [N, 3, S, S], uncropped; the model's mode is kept.
-
-    Args:
-        model: in eval mode.
-        images: uint8 [N, 3, S, S].
-        class_ids: int64 [N].
-        batch: images a forward pass.
-
-    Returns:
-        Percent correct.
-    """
-    correct = 0
-    for begin in range(0, len(images), batch):
-        x = torch.from_numpy(np.ascontiguousarray(images[begin : begin + batch])).to(model.mean.device).float() / 255
-        predicted = model(x).argmax(1).cpu().numpy()
-        correct += int((predicted == class_ids[begin : begin + batch]).sum())
-    return 100.0 * correct / len(images)

@@ -8,14 +8,14 @@ or a file that is written twice has the same bytes, whoever wrote it and when.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.rng import philox
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.storage import layout
@@ -35,6 +34,10 @@ from ddoq_ray.storage.layout import PARTS, shard_name
 from ddoq_ray.storage.parquet import table_bytes
 from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, binary_rows, fixed_binary, latent_schema
+
+if TYPE_CHECKING:  # torch: only in the actor
+    from ddoq_ray.models.autoencoder import Autoencoder
+    from ddoq_ray.models.encoding import Encoding
 
 NON_FINITE = "non-finite latent: the autoencoder gave infinity or not a number"
 GAIN = 1.03  # a larger micro-batch must be this much faster to be worth its memory
@@ -82,6 +85,12 @@ class EncoderSettings:
             gpu_share=min(1.0, config.cluster.encoder.num_gpus),
         )
 
+    @property
+    def encoding(self) -> Encoding:
+        from ddoq_ray.models.encoding import Encoding  # torch: only in the actor
+
+        return Encoding(self.latent_shape, self.batch, self.posterior, self.seed, one_shape=self.compile)
+
 
 class Encoder:
     """Ray Data actor: a chunk of pixels becomes one file of latents; only its record goes back.
@@ -90,20 +99,12 @@ class Encoder:
     """
 
     def __init__(self, settings: EncoderSettings, latents: Folder, quarantine: Folder | None = None) -> None:
-        from ddoq_ray.models.autoencoder import load_autoencoder
+        from ddoq_ray.models.encoding import LatentEncoder  # torch: only in the actor
 
-        pin_threads(settings.threads)
         self.settings = settings
         self.folder = latents
         self.quarantine = quarantine or latents / layout.QUARANTINE
-        on = device()
-        if on == "cuda" and settings.gpu_share < 1:
-            import torch
-
-            torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
-        how = {"dtype": settings.dtype, "channels_last": settings.channels_last, "compile": settings.compile}
-        self.autoencoder = load_autoencoder(settings.path, device=on, **how)
-        self._computing = threading.Lock()
+        self.encoder = LatentEncoder(place_autoencoder(settings), settings.encoding)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         shard, chunk, last = int(batch["shard"][0]), int(batch["chunk"][0]), bool(batch["last"][0])
@@ -123,14 +124,16 @@ class Encoder:
     def publish(self, row: dict[str, Any], name: str) -> tuple[ChunkRecord, list[str]]:
         """Encode a row of `read_chunks` into the file `name` of the log; its record, and the keys that are not in it.
 
-        Those are the samples whose latent is not finite, as an autoencoder in half precision gives for single pictures.
+        Those are the samples whose latent is not finite.
         """
+        from ddoq_ray.models.encoding import not_finite
+
         keys = json.loads(row["keys"][0])
         class_ids = np.frombuffer(row["class_ids"][0], np.int32)
         size = self.settings.image_size
         pixels = np.frombuffer(row["pixels"][0], np.uint8).reshape(len(keys), size, size, 3)
-        latents = self.encode(pixels, keys)
-        bad = np.flatnonzero(((latents.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=1))  # infinity's and NaN's bits
+        latents = self.encoder.encode(pixels, keys)
+        bad = not_finite(latents)
         refused = [keys[i] for i in bad]
         if refused:
             kept = np.setdiff1d(np.arange(len(keys)), bad)
@@ -138,47 +141,19 @@ class Encoder:
         schema = latent_schema(self.settings.latent_shape, self.settings.prior_id)
         return write_file(self.folder, name, keys, class_ids, latents, schema), refused
 
-    def encode(self, pixels: npt.NDArray[np.uint8], keys: Sequence[str]) -> npt.NDArray[np.float16]:
-        """float16 [n, D] of images uint8 [n, H, W, 3]."""
-        import torch
 
-        own = self.settings
-        noise = None
-        if own.posterior == "sample" and keys:
-            noise = torch.from_numpy(np.stack([posterior_noise(own.seed, key, own.latent_shape) for key in keys]))
-        images = self._upload(pixels)
-        parts = []
-        with self._computing, torch.inference_mode():
-            for first in range(0, len(keys), own.batch):
-                inner = images[first : first + own.batch]
-                rows = len(inner)
-                if own.compile and rows < own.batch:  # another shape would be compiled anew
-                    inner = torch.cat([inner, inner.new_zeros((own.batch - rows, *inner.shape[1:]))])
-                drawn = None if noise is None else noise[first : first + own.batch]
-                if drawn is not None and len(drawn) < len(inner):
-                    drawn = torch.cat([drawn, drawn.new_zeros((len(inner) - rows, *drawn.shape[1:]))])
-                latents = self.autoencoder.encode(inner.permute(0, 3, 1, 2).float() / 127.5 - 1, drawn)
-                parts.append(latents[:rows].flatten(1).to(torch.float16))
-            dim = int(np.prod(own.latent_shape))
-            return torch.cat(parts).cpu().numpy() if parts else np.empty((0, dim), np.float16)
+def place_autoencoder(settings: EncoderSettings) -> Autoencoder:
+    """The autoencoder in this process, on the part of a device that is its own."""
+    import torch  # only in the actor
 
-    def _upload(self, pixels: npt.NDArray[np.uint8]) -> Any:
-        """The pixels on the device, copied while another chunk is computed there."""
-        import torch
+    from ddoq_ray.models.autoencoder import load_autoencoder
 
-        held = torch.from_numpy(pixels.copy())
-        if self.autoencoder.device.type == "cpu":
-            return held
-        beside = torch.cuda.Stream()
-        with torch.cuda.stream(beside):
-            images = held.pin_memory().to(self.autoencoder.device, non_blocking=True)
-        beside.synchronize()
-        return images
-
-
-def posterior_noise(seed: int, key: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Standard normal float32 [C, h, w] of a sample: the same in any batch, shard, worker and run of this seed."""
-    return philox("posterior", seed, key).standard_normal(tuple(shape), dtype=np.float32)
+    pin_threads(settings.threads)
+    on = device()
+    if on == "cuda" and settings.gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
+    how = {"dtype": settings.dtype, "channels_last": settings.channels_last, "compile": settings.compile}
+    return load_autoencoder(settings.path, device=on, **how)
 
 
 def write_file(
@@ -248,16 +223,17 @@ def search_batch(settings: EncoderSettings, largest: int, seconds: float) -> dic
     Returns:
         `batch`, and `images_per_s` for each size that was tried.
     """
-    import dataclasses
-
     import torch
 
-    encoder = Encoder(dataclasses.replace(settings, compile=False, posterior="mode"), Folder("."))
+    from ddoq_ray.models.encoding import LatentEncoder
+
+    eager = dataclasses.replace(settings, compile=False, posterior="mode")
+    autoencoder = place_autoencoder(eager)
     size = settings.image_size
     rates: dict[int, float] = {}
     batch, best = 1, 1
     while batch <= max(1, largest):
-        encoder.settings = dataclasses.replace(encoder.settings, batch=batch)
+        encoder = LatentEncoder(autoencoder, dataclasses.replace(eager, batch=batch).encoding)
         pixels = np.zeros((batch, size, size, 3), np.uint8)
         keys = [""] * batch
         try:

@@ -15,7 +15,6 @@ from ddoq_ray.execution.workers import Progress, device, pin_threads
 from ddoq_ray.stages.evaluate.validation import (
     Refused,
     Validation,
-    accuracy,
     check_refused,
     load_scored,
     say_refused,
@@ -38,7 +37,8 @@ def _evaluate(
     import safetensors.torch
     import torch
 
-    from ddoq_ray.models.classifiers import build_classifier
+    from ddoq_ray.models.accuracy import top1_top5  # torch: only in the task
+    from ddoq_ray.models.classifiers import classifier_of
 
     pin_threads(threads)
     where = device()
@@ -53,12 +53,9 @@ def _evaluate(
     scores = []
     for name in folders:
         folder = run / name
-        settings = json.loads(folder.read(layout.NETWORK))
-        model = build_classifier(
-            settings["arch"], settings["num_classes"], settings["image_size"], settings["mean"], settings["std"]
-        ).to(where)
+        model = classifier_of(json.loads(folder.read(layout.NETWORK))).to(where)
         model.load_state_dict(safetensors.torch.load(folder.read(layout.WEIGHTS)))
-        scores.append(accuracy(model, images, class_ids, outputs))
+        scores.append(top1_top5(model, images, class_ids, outputs))
     return scores, facts
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,26 +132,6 @@ def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UI
         images[len(class_ids)] = image
         class_ids.append(class_id)
     return images[: len(class_ids)], np.asarray(class_ids, np.int64)
-
-
-def accuracy(model: Any, images: Any, class_ids: Any, columns: Any, batch: int = 500) -> tuple[float, float]:
-    """(top-1, top-5) in % of uint8 images [N, 3, S, S], over the outputs `columns` that mean the data's classes.
-
-    With fewer than five classes, top-5 counts all of them.
-    """
-    import torch
-
-    from ddoq_ray.core.metrics import top_pct, topk_correct
-
-    model.eval()
-    top1 = top5 = 0
-    for first in range(0, len(images), batch):
-        with torch.inference_mode():
-            logits = model(images[first : first + batch].float() / 255)[:, columns]
-        target = class_ids[first : first + batch]
-        top1 += int(topk_correct(logits, target, 1))
-        top5 += int(topk_correct(logits, target, min(5, len(columns))))
-    return top_pct(top1, len(images)), top_pct(top5, len(images))
 
 
 def check_refused(config: RunConfig, run: Folder, scored: int, refused: int, reasons: str = "") -> None:

@@ -22,7 +22,7 @@ from ddoq_ray.execution.pool import run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
-from ddoq_ray.stages.label.teacher import LabelUnit, for_teacher, spawner, view_spec
+from ddoq_ray.stages.label.teacher import LabelUnit, spawner
 from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
@@ -32,8 +32,6 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import published_labels
 from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
-
-__all__ = ["Label", "for_teacher", "run", "view_spec"]
 
 
 def codec_name(config: RunConfig, networks: Networks) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
-from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
@@ -63,20 +62,6 @@ class Named:
     reasons: str
 
 
-def view_spec(protocol: ProtocolConfig, size: int) -> ViewSpec:
-    """The views of a protocol; label, train and the online teacher must agree on them."""
-    return ViewSpec(size=size, min_scale=protocol.min_scale, flip=protocol.flip, cutmix=protocol.cutmix)
-
-
-def for_teacher(pixels: Any, size: int) -> Any:
-    """A view at the teacher's own resolution; unchanged when the student's is the same."""
-    import torch
-
-    if pixels.shape[-1] == size:
-        return pixels
-    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-
-
 def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
     """The middle crop that a teacher is scored with: that of its own recipe for torchvision's, else the protocol's."""
     if not path.startswith(TORCHVISION):
@@ -89,20 +74,19 @@ def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
     return float(min(1.0, crop / side))
 
 
-@ray.remote
 class Teacher:
     """Holds the teacher, and one image set at a time."""
 
     def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
-        from ddoq_ray.core.labels import make_codec  # torch: only in the actor
-        from ddoq_ray.models.classifiers import load_classifier
+        from ddoq_ray.models.classifiers import load_classifier  # torch: only in the actor
+        from ddoq_ray.models.labelling import Labeller, view_spec
 
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
-        self.run_folder, self.config = run, config
-        self.codec = make_codec(codec, self.model.num_classes, self.model.head.in_features)
-        self.codec_name = codec
+        self.path, self.run_folder, self.config = path, run, config
+        spec = view_spec(config.protocol, config.student.image_size)
+        self.labeller = Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
@@ -111,25 +95,9 @@ class Teacher:
         ids = np.arange(unit.offset, unit.offset + unit.images)
         total = 0
         for epoch in range(unit.first, unit.last):
-            rows = np.concatenate([self._labels(unit.set, part, epoch) for part in self._batches(ids)])
-            total += write_labels(labels, unit.name, epoch, ids, rows, self.codec_name)
+            rows = self.labeller.labels(self._images(unit.set), ids, epoch)
+            total += write_labels(labels, unit.name, epoch, ids, rows, self.labeller.codec.name)
         return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
-
-    def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:
-        import torch
-
-        from ddoq_ray.core.views.render import batch_views
-
-        spec = view_spec(self.config.protocol, self.config.student.image_size)
-        pixels, _, _ = batch_views(self._images(folder), index, spec, self.config.seed, epoch)
-        with torch.inference_mode():
-            pixels = for_teacher(pixels, self.model.image_size)
-            out = self.model(pixels) if self.codec_name == "logits" else self.model.features(pixels)
-            return self.codec.encode(out)
-
-    def _batches(self, items: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-        step = self.config.teacher.batch
-        return (items[first : first + step] for first in range(0, len(items), step))
 
     def _images(self, folder: str) -> Any:
         import torch
@@ -153,15 +121,16 @@ class Teacher:
         """What the real validation images are called; those that cannot be read are named in quarantine."""
         import torch
 
+        from ddoq_ray.models.accuracy import logits_of
+
         refused = Refused()
-        crop = teacher_crop(self.config.teacher.path, self.config.protocol)
+        crop = teacher_crop(self.path, self.config.protocol)
         outputs_of = torch.tensor(columns)
         class_ids: list[int] = []
         chosen, outputs, broken = [], [], 0
         images = scored_images(validation, self.model.image_size, crop, refused)
         for pixels, ids in _in_batches(images, self.config.teacher.batch):
-            with torch.inference_mode():
-                logits = self.model(torch.from_numpy(pixels).to(self.device).float() / 255).cpu()
+            logits = logits_of(self.model, torch.from_numpy(pixels)).cpu()
             broken += int((~logits.isfinite().all(1)).sum())
             chosen.append(logits[:, outputs_of].argmax(1).numpy())
             outputs.append(logits.argmax(1).numpy())
@@ -198,13 +167,17 @@ def _in_batches(
         yield np.stack(pixels), ids
 
 
-def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Any:
+_actor = ray.remote(Teacher)
+
+
+def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Callable[[], Any]:
     """What makes a teacher actor."""
-    resources = config.cluster.teacher
+    resources, path = config.cluster.teacher, config.teacher.path
+    assert path is not None, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
-        return Teacher.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.teacher.path, run_folder, config, codec
+        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
+            path, run_folder, config, codec
         )
 
     return spawn

@@ -18,10 +18,11 @@ import uuid
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
+from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
@@ -151,8 +152,9 @@ class Quantizers:
 
     def launch(self) -> None:
         """Start the actors, if there is anything left for them to do."""
+        quantizer = cast(ActorClass[Any], Quantizer)  # mypy does not see what a decorator makes of a class
         for demand, arguments in zip(self.demands, self._arguments, strict=True):
-            actor = Quantizer.options(**asdict(demand), scheduling_strategy="SPREAD")
+            actor = quantizer.options(**asdict(demand), scheduling_strategy="SPREAD")
             self.actors.append(actor.remote(*arguments))
         self._calls = [None] * len(self.actors)
 

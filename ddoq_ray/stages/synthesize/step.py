@@ -11,12 +11,13 @@ import posixpath
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
+from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
@@ -220,7 +221,8 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
     shards = _published(run.dir, jobs)
 
     def spawn() -> Any:
-        return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
+        actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
+        return actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
             config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads,
             judge_of(config),
         )  # fmt: skip

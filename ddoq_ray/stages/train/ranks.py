@@ -11,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 T = TypeVar("T")
 
 
@@ -46,13 +43,3 @@ class Ranks:
         total = value.detach().to(torch.float64).clone()
         torch.distributed.all_reduce(total)
         return float(total) / self.world
-
-
-def share(batch: npt.NDArray[np.int64], rank: int, world: int) -> npt.NDArray[np.int64]:
-    """A rank's part of a batch: every `world`-th image.
-
-    A batch with fewer than two images a rank is dealt to fewer ranks, so that none gets a single image while there are
-    others: batch norm has no variance over one, and stops.
-    """
-    used = max(1, min(world, len(batch) // 2))
-    return batch[rank::used] if rank < used else batch[:0]

@@ -1,15 +1,14 @@
-"""A student's schedule, its optimizer, its checkpoint with Ray Train, and what is published of it in the end."""
+"""A student's points of the validation curve, its checkpoint with Ray Train, and what is published of it in the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
@@ -18,6 +17,9 @@ from ddoq_ray.stages.train.sets import Set
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, digest_of
 
+if TYPE_CHECKING:  # torch: only where a student is trained
+    from ddoq_ray.models.training.student import StudentTraining
+
 
 @dataclass
 class Student:
@@ -25,41 +27,21 @@ class Student:
 
     row: Cell
     set: Set
-    loss_weights: Any
-    model: Any
-    wrapped: Any
-    optimizer: Any
+    training: StudentTraining
     epochs: int
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    epoch: int = 0  # finished ones
     diverged: bool = False
 
-
-def learning_rate(protocol: ProtocolConfig, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch (constant within it), as D4M's and the paper's scripts step it."""
-    if protocol.schedule == "cosine":
-        return protocol.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    if protocol.schedule == "step":
-        return protocol.lr * protocol.step_factor ** sum(epoch >= at for at in protocol.step_at)
-    return protocol.lr
+    @property
+    def epoch(self) -> int:
+        """Finished ones."""
+        return self.training.epoch
 
 
 def eval_epochs(protocol: ProtocolConfig, epochs: int) -> set[int]:
     """Epochs (1-based) after which the validation curve has a point; always the last."""
     every = protocol.eval_every or max(1, epochs // 10)
     return {*range(every, epochs + 1, every), epochs}
-
-
-def optimizer(protocol: ProtocolConfig, model: Any) -> Any:
-    """AdamW or SGD; weight decay on matrices and filters only, as D4M's script separates them."""
-    import torch
-
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": protocol.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if protocol.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=protocol.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=protocol.lr)
 
 
 def report(student: Student, facts: dict[str, Any], rank: int) -> None:
@@ -76,8 +58,8 @@ def report(student: Student, facts: dict[str, Any], rank: int) -> None:
             state = {
                 "identity": digest_of(facts),
                 "epoch": student.epoch,
-                "model": student.model.state_dict(),
-                "optimizer": student.optimizer.state_dict(),
+                "model": student.training.model.state_dict(),
+                "optimizer": student.training.optimizer.state_dict(),
                 "metrics": student.metrics,
             }
             torch.save(state, os.path.join(folder, "state.pt"))
@@ -106,11 +88,11 @@ def publish(student: Student, artifact: Artifact, facts: dict[str, Any], config:
     best = max(points, key=lambda m: m["top1_pct"]) if points and not student.diverged else None
     folder, size = artifact.folder, 0
     if not student.diverged:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in student.model.state_dict().items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in student.training.model.state_dict().items()}
         weights = safetensors.torch.save(tensors)
         size = len(weights)
         folder.publish(layout.WEIGHTS, weights)
-    folder.publish(layout.NETWORK, (json.dumps(student.model.config(), indent=1) + "\n").encode())
+    folder.publish(layout.NETWORK, (json.dumps(student.training.model.config(), indent=1) + "\n").encode())
     lines = [json.dumps(m, allow_nan=False) + "\n" for m in points]
     folder.publish(layout.METRICS, "".join(lines).encode())
     images = len(student.set.images)

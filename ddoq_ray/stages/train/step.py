@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 
@@ -29,6 +29,9 @@ from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
+
+if TYPE_CHECKING:  # torch: not in a driver that trains nothing
+    from ray.train.torch import TorchTrainer
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
 RAY_TRAIN = "train"  # Ray Train's own folder in students/
@@ -193,7 +196,7 @@ def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
             say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
 
 
-def _trainer(config: RunConfig, students: Folder, job: Job) -> ray.train.DataParallelTrainer:
+def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
     from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
 
     resources = config.cluster.trainer

@@ -19,7 +19,6 @@ from diffusers import AutoencoderKL
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.core.rng import philox
 from ddoq_ray.data.samples import decode_rgb, to_square
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.networks import Networks
@@ -31,7 +30,7 @@ from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, chunk_rows, reader_tasks
 from ddoq_ray.stages.encode.stream import chunk_stream, inner_batch
 from ddoq_ray.stages.encode.stream import encoded as through_encoders
-from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, write_file
+from ddoq_ray.stages.encode.worker import join_chunks, write_file
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
@@ -303,11 +302,6 @@ def test_the_reader_is_never_fused_into_the_encoder(corpus: Corpus, prior: Prior
     assert len(done) == 3 and all(row["name"] == "MapBatches(WhichProcess)" for row in done)
 
 
-def encoder_settings(path: Path, batch: int, **more: object) -> EncoderSettings:
-    own = EncoderSettings(str(path), "some", (4, 4, 4), 8, batch, 1, 3, "mode", "float32", False, False, 0.0)
-    return dataclasses.replace(own, **more)
-
-
 @pytest.fixture(scope="module")
 def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("autoencoder") / "kl"
@@ -319,27 +313,6 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             mid_block_add_attention=False,
         ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-def test_a_posterior_sample_belongs_to_its_key(autoencoder_folder: Path) -> None:
-    """In any batch and any order, and with the noise that the key alone gives."""
-    keys = [f"k{i}" for i in range(7)]
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
-    where = Folder("unused")
-    drawn = Encoder(encoder_settings(autoencoder_folder, 7, posterior="sample"), where).encode(pixels, keys)
-    for batch in (1, 3):
-        small = Encoder(encoder_settings(autoencoder_folder, batch, posterior="sample"), where)
-        np.testing.assert_allclose(small.encode(pixels[::-1], keys[::-1])[::-1], drawn, rtol=2e-3, atol=2e-3)
-    other = Encoder(encoder_settings(autoencoder_folder, 7, posterior="sample", seed=4), where).encode(pixels, keys)
-    assert not np.allclose(other, drawn, atol=1e-2)
-
-    network = AutoencoderKL.from_pretrained(autoencoder_folder).eval()
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    noise = np.stack([philox("posterior", 3, k).standard_normal((4, 4, 4), dtype=np.float32) for k in keys])
-    with torch.no_grad():
-        posterior = network.encode(images).latent_dist
-    expected = (posterior.mean + posterior.std * torch.from_numpy(noise)) * 0.5
-    np.testing.assert_allclose(drawn, expected.flatten(1).numpy(), rtol=2e-3, atol=2e-3)
 
 
 def test_the_batch_is_found_once_and_recorded(autoencoder_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ddoq_ray.config.compose import load_config
@@ -131,12 +130,3 @@ def test_protocols_say_how_images_are_prepared() -> None:
     assert teacher_crop("torchvision:resnet18", load_config().protocol) == 224 / 256
     with pytest.raises(ValueError, match=r"protocol\.val_crop=0"):
         load_config(["protocol.val_crop=0"])
-
-
-def test_accuracy_counts_nothing_that_is_not_a_number() -> None:
-    from ddoq_ray.stages.evaluate.validation import accuracy
-
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
-    torch.nn.init.constant_(model[1].weight, float("nan"))
-    images, ids = torch.zeros(6, 3, 2, 2, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
-    assert accuracy(model, images, ids, torch.arange(4)) == (0.0, 0.0)

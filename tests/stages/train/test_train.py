@@ -22,10 +22,11 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.classifiers import build_classifier
+from ddoq_ray.models.training.student import StudentTraining
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 from ddoq_ray.stages.train.memory import check_full, full_bytes
-from ddoq_ray.stages.train.ranks import Ranks, share
+from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.sets import SoftLabels, load_head
 from ddoq_ray.stages.train.worker import Trainer
 from ddoq_ray.storage.artifact import Artifact, digest_of
@@ -68,30 +69,16 @@ def test_two_ranks_with_unlike_clocks_and_disks_decide_alike(tmp_path: Path) -> 
     assert told == ["True [True, False] 7 1.5 nan"] * 2
 
 
-def test_every_image_of_a_batch_has_one_rank_and_none_has_a_single_one() -> None:
-    for world in (1, 2, 3, 4, 8):
-        for size in range(1, 40):
-            batch = np.arange(size)
-            parts = [share(batch, rank, world) for rank in range(world)]
-            assert sorted(np.concatenate(parts).tolist()) == batch.tolist()
-            assert size == 1 or 1 not in [len(p) for p in parts]
-            if size >= 2 * world:
-                assert all(np.array_equal(p, batch[r::world]) for r, p in enumerate(parts))
-
-
 def test_a_rank_without_an_image_takes_part_with_zero_gradients(tmp_path: Path) -> None:
     """Batch norm over one image of one pixel stops; two copies of one do not, and their loss is nothing."""
     job = small_job(tmp_path, "student.arch=resnet18", "student.image_size=32", size=32)
     trainer = Trainer(job, Ranks(1, 2, torch.device("cpu")))
     trainer._wrap = lambda model: model  # type: ignore[method-assign]
     student = trainer._begin(job.rows[0][0], None)
-    student.model.train()
-    packed = trainer.labels.read("labels", 0)
-    loss = trainer.loss(student, np.array([3]), packed)
+    model = student.training.model.train()
+    loss = student.training.loss(np.array([3]), trainer._targets(student))
     loss.backward()
-    assert float(loss.detach()) == 0 and all(
-        p.grad is not None and not p.grad.any() for p in student.model.parameters()
-    )
+    assert float(loss.detach()) == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 # What a student depends on
@@ -115,11 +102,11 @@ def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: st
     whole = (tmp_path / "whole" / row.folder / "model.safetensors").read_bytes()
     first = Trainer(job, ONE)
     student = first._begin(row, None)
+    training = student.training
     for _ in range(2):
-        first._epoch(student, job.config.protocol.lr)
-        student.epoch += 1
+        training.train_epoch(job.config.protocol.lr, first._targets(student))
     state = {
-        "epoch": 2, "metrics": [], "model": student.model.state_dict(), "optimizer": student.optimizer.state_dict()
+        "epoch": 2, "metrics": [], "model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()
     }  # fmt: skip
     torch.rand(1000)  # what another row, or another process, drew in between
     Trainer(job, ONE).one_row(row, Artifact(job.run / row.folder, "train"), facts, state)
@@ -151,7 +138,7 @@ def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
     trainer = Trainer(dataclasses.replace(job, config=small), ONE)
     student = trainer._begin(job.rows[0][0], None)
     assert student.set.images.shape == (IMAGES, 3, 32, 32)
-    assert trainer.loss(student, np.arange(4), trainer.labels.read("labels", 0)).isfinite()
+    assert student.training.loss(np.arange(4), trainer._targets(student)).isfinite()
 
 
 @pytest.mark.parametrize("codec", ["logits", "features"])
@@ -169,7 +156,7 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
 
         trainer._student = on_gpu  # type: ignore[method-assign]
         student = trainer._begin(job.rows[0][0], None)
-        loss = trainer.loss(student, np.arange(4), trainer.labels.read("labels", 0))
+        loss = student.training.loss(np.arange(4), trainer._targets(student))
     assert loss.device.type == "cuda" and loss.shape == ()
 
 
@@ -192,18 +179,20 @@ def test_a_student_that_diverges_says_so_and_ends(tmp_path: Path, learning_rate:
         json.loads(line, parse_constant=refuse)
 
 
-def test_a_student_that_breaks_at_its_last_step_has_diverged_too(tmp_path: Path) -> None:
+def test_a_student_that_breaks_at_its_last_step_has_diverged_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No loss was taken of the weights that the last step left."""
     job = small_job(tmp_path, "protocol.steps=2")
     trainer = Trainer(job, ONE)
-    epoch = trainer._epoch
+    epoch = StudentTraining.train_epoch
 
-    def breaks(student: Any, rate: float) -> float:
-        loss = epoch(student, rate)
-        student.model.head.bias.data[0] = float("inf")
+    def breaks(training: StudentTraining, *asked: Any) -> float:
+        loss = epoch(training, *asked)
+        training.model.head.bias.data[0] = float("inf")
         return loss
 
-    trainer._epoch = breaks  # type: ignore[method-assign]
+    monkeypatch.setattr(StudentTraining, "train_epoch", breaks)
     (row, facts) = job.rows[0]
     artifact = Artifact(job.run / row.folder, "train")
     trainer.one_row(row, artifact, facts, None)

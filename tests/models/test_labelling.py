@@ -1,0 +1,41 @@
+"""Labels of views: the teacher's answers, in order, whatever the inner batch; no answer that is not a number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.views.params import ViewSpec
+from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.models.classifiers import Classifier, build_classifier
+from ddoq_ray.models.labelling import Labeller, for_teacher
+
+SPEC = ViewSpec(size=16, min_scale=0.2, flip=True, cutmix=True)
+IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Classifier:
+    return build_classifier("convnet3-w8", 5, 24).eval()
+
+
+@pytest.mark.parametrize("codec", ["logits", "features"])
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_labels_are_the_teachers_on_the_views_of_each_image(teacher: Classifier, codec: str, batch: int) -> None:
+    index = np.array([7, 2, 5, 0, 1, 8])
+    packed = Labeller(teacher, codec, SPEC, seed=3, batch=batch).labels(IMAGES, index, 11)
+    pixels, _, _ = batch_views(IMAGES, index, SPEC, 3, 11)
+    with torch.no_grad():
+        expected = teacher(for_teacher(pixels, 24))
+    found = make_codec(codec, 5, teacher.head.in_features).decode(packed, teacher.head)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert packed.dtype == np.uint8 and len(packed) == len(index)
+
+
+def test_an_answer_that_is_not_a_number_is_refused(teacher: Classifier) -> None:
+    broken = build_classifier("convnet3-w8", 5, 16).eval()
+    broken.head.bias.data[2] = float("nan")
+    with pytest.raises(ValueError, match="check the teacher"):
+        Labeller(broken, "logits", SPEC, seed=0, batch=4).labels(IMAGES, np.arange(3), 0)
