@@ -44,6 +44,7 @@ class Autoencoder:
         dtype: str = "float32",
         channels_last: bool = False,
         compile: bool = False,
+        decode_batch: int | None = None,
         id: str = "",
     ) -> None:
         """Put a network to use.
@@ -54,6 +55,7 @@ class Autoencoder:
             dtype: "float32", "float16" or "bfloat16": its arithmetic. Latents stay float32.
             channels_last: keep images and weights with channels innermost, which convolutions in half precision want.
             compile: run the encoder through torch.compile; then every call should have the same shape.
+            decode_batch: latents that are decoded at once; None: all that `decode` is given.
             id: the content digest, if known.
 
         Raises:
@@ -68,6 +70,7 @@ class Autoencoder:
         self.factor = 2 ** (len(widths) - 1)
         self.latent_channels = int(config["latent_channels"])
         self.id = id
+        self.decode_batch = decode_batch
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.network = cast(network, self.device, self.dtype).eval().requires_grad_(False)
@@ -136,7 +139,9 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents float32 [B, C, h, w]: float32 [B, 3, H, W], about [-1, 1], not clamped."""
         raw = (latents.to(self.device) / self._scale + self._shift).to(self.dtype)
-        pixels = self.network.decode(raw.contiguous(memory_format=self._format)).sample.float()
+        raw = raw.contiguous(memory_format=self._format)
+        parts = [self.network.decode(part).sample.float() for part in raw.split(self.decode_batch or max(1, len(raw)))]
+        pixels = torch.cat(parts)
         return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.folders import check_free, published_folder
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.priors.loading import Loading
 
 Progress = Callable[[str, int, int, float], None]
 _REPORT_EVERY = 50
@@ -98,7 +99,7 @@ def train_prior(
         "threads": torch.get_num_threads(),
         **(extra or {}),
     }
-    prior = ClassConditionalPrior(vae, denoiser, _scheduler(config), classes=list(classes), device=device)
+    prior = ClassConditionalPrior(vae, denoiser, _scheduler(config), classes=list(classes), how=Loading(device=device))
     with published_folder(out, overwrite=overwrite) as work:
         prior.save(work, {**(run_by or {}), "training": record}, dtype=config.dtype)
     return record
