@@ -19,6 +19,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
 )
 from PIL import Image
+from support.prior_tests import PriorTests
 from support.tiny_networks import CLASSES, save_parts, tiny_dit, tiny_unet, tiny_vae
 
 from ddoq_ray.data import collections as sources
@@ -47,6 +48,30 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=["unet", "dit"])
 def prior(request, folders):
     return load_prior(folders[request.param])
+
+
+class TestUNet(PriorTests):
+    @pytest.fixture
+    def folder(self, folders: dict[str, Path]) -> Path:
+        return folders["unet"]
+
+    def wrong_conditions(self, right: torch.Tensor | None) -> list[torch.Tensor | None]:
+        assert right is not None
+        return [*super().wrong_conditions(right), right.int(), right + 3, right - 3]
+
+
+class TestDiT(TestUNet):
+    @pytest.fixture
+    def folder(self, folders: dict[str, Path]) -> Path:
+        return folders["dit"]
+
+
+class TestUNetWithoutNullLabel(TestUNet):
+    has_null = False
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return save_parts(tmp_path / "plain", "unet", tiny_unet(3), extra={"classes": CLASSES})
 
 
 def batch(seed: int = 0, n: int = 3):
@@ -89,15 +114,6 @@ def test_shift_factor_is_undone_by_decoding(tmp_path):
     _, y, e = batch(n=2)
     a, b = (synthesize(p, p.encode(x), y, e, strength=0, steps=5) for p in (plain, shifted))
     assert int((a.int() - b.int()).abs().max()) <= 1
-
-
-def test_strength_zero_is_a_plain_decode(prior):
-    z, y, e = batch()
-    images = synthesize(prior, z, y, e, strength=0.0, steps=STEPS)
-    with torch.no_grad():
-        pixels = prior.vae.decode(z / 0.5).sample
-    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert images.shape == (3, 8, 8, 3) and torch.equal(images, expected)
 
 
 def test_same_noise_same_bytes_other_noise_other_bytes(prior):
@@ -176,20 +192,6 @@ def test_inversion_brings_the_image_back_and_ignores_the_noise(prior):
     assert (plain.int() - back.int()).abs().float().mean() < 2.0
 
 
-def test_a_given_start_goes_on_from_its_own_noise(prior):
-    z, y, e = batch()
-    signal, sigma = prior.noise_scales(0.5, STEPS)
-    prior.scheduler.set_timesteps(STEPS)
-    alpha = float(prior.scheduler.alphas_cumprod[prior.scheduler.timesteps[STEPS // 2]])
-    assert (signal, sigma) == pytest.approx((alpha**0.5, (1 - alpha) ** 0.5), rel=1e-5)
-    expected = synthesize(prior, z, y, e, start="noised", strength=0.5, steps=STEPS)
-    given = synthesize(prior, signal * z + sigma * e, y, torch.zeros_like(e), start="given", strength=0.5, steps=STEPS)
-    assert int((given.int() - expected.int()).abs().max()) <= 1
-    for strength in (0.0, 0.01):
-        with pytest.raises(ValueError, match="strength"):
-            prior.noise_scales(strength, STEPS)
-
-
 def test_step_noise_comes_from_the_generators(folders):
     base = load_prior(folders["dit"])
     prior = ClassConditionalPrior(base.vae, base.denoiser, DDPMScheduler(clip_sample=False))
@@ -247,13 +249,16 @@ def test_the_published_dit_folder_format_loads(folders, tmp_path):
     assert torch.equal(synthesize(old, z, y, e, **run), synthesize(new, z, y, e, **run))
 
 
-def test_the_id_names_values_not_files(folders, tmp_path):
+def test_what_is_saved_has_the_id_of_its_values(folders, tmp_path):
     prior = load_prior(folders["unet"])
-    assert load_prior(folders["unet"]).id == prior.id
+    for name in ("same", "other"):
+        (tmp_path / name).mkdir()
+    prior.save(tmp_path / "same", {})
+    assert load_prior(tmp_path / "same").id == prior.id
     with torch.no_grad():
         prior.denoiser.conv_in.weight[0, 0, 0, 0] += 1
-    prior.save(tmp_path, {})
-    assert load_prior(tmp_path).id != prior.id
+    prior.save(tmp_path / "other", {})
+    assert load_prior(tmp_path / "other").id != prior.id
 
 
 def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
@@ -302,44 +307,6 @@ def test_missing_or_mismatched_folders_are_refused(folders, tmp_path):
     vae.save_pretrained(folder / "vae")
     with pytest.raises(ValueError, match="3 latent channels"):
         load_prior(folder)
-
-
-def test_arguments_that_do_not_fit_are_refused(prior):
-    z, y, e = batch()
-    good = {"strength": 0.5, "steps": STEPS}
-    for arguments, options, match in [
-        ((z[:, :3], y, e), good, "latents"),
-        ((z, y, e[:2]), good, "noise"),
-        ((z, y[:2], e), good, "labels"),
-        ((z, y + 3, e), good, "labels must lie in"),
-        ((z, y, e, [torch.Generator()]), good, "generators"),
-        ((z, y, e), {**good, "start": "warm"}, "start"),
-        ((z, y, e), {**good, "strength": 1.5}, "strength"),
-        ((z, y, e), {**good, "strength": 0.05}, "runs none"),
-        ((z, y, e), {**good, "steps": 0}, "steps"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            synthesize(prior, *arguments, **options)
-    with pytest.raises(ValueError, match="dtype"):
-        ClassConditionalPrior(prior.vae, prior.denoiser, prior.scheduler, dtype="int8")
-
-
-def test_guidance_without_a_null_label_is_refused(tmp_path):
-    folder = save_parts(tmp_path, "unet", tiny_unet(3), extra={"classes": CLASSES})
-    z, y, e = batch()
-    prior = load_prior(folder)
-    synthesize(prior, z, y, e, strength=0.5, steps=STEPS)
-    with pytest.raises(ValueError, match="null label"):
-        synthesize(prior, z, y, e, strength=0.5, steps=STEPS, guidance=2.0)
-
-
-def test_half_precision_stays_close(folders):
-    z, y, e = batch()
-    run = {"strength": 0.5, "steps": STEPS}
-    full = synthesize(load_prior(folders["dit"]), z, y, e, **run)
-    half = load_prior(folders["dit"], dtype="bfloat16")
-    assert half.encode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
-    assert (full.int() - synthesize(half, z, y, e, **run).int()).abs().float().mean() < 3
 
 
 def test_the_shipped_digits_prior():
