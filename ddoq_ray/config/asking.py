@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddoq_ray.config.presets import OWN, own_settings, preset_of
+from ddoq_ray.config.presets import AUTOENCODER, OWN, own_settings, preset_of
 from ddoq_ray.config.run import RunConfig
 
 ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real images in memory
@@ -73,7 +73,7 @@ def _of_prior(given: Given) -> list[tuple[str, Any]]:
     own, preset = own_settings(path), preset_of(path)
     if not own and preset is None and given.get("experiment") not in (None, "digits"):
         return []
-    choice = OWN if own or preset is None else preset
+    choice = OWN if preset is None or (own and preset != AUTOENCODER) else preset
     return [*([("prior", choice)] if named is None else []), *own.items()]
 
 

@@ -63,7 +63,7 @@ class Inspection:
         size = config.student.image_size
         question = {
             "threads": config.cluster.threads,
-            "prior": config.prior.path,
+            "prior": {"path": config.prior.path} | config.prior.loading,
             "encoder": {
                 "path": config.encoder.path,
                 "posterior": config.encoder.posterior,

@@ -66,8 +66,7 @@ class Autoencoder:
         if not isinstance(network, tuple(KINDS.values())):
             raise ValueError(f"autoencoder: expected one of {sorted(KINDS)}, got {type(network).__name__}")
         config = network.config
-        widths = config["block_out_channels" if isinstance(network, AutoencoderKL) else "encoder_block_out_channels"]
-        self.factor = 2 ** (len(widths) - 1)
+        self.factor = factor_of(network)
         self.latent_channels = int(config["latent_channels"])
         self.id = id
         self.decode_batch = decode_batch
@@ -143,6 +142,12 @@ class Autoencoder:
         parts = [self.network.decode(part).sample.float() for part in raw.split(self.decode_batch or max(1, len(raw)))]
         pixels = torch.cat(parts)
         return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
+
+
+def factor_of(network: AutoencoderKL | AutoencoderTiny) -> int:
+    """H / h, how much smaller a latent's side is than its image's."""
+    widths = "block_out_channels" if isinstance(network, AutoencoderKL) else "encoder_block_out_channels"
+    return int(2 ** (len(network.config[widths]) - 1))
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddoq_ray.models.folders import read_json, resolve_folder
+from ddoq_ray.models.priors.autoencoder import AutoencoderPrior, is_autoencoder
 from ddoq_ray.models.priors.base import Prior
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
@@ -23,7 +24,8 @@ def load_prior(path: str | os.PathLike[str], **how: Any) -> Prior:
     """Load a prior from a folder in diffusers' format, `shipped:<name>`, or a Hugging Face id.
 
     Args:
-        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as DiTPipeline saves.
+        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as DiTPipeline saves, or a folder
+            of an autoencoder alone.
         how: what of it is taken and how it runs: the attributes of `Loading`, by name.
 
     Raises:
@@ -32,6 +34,8 @@ def load_prior(path: str | os.PathLike[str], **how: Any) -> Prior:
     """
     loading = Loading(**how)
     folder = resolve_folder(path, "prior")
+    if loading.autoencoder_only or is_autoencoder(folder):
+        return AutoencoderPrior.from_folder(folder, loading)
     index = read_json(folder / "model_index.json", "prior")
     return _reader(folder, index)(folder, index, loading)
 

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.models import PriorConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
@@ -72,7 +73,7 @@ class Decoder:
 
     def __init__(
         self,
-        prior_path: str,
+        prior: PriorConfig,
         run_folder: Folder,
         synthesizer: SynthesizerConfig,
         seed: int,
@@ -83,7 +84,9 @@ class Decoder:
         from ddoq_ray.models.synthesis import Synthesizer
 
         pin_threads(threads)
-        self.synthesizer = Synthesizer(load_prior(prior_path, device=device()), seed, synthesizer.batch)
+        self.synthesizer = Synthesizer(
+            load_prior(prior.given, device=device(), **prior.loading), seed, synthesizer.batch
+        )
         self.run_folder = run_folder
         self.how, self.seed, self.classes = synthesizer, seed, classes
 
@@ -133,6 +136,7 @@ class Synthesize(Step):
         options = {k: v for k, v in plain(config.synthesizer).items() if k not in workers}
         if options["start"] == "noise":
             options.pop("strength")
+        options |= config.prior.sampling
         return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
 
     def inputs(self, run: Run) -> dict[str, Any]:
@@ -167,7 +171,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
 
     def spawn() -> Any:
         return Decoder.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads
+            config.prior, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads
         )
 
     with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
