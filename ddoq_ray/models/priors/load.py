@@ -12,9 +12,12 @@ from ddoq_ray.models.priors.autoencoder import AutoencoderPrior, is_autoencoder
 from ddoq_ray.models.priors.base import Prior
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
+from ddoq_ray.models.priors.stable_diffusion import StableDiffusionPrior
 
 # `_class_name` of model_index.json -> reader(folder, index, how). A new kind of prior is a row.
 LOADERS: dict[str, Callable[[Path, dict[str, Any], Loading], Prior]] = {
+    "StableDiffusionPipeline": StableDiffusionPrior.from_folder,
+    "StableDiffusionImg2ImgPipeline": StableDiffusionPrior.from_folder,
     "DiTPipeline": ClassConditionalPrior.from_folder,
     "DiffusionPipeline": ClassConditionalPrior.from_folder,  # parts that no pipeline of diffusers has, as train-prior's
 }
@@ -24,8 +27,8 @@ def load_prior(path: str | os.PathLike[str], **how: Any) -> Prior:
     """Load a prior from a folder in diffusers' format, `shipped:<name>`, or a Hugging Face id.
 
     Args:
-        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as DiTPipeline saves, or a folder
-            of an autoencoder alone.
+        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as diffusers' pipelines save, or a
+            folder of an autoencoder alone.
         how: what of it is taken and how it runs: the attributes of `Loading`, by name.
 
     Raises:
@@ -44,5 +47,8 @@ def _reader(folder: Path, index: dict[str, Any]) -> Callable[[Path, dict[str, An
     name = str(index.get("_class_name"))
     if name not in LOADERS:
         told = "a text-conditional pipeline" if "text_encoder" in index else "a pipeline"
-        raise ValueError(f"prior: {folder} is {told} of the class {name}; this version reads {', '.join(LOADERS)}")
+        raise ValueError(
+            f"prior: {folder} is {told} of the class {name}; this version reads {', '.join(LOADERS)}, and of any "
+            "with a vae/ the autoencoder (prior=autoencoder)"
+        )
     return LOADERS[name]
