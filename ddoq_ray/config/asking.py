@@ -17,8 +17,8 @@ ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real i
 Given = Mapping[str, Any]  # key -> value as given; the last one where a key is given twice
 
 _EXAMPLES = {
-    "prior": "prior.path=FOLDER (a class-conditional prior in diffusers' format, a hub id, or what "
-    "`ddoq-ray train-prior` wrote) or prior=dit-xl-2-256 for ImageNet's classes",
+    "prior": "prior.path=FOLDER (a prior in diffusers' format, a hub id, or what "
+    "`ddoq-ray train-prior` wrote), prior=dit-xl-2-256 for ImageNet's classes, or prior=sd-1-5, asked by their names",
     "teacher": "teacher.path=FOLDER (what `ddoq-ray train-teacher` wrote), or teacher.path=torchvision:resnet18 for "
     "ImageNet's classes",
     "student": "student=resnet18 (or resnet18-small, convnet3, ... for small images)",
