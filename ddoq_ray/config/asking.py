@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddoq_ray.config.presets import OWN, own_settings, preset_of
+from ddoq_ray.config.presets import AUTOENCODER, OWN, own_settings, preset_of
 from ddoq_ray.config.run import RunConfig
 
 ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real images in memory
@@ -17,8 +17,8 @@ ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real i
 Given = Mapping[str, Any]  # key -> value as given; the last one where a key is given twice
 
 _EXAMPLES = {
-    "prior": "prior.path=FOLDER (a class-conditional prior in diffusers' format, a hub id, or what "
-    "`ddoq-ray train-prior` wrote) or prior=dit-xl-2-256 for ImageNet's classes",
+    "prior": "prior.path=FOLDER (a prior in diffusers' format, a hub id, or what "
+    "`ddoq-ray train-prior` wrote), prior=dit-xl-2-256 for ImageNet's classes, or prior=sd-1-5, asked by their names",
     "teacher": "teacher.path=FOLDER (what `ddoq-ray train-teacher` wrote), or teacher.path=torchvision:resnet18 for "
     "ImageNet's classes",
     "student": "student=resnet18 (or resnet18-small, convnet3, ... for small images)",
@@ -73,7 +73,7 @@ def _of_prior(given: Given) -> list[tuple[str, Any]]:
     own, preset = own_settings(path), preset_of(path)
     if not own and preset is None and given.get("experiment") not in (None, "digits"):
         return []
-    choice = OWN if own or preset is None else preset
+    choice = OWN if preset is None or (own and preset != AUTOENCODER) else preset
     return [*([("prior", choice)] if named is None else []), *own.items()]
 
 

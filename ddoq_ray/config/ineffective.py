@@ -77,6 +77,10 @@ _RULES: tuple[Rule, ...] = (
         lambda _: "on the encode stage alone; leave it out, or run the stages after it",
     ),
     ("encoder.", lambda c: c.latents.path is not None, _fixed("latents.path gives latents that are already encoded")),
+    *(
+        (f"prior.{key}", lambda c: c.prior.autoencoder_only, _fixed("prior.autoencoder_only takes no denoiser"))
+        for key in ("scheduler", "negative_prompt")
+    ),
     (
         "synthesizer.strength",
         lambda c: c.synthesizer.start in ("noise", "guided"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from ddoq_ray.config.schema import option, require
 
@@ -13,6 +14,34 @@ class PriorConfig:
     path: str | None = option(
         "shipped:digits-prior", "folder or hub id in diffusers' format; shipped:NAME is in the package; null: none"
     )
+
+    autoencoder_only: bool = option(
+        False, "take the folder's autoencoder alone: centroids are decoded as they are, and nothing is denoised"
+    )
+    image_size: int | None = option(
+        None, "side of the images, in pixels, where the folder does not fix it; null: what the folder says"
+    )
+
+    scheduler: Literal["folder", "ddim", "pndm", "dpm++2m"] = option(
+        "folder", "the solver of the diffusion; folder: the prior's own; the others run over the same noise levels"
+    )
+    negative_prompt: str = option("", "what a prior that takes text is guided away from; empty: from no text")
+
+    def __post_init__(self) -> None:
+        require(
+            self.image_size is None or self.image_size >= 1,
+            f"prior.image_size={self.image_size}: expected 1 or more, or null",
+        )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `load_prior` is told beside the path."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What images follow from and latents do not; for the rest the prior's digest stands."""
+        return {"scheduler": self.scheduler, "negative_prompt": self.negative_prompt}
 
     @property
     def given(self) -> str:

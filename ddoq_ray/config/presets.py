@@ -19,6 +19,7 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 
 PRIOR_JSON = "ddoq_prior.json"
 OWN = "own"  # the choice for a prior that has no preset
+AUTOENCODER = "autoencoder"  # the choice for a folder of an autoencoder alone
 # What belongs to a prior: how it is run, and how a picture becomes its square.
 BROUGHT = {
     "synthesizer": ("start", "strength", "steps", "guidance", "guide_until", "guide_scale", "guide_pool"),
@@ -62,7 +63,7 @@ def prior_paths() -> dict[str, str]:
 
 
 def preset_of(path: str) -> str | None:
-    """The preset of the prior at `path`: by its hub id (any revision), or a copy of it under its own name.
+    """The preset of the prior at `path`: by its hub id (any revision), a copy of it under its own name, or its kind.
 
     >>> preset_of("facebook/DiT-XL-2-256@main"), preset_of("/models/DiT-XL-2-256/"), preset_of("my-prior")
     ('dit-xl-2-256', 'dit-xl-2-256', None)
@@ -75,7 +76,17 @@ def preset_of(path: str) -> str | None:
         owner, slash, model = hub_id.partition("/")
         if slash and parts & {model, f"models--{owner}--{model}"}:
             return name
-    return None
+    return AUTOENCODER if _is_autoencoder(Path(plain_path(path))) else None
+
+
+def _is_autoencoder(folder: Path) -> bool:
+    if (folder / "model_index.json").exists():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("_class_name")).startswith("Autoencoder")
 
 
 def own_settings(path: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Inspection:
         judge = s.judge or config.teacher.path if "synthesize" in wanted and s.candidates > 1 else None
         question = {
             "threads": config.cluster.threads,
-            "prior": config.prior.path,
+            "prior": {"path": config.prior.path} | config.prior.loading,
             "encoder": {
                 "path": config.encoder.path,
                 "posterior": config.encoder.posterior,

@@ -44,6 +44,7 @@ class Autoencoder:
         dtype: str = "float32",
         channels_last: bool = False,
         compile: bool = False,
+        decode_batch: int | None = None,
         id: str = "",
     ) -> None:
         """Put a network to use.
@@ -54,6 +55,7 @@ class Autoencoder:
             dtype: "float32", "float16" or "bfloat16": its arithmetic. Latents stay float32.
             channels_last: keep images and weights with channels innermost, which convolutions in half precision want.
             compile: run the encoder through torch.compile; then every call should have the same shape.
+            decode_batch: latents that are decoded at once; None: all that `decode` is given.
             id: the content digest, if known.
 
         Raises:
@@ -64,10 +66,10 @@ class Autoencoder:
         if not any(isinstance(network, kind) for kind in KINDS.values()):
             raise ValueError(f"autoencoder: expected one of {sorted(KINDS)}, got {type(network).__name__}")
         config = network.config
-        widths = config["block_out_channels" if isinstance(network, AutoencoderKL) else "encoder_block_out_channels"]
-        self.factor = 2 ** (len(widths) - 1)
+        self.factor = factor_of(network)
         self.latent_channels = int(config["latent_channels"])
         self.id = id
+        self.decode_batch = decode_batch
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.network = cast(network, self.device, self.dtype).eval().requires_grad_(False)
@@ -136,8 +138,16 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Images of scaled latents float32 [B, C, h, w]: float32 [B, 3, H, W], about [-1, 1], not clamped."""
         raw = (latents.to(self.device) / self._scale + self._shift).to(self.dtype)
-        pixels = self.network.decode(raw.contiguous(memory_format=self._format)).sample.float()
+        raw = raw.contiguous(memory_format=self._format)
+        parts = [self.network.decode(part).sample.float() for part in raw.split(self.decode_batch or max(1, len(raw)))]
+        pixels = torch.cat(parts)
         return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
+
+
+def factor_of(network: AutoencoderKL | AutoencoderTiny) -> int:
+    """H / h, how much smaller a latent's side is than its image's."""
+    widths = "block_out_channels" if isinstance(network, AutoencoderKL) else "encoder_block_out_channels"
+    return int(2 ** (len(network.config[widths]) - 1))
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 SHIPPED = Path(__file__).parent / "weights"
 _SHIPPED_PREFIX = "shipped:"
+_UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
+# Not those of half precision ("model.fp16"), or of before averaging ("model.non_ema").
+_OWN_WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -53,19 +56,41 @@ def _download(hub_id: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
+    wanted = ["*.json", "*/*.json", "*/*.txt", "*.safetensors", "*/*.safetensors", "*/*.bin"]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["*.json", "*/*.json", "*.safetensors", "*/*.safetensors", "*/*.bin"],
-            )
-        )
+        try:
+            there = snapshot_download(name, revision=revision or None, dry_run=True)
+            wanted = files_read([file.filename for file in there])
+        except OSError:  # no network: what an earlier download left may do
+            pass
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # hub errors are OSErrors, a bad repository name a ValueError
         raise ValueError(
             f"{what}: {hub_id!r} is no existing folder and could not be read from the Hugging Face hub "
             f"({error}); download it where there is a network and give the folder"
         ) from error
+
+
+def files_read(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that a model is read from: configurations, and one form of the weights a folder.
+
+    Stable Diffusion's repositories hold each network in six forms, and two whole checkpoints beside them: 40 GB, of
+    which 4 are read.
+    """
+    folders: dict[str, list[PurePosixPath]] = {}
+    for path in map(PurePosixPath, names):
+        folders.setdefault(path.parent.as_posix(), []).append(path)
+    parts = any(path.name == "model_index.json" for path in folders.get(".", []))
+    found: list[PurePosixPath] = []
+    for folder, paths in folders.items():
+        if "/" in folder or folder in _UNREAD:
+            continue
+        found += [path for path in paths if path.suffix in (".json", ".txt")]
+        weights = [path for path in paths if path.suffix in (".safetensors", ".bin")]
+        if not (parts and folder == "."):
+            own = [path for path in weights if _OWN_WEIGHTS.fullmatch(path.stem)] or weights
+            found += [path for path in own if path.suffix == ".safetensors"] or own
+    return sorted(path.as_posix() for path in found)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
 
     threads = question["threads"]
     torch.set_num_threads(threads)
-    prior = load_prior(question["prior"])
+    prior = load_prior(**question["prior"])
     encoder = question["encoder"]
-    autoencoder = load_autoencoder(encoder["path"] or question["prior"])
+    autoencoder = load_autoencoder(encoder["path"] or question["prior"]["path"])
     check_encoder(prior, autoencoder, encoder)
     if question["synthesizer"] is not None:
         check_synthesizer(prior, question["synthesizer"])

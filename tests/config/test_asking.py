@@ -109,6 +109,21 @@ def test_a_priors_path_brings_the_same_as_its_preset() -> None:
     assert brought(*OWN, "experiment=imagenet-1k-dit", "prior.path=copy") == DIT
 
 
+def test_a_folder_of_an_autoencoder_alone_is_decoded_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    config = load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"])
+    assert config.prior.autoencoder_only and config.synthesizer.strength == 0
+    named = load_config([*OWN, *NETWORKS[1:], "prior=autoencoder", "prior.path=stabilityai/sd-vae-ft-mse"])
+    assert named.prior.autoencoder_only and named.synthesizer.strength == 0
+    for key in ("prior.scheduler=ddim", "prior.negative_prompt=cartoon"):
+        with pytest.raises(ValueError, match=r"has no effect here: prior\.autoencoder_only"):
+            load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}", key])
+    with pytest.raises(ValueError, match=r"prior\.path=null"):
+        load_config([*OWN, *NETWORKS[1:], "prior=autoencoder"])
+    (tmp_path / "model_index.json").write_text("{}")
+    assert not load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).prior.autoencoder_only
+
+
 def test_another_prior_leaves_the_digits_settings_behind(tmp_path: Path) -> None:
     (tmp_path / "ddoq_prior.json").write_text(json.dumps({"synthesizer": {"steps": 9}, "encoder": {"resize": "pad"}}))
     for data in ((), ("dataset=digits",), ("experiment=digits",)):

@@ -80,3 +80,13 @@ def test_classes_need_a_label_only_where_the_prior_takes_labels(tmp_path: Path, 
             mapping.resolve(data, networks)
     else:
         assert mapping.resolve(data, networks).classes == unknown
+
+
+def test_a_class_that_the_prior_has_no_label_of_is_told_what_serves() -> None:
+    imagenet = ["tench, Tinca tinca", *(f"class {i}" for i in range(999))]
+    with pytest.raises(ValueError, match=r"labels are ImageNet-1K's.*subsets.*train-prior.*prior=sd-1-5"):
+        mapping.resolve_mapping([ClassInfo(0, "weld seam", "weld seam")], "prior_label", "prior", imagenet, 1000)
+    with pytest.raises(ValueError, match=r"no output of that name.*train-prior.*prior=sd-1-5") as error:
+        mapping.resolve_mapping([ClassInfo(0, "weld seam", "weld seam")], "prior_label", "prior", ["cat"], 1)
+    assert "ImageNet" not in str(error.value)
+    assert mapping.resolve_mapping([ClassInfo(0, "tench", "tench")], "prior_label", "prior", imagenet, 1000)

@@ -32,6 +32,7 @@ from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.labelling import for_teacher
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.priors.loading import Loading
 
 SCHEDULERS: tuple[Any, ...] = (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
@@ -102,7 +103,7 @@ def test_encode_and_decode(gpu: torch.device, kind: str, dtype: str, channels_la
 
 def prior_on(device: Any, denoiser: Any, scheduler: Any) -> ClassConditionalPrior:
     parts = seeded(tiny_vae), seeded(denoiser), scheduler.from_config({})
-    return ClassConditionalPrior(*parts, num_classes=3, device=device, id="x")
+    return ClassConditionalPrior(*parts, num_classes=3, how=Loading(device=device), id="x")
 
 
 def check_alike(denoiser: Any, scheduler: Any, *runs: tuple[Start, float]) -> None:

@@ -22,7 +22,7 @@ from ddoq_ray.models.training.student import share
 def question(**changes: Any) -> dict[str, Any]:
     asked = {
         "threads": 1,
-        "prior": "shipped:digits-prior",
+        "prior": {"path": "shipped:digits-prior"},
         "encoder": {"path": None, "posterior": "mode", "tried": True},
         "noise": [0.0, 25],
         "synthesizer": {"start": "noised", "strength": 0.1, "steps": 25, "guidance": 1.0},

@@ -42,6 +42,8 @@ ANYWHERE = {
     "overwrite": "what becomes of another configuration's output",
     "max_bad_fraction": "when to stop; what is made does not depend on it",
     "prior.path": "the network's content digest stands for it",
+    "prior.autoencoder_only": "the same",
+    "prior.image_size": "the same",
     "teacher.path": "the same",
     "encoder.path": "the same",
     "synthesizer.judge": "the same",

@@ -11,8 +11,12 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiTTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
     UNet2DModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CLASSES = ["cat", "dog", "fish"]
 
@@ -87,3 +91,48 @@ def tiny_taesd(**config: Any) -> AutoencoderTiny:
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1), latent_channels=4, **config,
     ).eval()  # fmt: skip
+
+
+def tiny_text_unet(**config: Any) -> UNet2DConditionModel:
+    sizes: dict[str, Any] = {
+        "sample_size": 4, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "norm_num_groups": 4, "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+    }  # fmt: skip
+    return UNet2DConditionModel(**sizes | config).eval()
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Letters, and the end of a word; in the files that Stable Diffusion's own folders have."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    end = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    about = {"model_max_length": 8, "bos_token": "<|startoftext|>", "tokenizer_class": "CLIPTokenizer", **end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=8, **tokens,
+        )
+    ).eval()  # fmt: skip
+
+
+def save_stable_diffusion(folder: Path, scheduler: Any = None, **unet: Any) -> Path:
+    """A folder as StableDiffusionPipeline saves it, with the scheduler of Stable Diffusion 1.5."""
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
+    StableDiffusionPipeline(
+        tiny_vae(), tiny_text_encoder(tokenizer), tokenizer, tiny_text_unet(**unet),
+        scheduler or PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                                   skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

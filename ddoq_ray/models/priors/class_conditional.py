@@ -15,10 +15,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
-from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast, identity_of, load_network, network_kind
+from ddoq_ray.models.autoencoder import DTYPES, cast, identity_of, load_network, network_kind
 from ddoq_ray.models.folders import content_digest, read_json, write_json
 from ddoq_ray.models.priors.base import field_of
+from ddoq_ray.models.priors.loading import PLAIN, Loading
 from ddoq_ray.models.priors.sampling import DiffusionPrior, Sampler
+from ddoq_ray.models.priors.schedulers import make_scheduler
 from ddoq_ray.storage.records import ClassInfo
 
 PRIOR_JSON = "ddoq_prior.json"
@@ -35,7 +37,7 @@ class ClassConditionalPrior(DiffusionPrior):
 
     needs = ("prior_label",)
 
-    # Eight parameters: a folder's parts and how they run, by name.
+    # Seven parameters: a folder's parts and how they run, by name.
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
@@ -44,8 +46,7 @@ class ClassConditionalPrior(DiffusionPrior):
         *,
         classes: list[str] | None = None,
         num_classes: int | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str = "float32",
+        how: Loading = PLAIN,
         id: str | None = None,
     ) -> None:
         """Put the parts together.
@@ -56,15 +57,12 @@ class ClassConditionalPrior(DiffusionPrior):
             scheduler: any diffusers scheduler with add_noise and step.
             classes: names in label order.
             num_classes: their number where no names tell it.
-            device: where both networks run.
-            dtype: their arithmetic.
+            how: how the networks run.
             id: the content digest if known; computed otherwise.
 
         Raises:
             ValueError: the parts do not fit together.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"prior: expected a dtype of {sorted(DTYPES)}, got {dtype!r}")
         size = denoiser.config["sample_size"]
         if size is None:
             raise ValueError("prior: the denoiser's config has no sample_size, so the latents' size is unknown")
@@ -78,7 +76,7 @@ class ClassConditionalPrior(DiffusionPrior):
         out_channels = denoiser.config["out_channels"] or channels
         if out_channels not in (channels, 2 * channels):
             raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
-        self.sampler = Sampler(scheduler, torch.device(device))
+        self.sampler = Sampler(scheduler, torch.device(how.device))
         if height != width:
             raise ValueError(f"prior: expected square latents, got {height} x {width}")
         self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
@@ -90,20 +88,24 @@ class ClassConditionalPrior(DiffusionPrior):
             "scheduler": dict(scheduler.config),
         }
         self.id = id or content_digest(configs, _tensors(vae, denoiser))
-        self.dtype = DTYPES[dtype]
-        self.autoencoder = Autoencoder(vae, device=device, dtype=dtype)
+        self.dtype = DTYPES[how.dtype]
+        self.autoencoder = how.autoencoder(vae)
         self.vae = self.autoencoder.network
         self.image_size = height * self.autoencoder.factor
-        self.denoiser = cast(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+        if how.image_size not in (None, self.image_size):
+            raise ValueError(
+                f"prior.image_size={how.image_size}: this prior is made for {self.image_size} px; leave it out"
+            )
+        if how.negative_prompt:
+            raise ValueError("prior.negative_prompt: this prior takes labels, no text; leave it out")
+        self.denoiser = how.denoiser(denoiser)
 
     @classmethod
     def from_folder(
         cls,
         folder: Path,
         index: dict[str, Any],
-        *,
-        device: str | torch.device = "cpu",
-        dtype: str = "float32",
+        how: Loading,
     ) -> ClassConditionalPrior:
         """Read a folder as `load_prior` describes it; `index` is its model_index.json."""
         part = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), None)
@@ -116,9 +118,7 @@ class ClassConditionalPrior(DiffusionPrior):
             raise ValueError(f"prior: expected a denoiser of {sorted(_DENOISERS)}, got {kind} in {folder}")
         vae = load_network(network_kind(raw["vae"], folder), folder, "vae")
         denoiser = load_network(_DENOISERS[kind], folder, part)
-        scheduler_class = getattr(diffusers, str(raw["scheduler"].get("_class_name")), None)
-        if scheduler_class is None or not hasattr(scheduler_class, "from_config"):
-            raise ValueError(f"prior: diffusers has no scheduler {raw['scheduler'].get('_class_name')!r} ({folder})")
+        scheduler = make_scheduler(raw["scheduler"], how.scheduler)
         # The digest covers the files' own configs: a newer diffusers adds defaults to the loaded ones.
         digest = content_digest(
             {"vae": identity_of(raw["vae"]), "denoiser": raw[part], "scheduler": raw["scheduler"]},
@@ -128,11 +128,10 @@ class ClassConditionalPrior(DiffusionPrior):
         prior = cls(
             vae,
             denoiser,
-            scheduler_class.from_config(raw["scheduler"]),
+            scheduler,
             classes=_class_names(index, extra),
             num_classes=extra.get("num_classes"),
-            device=device,
-            dtype=dtype,
+            how=how,
             id=digest,
         )
         if extra.get("image_size", prior.image_size) != prior.image_size:

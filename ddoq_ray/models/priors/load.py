@@ -7,38 +7,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ddoq_ray.models.folders import read_json, resolve_folder
+from ddoq_ray.models.priors.autoencoder import AutoencoderPrior, is_autoencoder
 from ddoq_ray.models.priors.base import Prior
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.priors.loading import Loading
+from ddoq_ray.models.priors.stable_diffusion import StableDiffusionPrior
 
-# `_class_name` of model_index.json -> reader(folder, index, device=, dtype=). A new kind of prior is a row.
-LOADERS: dict[str, Callable[..., Prior]] = {
+# `_class_name` of model_index.json -> reader(folder, index, how). A new kind of prior is a row.
+LOADERS: dict[str, Callable[[Path, dict[str, Any], Loading], Prior]] = {
+    "StableDiffusionPipeline": StableDiffusionPrior.from_folder,
+    "StableDiffusionImg2ImgPipeline": StableDiffusionPrior.from_folder,
     "DiTPipeline": ClassConditionalPrior.from_folder,
     "DiffusionPipeline": ClassConditionalPrior.from_folder,  # parts that no pipeline of diffusers has, as train-prior's
 }
 
 
-def load_prior(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: str = "float32") -> Prior:
+def load_prior(path: str | os.PathLike[str], **how: Any) -> Prior:
     """Load a prior from a folder in diffusers' format, `shipped:<name>`, or a Hugging Face id.
 
     Args:
-        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as DiTPipeline saves.
-        device: where it runs.
-        dtype: "float32", "float16" or "bfloat16": the networks' arithmetic. Latents stay float32.
+        path: a folder of model_index.json, vae/, unet/ or transformer/, scheduler/, as diffusers' pipelines save, or a
+            folder of an autoencoder alone.
+        how: what of it is taken and how it runs: the attributes of `Loading`, by name.
 
     Raises:
-        ValueError: the folder is missing, incomplete, of an unknown kind, or its parts do not fit together.
+        ValueError: the folder is missing, incomplete, of an unknown kind, its parts do not fit together, or the kind
+            cannot follow `how`.
     """
+    loading = Loading(**how)
     folder = resolve_folder(path, "prior")
+    if loading.autoencoder_only or is_autoencoder(folder):
+        return AutoencoderPrior.from_folder(folder, loading)
     index = read_json(folder / "model_index.json", "prior")
-    return _reader(folder, index)(folder, index, device=device, dtype=dtype)
+    return _reader(folder, index)(folder, index, loading)
 
 
-def _reader(folder: Path, index: dict[str, Any]) -> Callable[..., Prior]:
+def _reader(folder: Path, index: dict[str, Any]) -> Callable[[Path, dict[str, Any], Loading], Prior]:
     name = str(index.get("_class_name"))
     if name not in LOADERS:
         told = "a text-conditional pipeline" if "text_encoder" in index else "a pipeline"
-        raise ValueError(f"prior: {folder} is {told} of the class {name}; this version reads {', '.join(LOADERS)}")
+        raise ValueError(
+            f"prior: {folder} is {told} of the class {name}; this version reads {', '.join(LOADERS)}, and of any "
+            "with a vae/ the autoencoder (prior=autoencoder)"
+        )
     return LOADERS[name]

@@ -28,6 +28,7 @@ from ddoq_ray.models.fidelity import generate, judge_autoencoder, judge_samples
 from ddoq_ray.models.folders import check_free, published_folder
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
+from ddoq_ray.models.priors.loading import Loading
 from ddoq_ray.models.training.autoencoder import AutoencoderTraining, build_autoencoder
 from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Course, Passes
@@ -94,7 +95,9 @@ def train_prior(
     levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(device))
     vae = training.autoencoder(size, levels)
     denoiser = training.denoiser(vae, len(data.classes))
-    prior = ClassConditionalPrior(vae, denoiser, scheduler_of(config), classes=list(data.classes), device=device)
+    prior = ClassConditionalPrior(
+        vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=device)
+    )
     record = {**identity, "images": len(data.images), **training.facts, **seen_by.judged(prior, data), **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)

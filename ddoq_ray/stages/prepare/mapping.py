@@ -136,9 +136,21 @@ def _only(info: ClassInfo, field: str, network: str, outputs: Outputs) -> int:
         raise ValueError(
             f"class {info.class_id} ({info.name}) has no {field}, and the {network} has no output of that name "
             f"({known}{', ...' if len(names) > 12 else ''}); give {field} for each class in "
-            f"classes.json, or a {network} that knows these classes"
+            f"classes.json, or a {network} that knows these classes{_serves(network, names)}"
         )
     return found[0]
+
+
+def _serves(network: str, names: Sequence[str]) -> str:
+    """What to take for classes that a prior has no labels of."""
+    if network != "prior":
+        return ""
+    imagenet = len(names) == 1000 and "tench" in _synonyms(names[0])
+    own = ": this one's labels are ImageNet-1K's, which serve that list and its subsets" if imagenet else ""
+    return (
+        f"{own}. For other classes `ddoq-ray train-prior` makes a prior of the images themselves, and Stable Diffusion "
+        "is asked by a class's name (prior=sd-1-5)"
+    )
 
 
 def contradictions(classes: Sequence[ClassInfo], field: str, network: str, names: Sequence[str] | None) -> list[str]:

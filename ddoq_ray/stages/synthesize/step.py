@@ -20,6 +20,7 @@ import ray
 from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.models import PriorConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.core.rescaling import rescaled
@@ -79,7 +80,7 @@ class Decoder:
 
     def __init__(
         self,
-        prior_path: str,
+        prior: PriorConfig,
         run_folder: Folder,
         synthesizer: SynthesizerConfig,
         seed: int,
@@ -96,8 +97,8 @@ class Decoder:
         candidates = None
         if judge is not None:
             candidates = Candidates(synthesizer.candidates, load_classifier(judge, device()), synthesizer.keep)
-        prior = load_prior(prior_path, device=device())
-        self.synthesizer = Synthesizer(prior, seed, synthesizer.batch, candidates)
+        loaded = load_prior(prior.given, device=device(), **prior.loading)
+        self.synthesizer = Synthesizer(loaded, seed, synthesizer.batch, candidates)
         self.run_folder = run_folder
         self.how, self.seed, self.classes = synthesizer, seed, classes
 
@@ -179,6 +180,7 @@ class Synthesize(Step):
         idle += ["keep"] if own.candidates == 1 else []
         idle += ["judge"]  # its content counts, not its path: see `inputs`
         options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
+        options |= config.prior.sampling
         return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
 
     def inputs(self, run: Run) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
         return actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior.given, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads,
+            config.prior, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads,
             judge_of(config),
         )  # fmt: skip
 
