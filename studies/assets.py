@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ddoq_ray.models.classifiers import IMAGENET_MEAN, IMAGENET_STD, build_classifier, save_classifier
+from ddoq_ray.models.classifiers import build_classifier, save_classifier
 
 ASSETS = Path(os.environ.get("DDOQ_ASSETS", Path(__file__).resolve().parents[2] / "shared/assets"))
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -27,7 +27,7 @@ def write_cifar10_teacher(depth: int, out: Path) -> Path:
     """Write the ResNet of 20 or 56 layers, as it was published, as a classifier's folder; a folder there is kept."""
     if not out.exists():
         tensors = load_file(ASSETS / "cifar10-teachers" / f"resnet{depth}.safetensors")
-        model = build_classifier(f"resnet{depth}-cifar", 10, 32, IMAGENET_MEAN, IMAGENET_STD, classes=list(CIFAR10))
+        model = build_classifier(f"resnet{depth}-cifar", 10, 32, classes=list(CIFAR10))
         renamed = {
             name.replace("linear.", "head.") if name.startswith("linear.") else f"trunk.{name}": tensor
             for name, tensor in tensors.items()
