@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from ddoq_ray.core.rng import philox
+from ddoq_ray.data.pictures import to_square
 from ddoq_ray.models.priors.base import NonFiniteImages, Prior, Sampling
 from ddoq_ray.storage.records import ClassInfo
 
@@ -23,11 +25,13 @@ class Synthesizer:
         prior: makes the images.
         seed: of the noise at the start and in each step.
         batch: images at once; a picture's bytes may depend on it.
+        image_size: side of the pictures; None: as the prior makes them.
     """
 
-    def __init__(self, prior: Prior, seed: int, batch: int) -> None:
+    def __init__(self, prior: Prior, seed: int, batch: int, image_size: int | None = None) -> None:
         """See the attributes."""
         self.prior, self.seed, self.batch = prior, seed, batch
+        self.image_size = image_size or prior.image_size
 
     def pictures(
         self,
@@ -45,7 +49,7 @@ class Synthesizer:
             how: start, strength, steps, guidance.
 
         Returns:
-            uint8 [n, H, W, 3].
+            uint8 [n, H, W, 3]; resized, where another size is asked for, as D4M does: antialiased and bicubic.
 
         Raises:
             ValueError: a centroid, or the image that is made of it, is not finite; it is named.
@@ -54,7 +58,10 @@ class Synthesizer:
         for first in range(0, len(centroids), self.batch):
             rows = slice(first, first + self.batch)
             made.append(self._batch(centroids[rows], classes[rows], centroid_ids[rows], how))
-        return np.concatenate(made)
+        pictures = np.concatenate(made)
+        if self.image_size == self.prior.image_size:
+            return pictures
+        return np.stack([to_square(Image.fromarray(picture), self.image_size) for picture in pictures])
 
     def _batch(
         self, centroids: npt.NDArray[np.float32], classes: Sequence[ClassInfo], numbers: Sequence[int], how: Sampling

@@ -148,8 +148,8 @@ def _serves(network: str, names: Sequence[str]) -> str:
     imagenet = len(names) == 1000 and "tench" in _synonyms(names[0])
     own = ": this one's labels are ImageNet-1K's, which serve that list and its subsets" if imagenet else ""
     return (
-        f"{own}. For other classes `ddoq-ray train-prior` makes a prior of the images themselves, and Stable Diffusion is "
-        "asked by a class's name (prior=sd-1-5)"
+        f"{own}. For other classes `ddoq-ray train-prior` makes a prior of the images themselves, and Stable Diffusion "
+        "is asked by a class's name (prior=sd-1-5)"
     )
 
 

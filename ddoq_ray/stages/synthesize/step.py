@@ -84,9 +84,8 @@ class Decoder:
         from ddoq_ray.models.synthesis import Synthesizer
 
         pin_threads(threads)
-        self.synthesizer = Synthesizer(
-            load_prior(prior.given, device=device(), **prior.loading), seed, synthesizer.batch
-        )
+        networks = load_prior(prior.given, device=device(), **prior.loading, **synthesizer.loading)
+        self.synthesizer = Synthesizer(networks, seed, synthesizer.batch, synthesizer.image_size)
         self.run_folder = run_folder
         self.how, self.seed, self.classes = synthesizer, seed, classes
 
