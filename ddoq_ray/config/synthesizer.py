@@ -23,8 +23,8 @@ class SynthesizerConfig:
     steps: int = option(25, "diffusion steps of a whole run, of which the strength's part is done")
     guidance: float | None = option(
         1.0,
-        "classifier-free guidance scale; 1 = none; null = the published one: 8 for Stable Diffusion, 4 where labels have "
-        "a null label, else none",
+        "classifier-free guidance scale; 1 = none; null = the published one: 8 for Stable Diffusion, 4 where there is "
+        "a null label, none elsewhere",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the arithmetic of denoiser and decoder")
     channels_last: bool = option(False, "channels innermost, which convolutions in half precision want")
