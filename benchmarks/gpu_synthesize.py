@@ -129,7 +129,8 @@ def models(tiny: bool) -> tuple[Model, ...]:
     return (
         Model(
             "sd-1.5", 16 if tiny else 512, 8.0, (1, 2) if tiny else (1, 4, 16, 32),
-            lambda: UNet2DConditionModel(**unet), widths, _PNDM,            (8, 16) if tiny else (77, 768),
+            lambda: UNet2DConditionModel(**unet), widths, _PNDM,
+            (8, 16) if tiny else (77, 768),
         ),
         Model(
             "dit-xl-2-256", 16 if tiny else 256, 4.0, (1, 2) if tiny else (1, 8, 32, 128),
