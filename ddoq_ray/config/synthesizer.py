@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ddoq_ray.config.schema import option, require
 
@@ -24,7 +24,9 @@ class SynthesizerConfig:
     strength: float = option(0.1, "part of the diffusion that is run, 0 (plain decoding) to 1")
     steps: int = option(25, "diffusion steps of a whole run, of which the strength's part is done")
     guidance: float | None = option(
-        1.0, "classifier-free guidance scale; 1 = none; null = 4 where the prior has a null label, else none"
+        1.0,
+        "classifier-free guidance scale; 1 = none; null = the published one: 8 for Stable Diffusion, 4 where there is "
+        "a null label, none elsewhere",
     )
     guide_until: float = option(0.5, "start=guided: pull while the noise's share of a latent is above this, 0 to 1")
     guide_scale: float = option(0.3, "start=guided: the part of the way to the centroid that each pull goes, 0 to 1")
@@ -39,7 +41,16 @@ class SynthesizerConfig:
         "latent is nearest to this centroid",
     )
     judge: str | None = option(None, "classifier that chooses among candidates, as teacher.path; null = the teacher")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the arithmetic of denoiser and decoder")
+    channels_last: bool = option(False, "channels innermost, which convolutions in half precision want")
+    compile: bool = option(False, "run the denoiser through torch.compile")
     batch: int = option(50, "images in one forward pass; part of what makes the images the same bytes")
+    decode_batch: int | None = option(
+        None, "images that are decoded at once, for less memory than a batch takes; null: the batch; part of the bytes"
+    )
+    image_size: int | None = option(
+        None, "side of the stored images, in pixels; null: as the prior makes them (D4M stores its 512 px at 224)"
+    )
     shard_images: int = option(50, "images in one tar: the unit of work, and what a death costs")
     min_workers: int = option(1, "decoder actors to start with")
     max_workers: int = option(2, "decoder actors to grow to when there is room")
@@ -57,9 +68,22 @@ class SynthesizerConfig:
             value = getattr(self, key)
             require(value >= 1, f"synthesizer.{key}={value}: expected 1 or more")
         require(self.batch >= 1, f"synthesizer.batch={self.batch}: expected 1 or more")
+        require(
+            self.decode_batch is None or self.decode_batch >= 1,
+            f"synthesizer.decode_batch={self.decode_batch}: expected 1 or more, or null",
+        )
+        require(
+            self.image_size is None or self.image_size >= 1,
+            f"synthesizer.image_size={self.image_size}: expected 1 or more, or null",
+        )
         require(self.shard_images >= 1, f"synthesizer.shard_images={self.shard_images}: expected 1 or more")
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")
         require(
             self.max_workers >= self.min_workers,
             f"synthesizer.max_workers={self.max_workers} is below synthesizer.min_workers={self.min_workers}",
         )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the prior's networks run: what `load_prior` is told beside what it loads."""
+        return {key: getattr(self, key) for key in ("dtype", "channels_last", "compile", "decode_batch")}

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from ddoq_ray.core.rng import philox
+from ddoq_ray.data.pictures import to_square
 from ddoq_ray.models.candidates import Candidates
 from ddoq_ray.models.priors.base import NonFiniteImages, Prior, Sampling, field_of
 from ddoq_ray.storage.records import ClassInfo
@@ -76,11 +78,20 @@ class Synthesizer:
         seed: of the noise at the start and in each step.
         batch: images at once; a picture's bytes may depend on it.
         candidates: how many images are made of each centroid, and which is kept; None makes one.
+        image_size: side of the pictures; None: as the prior makes them.
     """
 
-    def __init__(self, prior: Prior, seed: int, batch: int, candidates: Candidates | None = None) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        seed: int,
+        batch: int,
+        candidates: Candidates | None = None,
+        image_size: int | None = None,
+    ) -> None:
         """See the attributes."""
         self.prior, self.seed, self.batch, self.candidates = prior, seed, batch, candidates
+        self.image_size = image_size or prior.image_size
 
     def pictures(self, asked: Asked, how: Sampling, codebooks: Mapping[int, Float32] | None = None) -> Made:
         """The pictures of centroids, in fixed inner batches.
@@ -89,6 +100,9 @@ class Synthesizer:
             asked: the centroids.
             how: start, strength, steps, guidance.
             codebooks: class_id -> float32 [K, D], all centroids of the class; only for candidates that keep to a cell.
+
+        Returns:
+            pictures uint8 [n, H, W, 3]; resized, where another size is asked for, as D4M does: antialiased, bicubic.
 
         Raises:
             ValueError: a centroid, or the image that is made of it, is not finite; it is named.
@@ -100,11 +114,16 @@ class Synthesizer:
                 parts.append(Made(self._batch(rows, how, 0)))
             else:
                 parts.append(self._best(rows, how, self.candidates, codebooks or {}))
-        pictures = np.concatenate([p.pictures for p in parts])
+        pictures = self._sized(np.concatenate([p.pictures for p in parts]))
         if self.candidates is None:
             return Made(pictures)
         losses, kept = (np.concatenate([getattr(p, name) for p in parts]) for name in ("losses", "kept"))
         return Made(pictures, losses, kept)
+
+    def _sized(self, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if self.image_size == self.prior.image_size:
+            return pictures
+        return np.stack([to_square(Image.fromarray(picture), self.image_size) for picture in pictures])
 
     def _best(self, asked: Asked, how: Sampling, candidates: Candidates, codebooks: Mapping[int, Float32]) -> Made:
         indices = np.asarray(field_of(asked.classes, "teacher_index"), np.int64)

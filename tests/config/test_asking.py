@@ -11,6 +11,7 @@ import yaml
 from ddoq_ray.commands.train_prior import run_by
 from ddoq_ray.config.compose import load, load_config, to_yaml
 from ddoq_ray.config.network_training import TrainPriorConfig
+from ddoq_ray.config.presets import choices
 from ddoq_ray.config.run import run_config
 from ddoq_ray.config.schema import plain
 
@@ -124,6 +125,23 @@ def test_a_folder_of_an_autoencoder_alone_is_decoded_as_it_is(tmp_path: Path) ->
     assert not load_config([*OWN, *NETWORKS[1:], f"prior.path={tmp_path}"]).prior.autoencoder_only
 
 
+def test_published_experiments_are_what_their_sources_say() -> None:
+    """suduo94/D4M@da35d10, its scripts; arXiv 2501.07681, appendix C."""
+    d4m, ddoq = (load_config([f"experiment=imagenet-1k-{name}", *OWN]) for name in ("d4m", "sd"))
+    for c in (d4m, ddoq):
+        s, e = c.synthesizer, c.encoder
+        assert (s.start, s.strength, s.steps, s.guidance, s.image_size) == ("noised", 0.7, 50, 8.0, 224)
+        assert (c.prior.negative_prompt, c.prior.scheduler) == ("cartoon, anime, painting", "folder")
+        assert (e.resize, e.posterior, e.dtype) == ("squash", "sample", "float16")
+        assert (c.teacher.path, c.student.arch, c.student.image_size) == ("torchvision:resnet18", "resnet18", 224)
+        p = c.protocol
+        assert (p.epochs, p.batch, p.temperature, p.min_scale, p.flip) == (300, 1024, 20.0, 0.08, True)
+    assert "d4m" in d4m.methods and (d4m.protocol.lr, d4m.protocol.schedule) == (1e-3, "cosine")
+    assert ddoq.methods == ("ddoq-sqrt", "ddoq-uniform", "random") and ddoq.quantizer.name == "minibatch_kmeans"
+    assert (ddoq.protocol.lr, ddoq.protocol.schedule, ddoq.protocol.step_at) == (2e-3, "step", (250,))
+    assert (ddoq.num_seeds, ddoq.weights.scheme) == (5, "sqrt")
+
+
 def test_another_prior_leaves_the_digits_settings_behind(tmp_path: Path) -> None:
     (tmp_path / "ddoq_prior.json").write_text(json.dumps({"synthesizer": {"steps": 9}, "encoder": {"resize": "pad"}}))
     for data in ((), ("dataset=digits",), ("experiment=digits",)):
@@ -151,7 +169,10 @@ def test_the_main_job_is_what_it_was_to_the_last_key() -> None:
     assert plain(load_config()) == yaml.safe_load((Path(__file__).parent / "digits.yaml").read_text())
 
 
-@pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], ["experiment=imagenet-1k-dit", *OWN]])
+EXPERIMENTS = [f"experiment={name}" for name in choices("experiment") if name != "digits"]
+
+
+@pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], *([name, *OWN] for name in EXPERIMENTS)])
 def test_the_published_configuration_is_the_whole_truth(overrides: list[str]) -> None:
     config = load_config(overrides)
     assert run_config(yaml.safe_load(to_yaml(config))) == config

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
 from support.tiny_networks import CLASSES, tiny_unet, tiny_vae
 
 from ddoq_ray.execution.networks import Networks
@@ -56,6 +57,16 @@ def test_pictures_are_keyed_by_their_centroids() -> None:
     assert not np.array_equal(made, other)
     together = Synthesizer(prior, seed=1, batch=3).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
     assert np.abs(made.astype(int) - together).max() <= 1
+
+
+def test_pictures_may_be_stored_at_another_size() -> None:
+    prior, how = prior_of(), Sampling(0.5, 2)
+    z = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    own = Synthesizer(prior, seed=1, batch=2).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
+    small = Synthesizer(prior, seed=1, batch=2, image_size=5).pictures(Asked(z, INFOS, [4, 5, 6]), how).pictures
+    assert small.shape == (3, 5, 5, 3) and small.dtype == np.uint8
+    for picture, expected in zip(small, own, strict=True):
+        assert np.array_equal(picture, np.asarray(Image.fromarray(expected).resize((5, 5))))  # as D4M's script does
 
 
 def test_what_is_not_finite_is_named() -> None:

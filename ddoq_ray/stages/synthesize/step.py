@@ -97,8 +97,8 @@ class Decoder:
         candidates = None
         if judge is not None:
             candidates = Candidates(synthesizer.candidates, load_classifier(judge, device()), synthesizer.keep)
-        loaded = load_prior(prior.given, device=device(), **prior.loading)
-        self.synthesizer = Synthesizer(loaded, seed, synthesizer.batch, candidates)
+        networks = load_prior(prior.given, device=device(), **prior.loading, **synthesizer.loading)
+        self.synthesizer = Synthesizer(networks, seed, synthesizer.batch, candidates, synthesizer.image_size)
         self.run_folder = run_folder
         self.how, self.seed, self.classes = synthesizer, seed, classes
 
