@@ -12,6 +12,7 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
+from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
@@ -94,15 +95,13 @@ class Teacher:
     """Holds the teacher, and one image set at a time."""
 
     def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
-        from ddoq_ray.core.labels import make_codec  # torch: only in the actor
-        from ddoq_ray.models.classifiers import load_classifier
+        from ddoq_ray.models.classifiers import load_classifier  # torch: only in the actor
 
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
         self.run_folder, self.config = run, config
         self.codec = make_codec(codec, self.model.num_classes, self.model.head.in_features)
-        self.codec_name = codec
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
@@ -112,7 +111,7 @@ class Teacher:
         total = 0
         for epoch in range(unit.first, unit.last):
             rows = np.concatenate([self._labels(unit.set, part, epoch) for part in self._batches(ids)])
-            total += write_labels(labels, unit.name, epoch, ids, rows, self.codec_name)
+            total += write_labels(labels, unit.name, epoch, ids, rows, self.codec.name)
         return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
 
     def _labels(self, folder: str, index: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.uint8]:
@@ -124,7 +123,7 @@ class Teacher:
         pixels, _, _ = batch_views(self._images(folder), index, spec, self.config.seed, epoch)
         with torch.inference_mode():
             pixels = for_teacher(pixels, self.model.image_size)
-            out = self.model(pixels) if self.codec_name == "logits" else self.model.features(pixels)
+            out = self.model.features(pixels) if self.codec.packs_features else self.model(pixels)
             return self.codec.encode(out)
 
     def _batches(self, items: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
