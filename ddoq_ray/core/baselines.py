@@ -154,7 +154,9 @@ def lloyd(
     return centroids, voronoi_counts(x, centroids)
 
 
-def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: int = 25) -> tuple[F32, I64]:
+def faiss_kmeans(
+    x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: int = 25, device: str = "cpu"
+) -> tuple[F32, I64]:
     """faiss.Kmeans on all samples (its default of 256 samples a centroid is lifted): for very large classes.
 
     Args:
@@ -163,6 +165,9 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
         seed: the run's seed.
         class_id: keys the library's seed together with the seed.
         n_iter: Lloyd passes from a random start.
+        device: "cpu", or "cuda" for the GPUs that this process sees, where faiss was built for them and finds one;
+            else the CPU. The samples stay in host memory and pass through the GPU in blocks. Sums are of another order
+            there, so the bytes are not those of the CPU. The counts are made on the CPU.
 
     Raises:
         ValueError: N < k, or wrong shape or type.
@@ -180,10 +185,20 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
         min_points_per_centroid=1,
         max_points_per_centroid=len(x) // k + 1,
         verbose=False,
+        gpu=_faiss_takes_gpu(device, getattr(faiss, "get_num_gpus", int)()),  # no such function: built without GPUs
     )
     model.train(x)
     centroids = np.ascontiguousarray(model.centroids, np.float32).reshape(k, x.shape[1])
     return centroids, voronoi_counts(x, centroids)
+
+
+def _faiss_takes_gpu(device: str, found: int) -> bool:
+    """Whether k-means of faiss, which found so many GPUs, runs on them.
+
+    >>> [_faiss_takes_gpu(device, found) for device, found in (("cuda", 1), ("cuda:0", 2), ("cuda", 0), ("cpu", 1))]
+    [True, True, False, False]
+    """
+    return device.startswith("cuda") and found > 0
 
 
 def herding(x: npt.ArrayLike, k: int) -> I64:

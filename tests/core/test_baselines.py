@@ -78,6 +78,18 @@ def test_faiss_uses_every_sample():
     assert faiss.Kmeans(2, 1).cp.max_points_per_centroid == 256
 
 
+def test_faiss_is_given_the_gpu_where_it_finds_one():
+    """The same bytes where there is none; with one, another order of sums: as good, and exact counts."""
+    x = samples(2000, 12)
+    on_cpu = b.faiss_kmeans(x, 25, seed=0, class_id=0)
+    on_gpu = b.faiss_kmeans(x, 25, seed=0, class_id=0, device="cuda")
+    assert (on_gpu[1] == voronoi_counts(x, on_gpu[0])).all()
+    if faiss.get_num_gpus():
+        assert distortion(x, on_gpu[0]) == pytest.approx(distortion(x, on_cpu[0]), rel=0.02)
+    else:
+        assert on_gpu[0].tobytes() == on_cpu[0].tobytes()
+
+
 def test_lloyd_with_too_few_distinct_samples_has_cells_of_count_zero():
     x = np.repeat(samples(3, 4), 5, axis=0)
     _, counts = b.lloyd(x, 5, seed=0, class_id=0)

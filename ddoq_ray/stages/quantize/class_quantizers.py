@@ -35,7 +35,7 @@ class Settings:
     prior_id: str
     identity: str
     num_actors: int
-    together: bool = False  # classes of the Gram space go to the actor's GPU, many at once
+    together: bool = False  # the actor has a GPU: classes of the Gram space go to it many at once, faiss runs on it
     noise: NoiseLevel | None = None
     need: int = 0  # bytes that the actor was planned to need
     driver: str = ""  # tells this run of the command from the next
@@ -174,7 +174,8 @@ class WholeClasses:
         k, seed = min(self.settings.ipc, len(x)), self.settings.seed
         options, kind = self.algorithm, self._kind(c)
         if kind == "faiss":
-            return faiss_kmeans(x, k, seed=seed, class_id=c)
+            on = device() if self.settings.together else "cpu"  # not asked without need: the answer loads torch
+            return faiss_kmeans(x, k, seed=seed, class_id=c, device=on)
         if isinstance(options, MinibatchKmeansConfig):
             return minibatch_kmeans(x, k, variant=options.variant, seed=seed, class_id=c)
         if kind == "kmeans":
