@@ -27,7 +27,7 @@ test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ddoq_ray/execution ddoq_ray/pipeline.py ddoq_ray/core ddoq_ray/config ddoq_ray/storage ddoq_ray/data ddoq_ray/commands ddoq_ray/cli.py ddoq_ray/page
+	$(BIN)/mypy ddoq_ray/execution ddoq_ray/pipeline.py ddoq_ray/provenance.py ddoq_ray/core ddoq_ray/config ddoq_ray/storage ddoq_ray/data ddoq_ray/commands ddoq_ray/cli.py ddoq_ray/page
 
 lock: $(VENV)/.installed  ## write what is installed now to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \
