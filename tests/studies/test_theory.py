@@ -7,7 +7,7 @@ import pytest
 
 from studies import theory_quantization as tq
 from studies.theory import circle, principal, unit_scale
-from studies.theory_figures import fill, number, plots, tables
+from studies.theory_figures import number, plots
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -75,15 +75,6 @@ def test_numbers_are_short():
 
 
 RESULT = CHECKOUT / "studies/results/theory.json"
-
-
-def test_the_pages_tables_are_the_measured_ones():
-    rows = json.loads(RESULT.read_text())
-    page = (CHECKOUT / "docs/theory.md").read_text()
-    made = tables(rows)
-    named = set(re.findall(r"<!-- ([a-z0-9-]+) -->", page))
-    assert named == set(made)
-    assert fill(page, made) == page
 
 
 def test_the_result_names_no_place():
