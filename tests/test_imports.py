@@ -78,6 +78,7 @@ def test_core_is_pure(path: Path) -> None:
     assert not {m for m in imported(path) if m.startswith("ddoq_ray.") and not m.startswith("ddoq_ray.core")}
 
 
+@pytest.mark.processes
 def test_rooms_below_execution_run_where_there_is_no_ray() -> None:
     modules = [module_of(p) for p in SOURCES if p.relative_to(ROOT).parts[0] in WITHOUT_RAY]
     code = f"""
@@ -103,6 +104,7 @@ print("fine")
     assert out.stdout.strip() == "fine", out.stderr[-2000:]
 
 
+@pytest.mark.processes
 def test_import_of_the_package_is_light() -> None:
     heavy = {"ray", "torch", "numpy", "diffusers", "PIL", "hydra"}
     code = f"import sys; import ddoq_ray; print(sorted({heavy!r} & set(sys.modules)))"

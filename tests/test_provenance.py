@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,8 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def commit_of(module: Path) -> str:
-    code = f"import runpy; print(runpy.run_path({str(module)!r})['commit']())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+def commit_of(module: Path) -> str | None:
+    return runpy.run_path(str(module))["commit"]()
 
 
 def test_the_commit_is_that_of_its_own_checkout(tmp_path: Path) -> None:
@@ -25,12 +25,12 @@ def test_the_commit_is_that_of_its_own_checkout(tmp_path: Path) -> None:
     module = tmp_path / "package" / "provenance.py"
     module.parent.mkdir()
     module.write_bytes(HERE.read_bytes())
-    assert commit_of(module) == "None"
+    assert commit_of(module) is None
     git(tmp_path, "init", "-q")
     (tmp_path / "other.py").touch()
     git(tmp_path, "add", "other.py")
     git(tmp_path, "commit", "-qm", "theirs")
-    assert commit_of(module) == "None"
+    assert commit_of(module) is None
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-qm", "ours")
     git(tmp_path, "tag", "-am", "a release", "v1")  # a tag's name would be no commit
@@ -50,6 +50,7 @@ def test_rows_say_what_the_package_says(monkeypatch: pytest.MonkeyPatch) -> None
     assert provenance.hardware().endswith(" cores")
 
 
+@pytest.mark.processes
 def test_nothing_heavy_is_loaded() -> None:
     heavy = {"torch", "ray", "numpy"}
     code = f"import sys, ddoq_ray.provenance as p; p.commit(), p.hardware(); print({heavy} & set(sys.modules))"

@@ -31,6 +31,7 @@ def test_every_marked_table_has_a_file() -> None:
     assert ends == len(filled)
 
 
+@pytest.mark.processes
 def test_a_changed_figure_is_found_and_written_again(tmp_path: Path) -> None:
     for folder in ("benchmarks", "studies", "docs"):
         shutil.copytree(CHECKOUT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -123,6 +123,7 @@ def test_every_row_of_the_table_keeps_the_promises_of_a_codec(name):
     assert torch.equal(logits.argmax(1), head(features).argmax(1))
 
 
+@pytest.mark.processes
 def test_names_and_sizes_are_known_without_torch():
     code = "import sys, ddoq_ray.core.labels as l; print(l.choose_codec(1000, 512), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
