@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-all lint lock clean
+.PHONY: run test test-fast test-all lint lock clean
 
 # The stamp is renewed when the lock or the package's metadata change.
 $(VENV)/.installed: requirements.lock pyproject.toml
@@ -20,6 +20,9 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 
 test: $(VENV)/.installed  ## the default suite, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## what needs no Ray and starts no process
+	$(BIN)/python -m pytest -m 'not processes and not slow and not assets'
 
 test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 	$(BIN)/python -m pytest -m ''

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.stages.cells import label_key
 from ddoq_ray.stages.quantize.step import Quantizers
 from ddoq_ray.storage.artifact import Artifact, digest_of
-from ddoq_ray.storage.codebook import part_classes, write_part
+from ddoq_ray.storage.codebook import Account, part_classes, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LatentIndex
 from ddoq_ray.storage.layout import Place
@@ -115,7 +114,7 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
 def write_codebook(codebook: Folder, classes: int, ipc: int, dim: int) -> None:
     """As many parts as centroids of `dim` values need, with centroids of one."""
     counts = np.ones(ipc, np.int64)
-    facts: dict[str, Any] = {"dropped": [], "algorithms": {"clvq": 1}, "warnings": []}
+    account = Account(dropped=[], algorithms={"clvq": 1}, warnings=[])
     for part, mine in enumerate(part_classes(classes, ipc, dim)):
         books = [Codebook(c, np.zeros((ipc, 1), np.float32), counts, 0.0, counts) for c in mine]
-        write_part(codebook, part, books, latent_shape=(1,), prior_id="prior", **facts)
+        write_part(codebook, part, books, account, latent_shape=(1,), prior_id="prior")

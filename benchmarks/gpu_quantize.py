@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.provenance import finish, parser
 from ddoq_ray.core.distortion import distortion
-from ddoq_ray.core.gram_batched import MAX_BYTES, PRODUCTS, gram_kmeans_batched, group_bytes
-from ddoq_ray.core.gram_kmeans import gram_kmeans
+from ddoq_ray.core.gram_batched import MAX_BYTES, gram_kmeans_batched, group_bytes
+from ddoq_ray.core.gram_kmeans import PRODUCTS, KMeansSettings, gram_kmeans
 from ddoq_ray.core.rng import philox
 
 MEASURED = ["classes", "seconds", "transfer_s", "classes_per_s", "distortion_pct", "peak_gib"]
@@ -124,16 +124,17 @@ def main() -> None:
         rows.append(row | (dict.fromkeys(MEASURED, "not measured") if measured is None else measured))
         print(*(f"{c}={rows[-1].get(c)}" for c in COLUMNS), flush=True)
 
+    ways = {product: KMeansSettings(product=product, max_bytes=max_bytes) for product in PRODUCTS}
     for dim in asked.dim:
         distinct = [synthetic_class(asked.n, dim, c) for c in range(min(asked.distinct, total))]
         classes = [distinct[i % len(distinct)] for i in range(total)]
         scored = [(x, variance(x)) for x in distinct[: asked.looped]]
-        for product in PRODUCTS:  # libraries load and choose kernels on first use
-            gram_kmeans_batched(distinct[:1], 2, seed=0, class_ids=[0], product=product, device=device)
+        for settings in ways.values():  # libraries load and choose kernels on first use
+            gram_kmeans_batched(distinct[:1], 2, seed=0, class_ids=[0], settings=settings, device=device)
         transfer_s = transfer(classes) if gpu else None
         for k in asked.k:
-            for product in PRODUCTS:
-                how = {"product": product, "device": device, "max_bytes": max_bytes}
+            for product, settings in ways.items():
+                how = {"settings": settings, "device": device}
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
                 row = measure(partial(batch, classes, k, **how), scored)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from ddoq_ray.provenance import commit, hardware
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -17,17 +17,6 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", metavar="FILE", help="write the rows here, a JSON list")
     return made
-
-
-def hardware() -> str:
-    """The processor's own name and what of it this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def peak_bytes(process: int | str = "self", field: str = "VmHWM") -> int:
@@ -38,16 +27,12 @@ def peak_bytes(process: int | str = "self", field: str = "VmHWM") -> int:
 
 def provenance() -> dict[str, str]:
     """Hardware, commit and command of this measurement; files of the command by their names, wherever they are."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
-    except OSError:  # a bare GPU machine: the rows must not be lost for it
-        commit = ""
     package, module = Path(sys.argv[0]).parent.name, Path(sys.argv[0]).stem
     words = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--json" and sys.argv[i - 1] != "--json"]
     words = [Path(a).name if os.sep in a and Path(a).exists() else a for a in words]
     return {
         "hardware": hardware(),
-        "commit": commit.strip() or "unknown",
+        "commit": commit() or "unknown",
         "command": " ".join(["python -m", f"{package}.{module}", *words]),
     }
 

@@ -78,7 +78,7 @@ def _clvq(x: np.ndarray, k: int, quantizer: Clvq) -> Codebook:
 
 
 def d4m(x: np.ndarray, k: int, seed: int) -> Codebook:
-    """As `ddoq_ray.core.baselines.minibatch_kmeans` runs it, less the pass that makes its counts Voronoi counts."""
+    """As `ddoq_ray.core.baselines.d4m_kmeans` runs it, less the pass that makes its counts Voronoi counts."""
     from sklearn.cluster import MiniBatchKMeans
 
     model = MiniBatchKMeans(n_clusters=k, random_state=seed, n_init="auto", batch_size=k)

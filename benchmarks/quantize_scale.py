@@ -83,7 +83,7 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
     """The same work in one bare process: a class is freed as soon as it is written, if the log's order allows."""
     from ddoq_ray.core.clvq import Clvq
     from ddoq_ray.core.distortion import assign
-    from ddoq_ray.storage.codebook import write_part
+    from ddoq_ray.storage.codebook import Account, write_part
     from ddoq_ray.storage.latent_log import LatentLog
     from ddoq_ray.storage.records import Codebook, read_shards
 
@@ -110,8 +110,8 @@ def fold(run: Folder, k: int, buffer: int, dim: int, sorted_log: bool) -> dict[s
                 for c, latents in log.read(chunk, ready):
                     counts[c] += np.bincount(assign(latents, grids[c])[0], minlength=len(grids[c]))
         books = [Codebook(c, grids.pop(c), counts.pop(c), 0.0, np.zeros(k, np.int64)) for c in ready]
-        facts = {"dropped": [], "algorithms": {}, "warnings": []}
-        write_part(run / "fold", ready[0], books, latent_shape=(dim,), prior_id="synthetic", **facts)
+        account = Account(dropped=[], algorithms={}, warnings=[])
+        write_part(run / "fold", ready[0], books, account, latent_shape=(dim,), prior_id="synthetic")
         for book in books:
             assert book.counts.sum() == total[book.class_id]
             del held[book.class_id]

@@ -18,7 +18,8 @@ from ddoq_ray.execution import lease, networks, places, signals
 from ddoq_ray.execution.console import doing
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
-from ddoq_ray.execution.workers import Events, commit, say
+from ddoq_ray.execution.workers import Events, say
+from ddoq_ray.provenance import commit
 from ddoq_ray.stages import demands
 from ddoq_ray.stages.cells import cells, label_key, methods
 from ddoq_ray.stages.encode import heldout

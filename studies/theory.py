@@ -31,9 +31,10 @@ import numpy as np
 
 from benchmarks.provenance import parser, provenance
 from benchmarks.quantize import synthetic
+from benchmarks.tables import fill
 from ddoq_ray.core.rng import philox
 from studies import theory_diffusion, theory_gradient, theory_quantization
-from studies.theory_figures import fill, plots, tables
+from studies.theory_figures import plots, tables
 from studies.theory_reverse import Forward
 
 Rows = list[dict[str, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,14 +183,6 @@ def _paths(rows: list[Row]) -> str:
         lines.append({"case": case, "sde": sde, "n": len(off), "within": 100 * within, "most": off[-1]})
     columns: dict[str, str | Callable[[Row], Any]] = {"case": "case", "SDE": "sde", "pairs": "n"}
     return table(lines, columns | {"within 2 errors, %": "within", "farthest, errors": "most"})
-
-
-def fill(page: str, made: dict[str, str]) -> str:
-    """The page with each `<!-- name -->` ... `<!-- /name -->` block holding the table of that name."""
-    for name, text in made.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        page = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
-    return page
 
 
 def plots(rows: Sequence[Row], path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quantize import METHODS
+from ddoq_ray.core.balanced import balanced
 from ddoq_ray.core.baselines import lloyd
 from ddoq_ray.core.distortion import assign, distortion, w2_squared
 from ddoq_ray.core.gram_kmeans import gram_kmeans
@@ -21,6 +22,7 @@ from ddoq_ray.core.rng import philox
 GRIDS = ("d4m", "sklearn-kmeans", "gram", "clvq-paper", "clvq-corrected")
 PAPER_CUT_PCT = {10: 15.7, 50: 16.1}  # reported for the published version: latents of ImageNet-1K, means of classes
 FIT_RANGE = (10, 200)  # K of the fitted slopes
+ROUNDS = 8  # of the grid for uniform weights
 CUBES = (1, 2, 4, 8)  # dimensions of the control
 
 
@@ -46,22 +48,6 @@ def weight_row(x: np.ndarray, centroids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def balanced(x: np.ndarray, centroids: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """A grid re-optimized for uniform weights: optimal plan, then each centroid the mean of what it is sent.
-
-    The free-support Wasserstein barycenter of Cuturi & Doucet (2014), the fair form of uniform weights.
-    """
-    import ot
-
-    grid = centroids.astype(np.float64)
-    samples = x.astype(np.float64)
-    mass = np.full(len(x), 1 / len(x))
-    for _ in range(rounds):
-        plan = ot.emd(mass, np.full(len(grid), 1 / len(grid)), ot.dist(samples, grid), numItermax=10_000_000)
-        grid = len(grid) * plan.T @ samples
-    return grid.astype(np.float32)
-
-
 def weight_rows(name: str, x: np.ndarray, ks: Sequence[int], grids: Sequence[str], seeds: int) -> list[dict[str, Any]]:
     """One row a grid, K and seed; the samples come in an order of the seed, as a stream would."""
     rows = []
@@ -73,7 +59,8 @@ def weight_rows(name: str, x: np.ndarray, ks: Sequence[int], grids: Sequence[str
                 about = {"claim": "weights", "latents": name, "grid": method, "k": k, "seed": seed}
                 rows.append(about | weight_row(x, centroids))
                 if method == "gram" and seed == 0 and len(grids) > 1:
-                    rows.append(about | {"grid": "gram, balanced"} | weight_row(x, balanced(x, centroids)))
+                    fair = balanced(x, centroids, max_rounds=ROUNDS).centroids
+                    rows.append(about | {"grid": "gram, balanced"} | weight_row(x, fair))
     return rows
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,38 @@ from ddoq_ray.data.collections import DIGIT_NAMES, digits
 from ddoq_ray.data.samples import encode_png
 from ddoq_ray.data.tar_writing import write_tar
 
+_processes: list[str] = []  # Python processes that were started since the running test began
+
+
+def _note_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen":
+        program = Path(os.fsdecode(arguments[0] or "")).name
+        if program.startswith(("python", "ray", "ddoq-ray")):
+            _processes.append(" ".join(map(str, arguments[1])))
+
+
+sys.addaudithook(_note_processes)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share this process's Ray run first, one after another: starting it costs seconds."""
+    for item in items:
+        if "ray_here" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     items.sort(key=lambda item: "ray_here" not in getattr(item, "fixturenames", ()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _processes.clear()
+
+
+@pytest.fixture(autouse=True)
+def processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that starts Python or Ray says so, or `make test-fast` would not be fast."""
+    yield
+    marked = request.node.get_closest_marker("processes") is not None
+    assert marked or not _processes, f"mark this test with @pytest.mark.processes: it started {_processes[0][:200]}"
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

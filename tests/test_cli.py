@@ -83,6 +83,7 @@ def test_user_error_finds_the_words_at_the_bottom() -> None:
     assert user_error(Remote()) == "from a worker"
 
 
+@pytest.mark.processes
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "ddoq_ray", "ipcc=3"], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -158,6 +159,7 @@ def test_completion_is_a_script(shell: str, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["-sc", "install=tcsh"]) == 2
 
 
+@pytest.mark.processes
 def test_help_loads_neither_torch_nor_ray_nor_hydra() -> None:
     code = (
         "import sys; from ddoq_ray import cli; cli.main(['--help']); cli.main(['train-prior', '--help']); "

@@ -52,6 +52,7 @@ def assert_prepared(folder: Path) -> None:
     assert (folder / "out/config.yaml").is_file()
 
 
+@pytest.mark.processes
 def test_wheel(tmp_path: Path, checkout: Path) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, checkout, cwd=tmp_path)
     wheel = next(tmp_path.glob("*.whl"))

@@ -10,6 +10,7 @@ Shapes: N samples of a class, K centroids, D flattened latent dimension.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,51 +29,59 @@ from ddoq_ray.core.distortion import (
 from ddoq_ray.core.rng import philox
 
 
-def minibatch_kmeans(
-    x: npt.ArrayLike,
-    k: int,
-    *,
-    variant: Literal["d4m", "sklearn"] = "d4m",
-    seed: int,
-    class_id: int,
-    km_expand: int = 1,
-    leftovers: Literal["drop", "keep"] = "drop",
-    counts: Literal["voronoi", "running"] = "voronoi",
-    random_state: int | None = None,
-) -> tuple[F32, I64]:
-    """scikit-learn's MiniBatchKMeans, as D4M ran it (`d4m`) or as its `fit` runs (`sklearn`).
+@dataclass(frozen=True)
+class D4mOptions:
+    """What D4M's script does beside k-means, each with the way out.
 
-    `sklearn` is `fit` with the library's defaults: batches of 1,024 drawn with replacement, many passes, a stop rule.
-    `km_expand` and `leftovers` have no meaning there.
-
-    What `d4m` does that the library does not intend, all of it kept unless an option says otherwise:
-        Batch of K: `partial_fit` gets consecutive batches of exactly km_expand * k samples, and D4M's script has
-            km_expand = 1: one new sample a centroid and step, where the library's default is 1,024.
-        First batch: k-means++ draws k centroids from k samples, so the first k samples are the first centroids.
-        One pass: each sample is seen once.
-        Leftovers: what does not fill a batch, up to km_expand * k - 1 samples of a class (100 of 1,300 at K = 200),
-            never reaches the model. The last class that D4M sees is the exception: `leftovers="keep"`.
-        Counts: the library's `_counts` are no Voronoi masses. Every 10 K samples, and whenever a count is 0, a
+    Attributes:
+        km_expand: a batch is km_expand * k samples. D4M's option of that name; its ImageNet script has 1: one new
+            sample a centroid and step, where the library's default batch is 1,024.
+        leftovers: what does not fill a batch, up to km_expand * k - 1 samples of a class (100 of 1,300 at K = 200),
+            never reaches the model: `drop`. The last class that D4M sees is the exception: `keep`.
+        counts: `voronoi` = samples of x in each Voronoi cell (they sum to N, dropped ones included). `running` = the
+            library's own `_counts`, which are no Voronoi masses: every 10 K samples, and whenever a count is 0, a
             centroid whose count is below a hundredth of the largest moves onto a sample of the batch, and its count
             becomes the least of the others; counts of earlier positions stay. D4M drops them all and weighs its
-            images alike: `counts="running"` shows them.
-        random_state: 0 for every class, so all classes share their draws: `random_state=0`.
+            images alike.
+        random_state: overrides the one that is derived from seed and class. D4M has 0 for every class, so that all
+            classes share their draws.
+
+    Raises:
+        ValueError: an unknown option, or km_expand below 1.
+    """
+
+    km_expand: int = 1
+    leftovers: Literal["drop", "keep"] = "drop"
+    counts: Literal["voronoi", "running"] = "voronoi"
+    random_state: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.counts not in ("voronoi", "running") or self.leftovers not in ("drop", "keep"):
+            raise ValueError(
+                f'expected counts voronoi|running and leftovers drop|keep, got "{self.counts}", "{self.leftovers}"'
+            )
+        if self.km_expand < 1:
+            raise ValueError(f"km_expand must be >= 1, got {self.km_expand}")
+
+
+AS_D4M = D4mOptions()
+
+
+def d4m_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, options: D4mOptions = AS_D4M) -> tuple[F32, I64]:
+    """scikit-learn's MiniBatchKMeans as D4M ran it: one pass in batches of K, by `partial_fit`.
+
+    Each sample is seen once. In the first batch, k-means++ draws k centroids from k samples, so the first k samples are
+    the first centroids. For the rest that the library does not intend, all of it kept by default, see `D4mOptions`.
 
     Args:
         x: float [N, D], in stream order (D4M's loader shuffles without a seed), N >= k.
         k: number of centroids.
-        variant: see above.
         seed: the run's seed.
         class_id: keys the library's random_state together with the seed.
-        km_expand: D4M's option of that name; its ImageNet script has 1.
-        leftovers: see above.
-        counts: `voronoi` = samples of x in each Voronoi cell (they sum to N, dropped ones included);
-            `running` = scikit-learn's own `_counts`, which drift, and which its random reassignment of small
-            cells resets.
-        random_state: overrides the derived one; D4M uses 0.
+        options: what is not to be as in D4M's script.
 
     Raises:
-        ValueError: N < k, or an unknown option, or one that has no effect.
+        ValueError: N < k, or no batch is full.
 
     Source: Su et al., CVPR 2024, released code (gen_prototype.py); arXiv 2501.07681, Algorithm 3; Sculley
     2010.
@@ -84,52 +93,59 @@ def minibatch_kmeans(
     from sklearn.cluster import MiniBatchKMeans
 
     x = _check(x, k)
-    if variant not in ("d4m", "sklearn"):
-        raise ValueError(f'variant must be "d4m" or "sklearn", got {variant!r}')
-    if counts not in ("voronoi", "running") or leftovers not in ("drop", "keep"):
-        raise ValueError(f'expected counts voronoi|running and leftovers drop|keep, got "{counts}", "{leftovers}"')
-    state = _random_state(seed, class_id, "minibatch") if random_state is None else random_state
-    if variant == "sklearn":
-        if km_expand != 1 or leftovers != "drop":
-            raise ValueError('km_expand and leftovers have an effect only with variant="d4m"')
-        model = MiniBatchKMeans(n_clusters=k, random_state=state, n_init="auto").fit(x)
-    else:
-        size = km_expand * k
-        if km_expand < 1 or (size > len(x) and leftovers == "drop"):
-            raise ValueError(
-                f"a batch is km_expand * k = {size} samples and x has {len(x)}: D4M makes no centroid then; "
-                'lower k or km_expand, or set leftovers="keep"'
-            )
-        model = MiniBatchKMeans(n_clusters=k, random_state=state, n_init="auto", batch_size=size)
-        stop = len(x) if leftovers == "keep" else len(x) - len(x) % size
-        for start in range(0, stop, size):
-            model.partial_fit(x[start : min(start + size, stop)])
+    state = options.random_state
+    size = options.km_expand * k
+    if size > len(x) and options.leftovers == "drop":
+        raise ValueError(
+            f"a batch is km_expand * k = {size} samples and x has {len(x)}: D4M makes no centroid then; "
+            'lower k or km_expand, or set leftovers="keep"'
+        )
+    model = MiniBatchKMeans(
+        n_clusters=k,
+        random_state=_random_state(seed, class_id, "minibatch") if state is None else state,
+        n_init="auto",
+        batch_size=size,
+    )
+    stop = len(x) if options.leftovers == "keep" else len(x) - len(x) % size
+    for start in range(0, stop, size):
+        model.partial_fit(x[start : min(start + size, stop)])
     centroids = np.ascontiguousarray(model.cluster_centers_, np.float32)
-    if counts == "running":
+    if options.counts == "running":
         return centroids, np.rint(model._counts).astype(np.int64)
     return centroids, voronoi_counts(x, centroids)
 
 
-def lloyd(
-    x: npt.ArrayLike,
-    k: int,
-    *,
-    seed: int,
-    class_id: int,
-    init: Literal["k-means++", "random"] = "k-means++",
-    n_init: int = 1,
-    max_iter: int = 300,
-) -> tuple[F32, I64]:
-    """scikit-learn's KMeans (Lloyd), for comparison.
+def minibatch_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int) -> tuple[F32, I64]:
+    """scikit-learn's MiniBatchKMeans by its own `fit`: many passes of batches of 1,024, drawn with replacement.
 
     Args:
         x: float [N, D], N >= k.
         k: number of centroids.
         seed: the run's seed.
         class_id: keys the library's random_state together with the seed.
-        init: start.
-        n_init: runs; the best is kept.
-        max_iter: passes of one run.
+
+    Raises:
+        ValueError: N < k, or wrong shape or type.
+
+    Source: Sculley, "Web-scale k-means clustering", WWW 2010.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    x = _check(x, k)
+    state = _random_state(seed, class_id, "minibatch")
+    model = MiniBatchKMeans(n_clusters=k, random_state=state, n_init="auto").fit(x)
+    centroids = np.ascontiguousarray(model.cluster_centers_, np.float32)
+    return centroids, voronoi_counts(x, centroids)
+
+
+def lloyd(x: npt.ArrayLike, k: int, *, seed: int, class_id: int) -> tuple[F32, I64]:
+    """scikit-learn's KMeans (Lloyd) with its defaults: one run of at most 300 passes from k-means++, for comparison.
+
+    Args:
+        x: float [N, D], N >= k.
+        k: number of centroids.
+        seed: the run's seed.
+        class_id: keys the library's random_state together with the seed.
 
     Raises:
         ValueError: N < k, or wrong shape or type.
@@ -140,13 +156,7 @@ def lloyd(
     from sklearn.exceptions import ConvergenceWarning
 
     x = _check(x, k)
-    model = KMeans(
-        n_clusters=k,
-        init=init,
-        n_init=n_init,
-        max_iter=max_iter,
-        random_state=_random_state(seed, class_id, "lloyd"),
-    )
+    model = KMeans(n_clusters=k, n_init=1, random_state=_random_state(seed, class_id, "lloyd"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct samples than k: counts of 0 tell it
         model.fit(x)
@@ -154,7 +164,9 @@ def lloyd(
     return centroids, voronoi_counts(x, centroids)
 
 
-def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: int = 25) -> tuple[F32, I64]:
+def faiss_kmeans(
+    x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: int = 25, device: str = "cpu"
+) -> tuple[F32, I64]:
     """faiss.Kmeans on all samples (its default of 256 samples a centroid is lifted): for very large classes.
 
     Args:
@@ -163,6 +175,9 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
         seed: the run's seed.
         class_id: keys the library's seed together with the seed.
         n_iter: Lloyd passes from a random start.
+        device: "cpu", or "cuda" for the GPUs that this process sees, where faiss was built for them and finds one;
+            else the CPU. The samples stay in host memory and pass through the GPU in blocks. Sums are of another order
+            there, so the bytes are not those of the CPU. The counts are made on the CPU.
 
     Raises:
         ValueError: N < k, or wrong shape or type.
@@ -180,10 +195,20 @@ def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: 
         min_points_per_centroid=1,
         max_points_per_centroid=len(x) // k + 1,
         verbose=False,
+        gpu=_faiss_takes_gpu(device, getattr(faiss, "get_num_gpus", int)()),  # no such function: built without GPUs
     )
     model.train(x)
     centroids = np.ascontiguousarray(model.centroids, np.float32).reshape(k, x.shape[1])
     return centroids, voronoi_counts(x, centroids)
+
+
+def _faiss_takes_gpu(device: str, found: int) -> bool:
+    """Whether k-means of faiss, which found so many GPUs, runs on them.
+
+    >>> [_faiss_takes_gpu(device, found) for device, found in (("cuda", 1), ("cuda:0", 2), ("cuda", 0), ("cpu", 1))]
+    [True, True, False, False]
+    """
+    return device.startswith("cuda") and found > 0
 
 
 def herding(x: npt.ArrayLike, k: int) -> I64:

@@ -60,6 +60,7 @@ class Clvq:
           index.
     """
 
+    # Seven parameters: what the algorithm is told, each by itself; nothing else takes them together.
     def __init__(
         self,
         k: int,

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from ddoq_ray.core.distortion import F32, I64, check_samples, screening_tolerance
 from ddoq_ray.core.gram_batched_steps import distortion_sum, exchange, kmeans_plus_plus, lloyd, seed_uniforms, start
-from ddoq_ray.core.gram_kmeans import distinct_rows
+from ddoq_ray.core.gram_kmeans import DEFAULTS, KMeansSettings, distinct_rows
 from ddoq_ray.core.sizing import group_bytes
 
 MAX_BYTES = 8 << 30  # fixed, not read from the device: the groups, and so the bytes, depend on the input alone
-PRODUCTS = ("float32", "bfloat16")
 
 
 def gram_kmeans_batched(
@@ -35,12 +34,8 @@ def gram_kmeans_batched(
     *,
     seed: int,
     class_ids: Sequence[int],
-    hartigan: bool = True,
-    restarts: int = 1,
-    product: str = "float32",
+    settings: KMeansSettings = DEFAULTS,
     device: str = "cpu",
-    max_iter: int = 300,
-    max_bytes: int = MAX_BYTES,
 ) -> list[tuple[F32, I64]]:
     """Quantizes each class to K_c = min(k, its distinct samples) centroids with counts.
 
@@ -50,30 +45,26 @@ def gram_kmeans_batched(
     lowers the distortion by its own gain. Copies of a sample share a cell.
 
     A class's result depends on its own samples, its key (seed, class_id) and, through the rounding of batched sums
-    alone, on the classes grouped with it. Equal input, `max_bytes`, device kind, library versions and CPU threads give
+    alone, on the classes grouped with it. Equal input, settings, device kind, library versions and CPU threads give
     equal bytes.
-
-    Memory: classes are taken by falling size, in groups that fit `max_bytes`; see `sizing.group_bytes` for the formula.
 
     Args:
         latents: one float16, float32 or float64 array [n_c, D] a class, n_c >= 1, one D.
         k: number of centroids wanted.
         seed: the run's seed.
         class_ids: one integer a class, all different; keys the generator together with the seed.
-        hartigan: False stops after Lloyd.
-        restarts: independent runs on one Gram matrix; the lowest distortion of each class is kept.
-        product: "float32" (never TF32, whatever torch is set to), or "bfloat16": centred samples are rounded to
-            bfloat16, their products are summed in float32. On a CPU the latter costs as much as the former.
+        settings: a product of "float32" is never TF32, whatever torch is set to; for "bfloat16" centred samples are
+            rounded and their products summed in float32, which on a CPU costs as much. The exchange may take k times
+            `max_iter` rounds, each of up to k/2 moves. `max_bytes` (default MAX_BYTES) is device memory: classes are
+            taken by falling size, in groups that fit it by the formula of `sizing.group_bytes`.
         device: "cpu", "cuda" or "cuda:<index>".
-        max_iter: bound of the Lloyd passes; the exchange may take k times as many rounds, each of up to k/2 moves.
-        max_bytes: device memory that one group may take.
 
     Returns:
         For each class, in order: centroids float32 [K_c, D], the means of the cells' full samples, summed in float64
         and rounded once; and counts int64 [K_c], all >= 1, which sum to n_c.
 
     Raises:
-        ValueError: bad argument; a class that is empty or not finite, or too large for `max_bytes` on its own.
+        ValueError: bad argument; a class that is empty, not finite, or too large for `max_bytes` on its own.
 
     Source: arXiv 2501.07681, Algorithm 2 (Lloyd I); Arthur & Vassilvitskii 2007 (k-means++); Telgarsky & Vattani,
     "Hartigan's method: k-means clustering without Voronoi", AISTATS 2010.
@@ -85,26 +76,35 @@ def gram_kmeans_batched(
     >>> sorted(counts.tolist()), centroids.tolist()
     ([1, 2], [[5.0]])
     """
-    arrays = _check(latents, k, class_ids, restarts, product, device, max_iter)
+    arrays = _check(latents, k, class_ids, device)
     results: dict[int, tuple[F32, I64]] = {}
-    large = []
-    for index, (x, class_id) in enumerate(zip(arrays, class_ids, strict=True)):
+    large: dict[int, npt.NDArray[np.floating]] = {}
+    for x, class_id in zip(arrays, class_ids, strict=True):
         if len(x) > k:
-            large.append(index)
+            large[class_id] = x
         else:
-            results[index] = _distinct_samples(check_samples(x, f"the latents of class {class_id}"))
+            results[class_id] = _distinct_samples(check_samples(x, f"the latents of class {class_id}"))
     if large:
-        shapes = [(len(arrays[i]), arrays[i].itemsize) for i in large]
-        ids = [class_ids[i] for i in large]
-        dim = arrays[large[0]].shape[1]
-        with torch.inference_mode(), _ieee_products():
-            for places in group_classes(shapes, dim, k, max_bytes, ids):
-                group = _load([arrays[large[p]] for p in places], [ids[p] for p in places], product, device)
-                labels = _partition(group, k, seed, hartigan, restarts, max_iter)
-                for c, p in enumerate(places):
-                    results[large[p]] = _cell_means(group.latents[c], labels[c])
-                del group  # before the next group takes its memory
-    return [results[i] for i in range(len(arrays))]
+        results |= _by_groups(large, k, seed, settings, device)
+    return [results[class_id] for class_id in class_ids]
+
+
+def _by_groups(
+    classes: dict[int, npt.NDArray[np.floating]], k: int, seed: int, settings: KMeansSettings, device: str
+) -> dict[int, tuple[F32, I64]]:
+    """Centroids and counts of classes of more than k samples each, by class id."""
+    most = MAX_BYTES if settings.max_bytes is None else settings.max_bytes
+    ids, arrays = list(classes), list(classes.values())
+    shapes = [(len(x), x.itemsize) for x in arrays]
+    results: dict[int, tuple[F32, I64]] = {}
+    with torch.inference_mode(), _ieee_products():
+        for places in group_classes(shapes, arrays[0].shape[1], k, most, ids):
+            group = _load([arrays[p] for p in places], [ids[p] for p in places], settings.product, device)
+            labels = _partition(group, k, seed, settings)
+            for c, p in enumerate(places):
+                results[ids[p]] = _cell_means(group.latents[c], labels[c])
+            del group  # before the next group takes its memory
+    return results
 
 
 def group_classes(
@@ -139,16 +139,11 @@ def _check(
     latents: Sequence[npt.NDArray[np.floating]],
     k: int,
     class_ids: Sequence[int],
-    restarts: int,
-    product: str,
     device: str,
-    max_iter: int,
 ) -> list[npt.NDArray[np.floating]]:
     """The latents as arrays, their shapes checked; their values are checked on the device (`_load`)."""
-    if k < 1 or restarts < 1 or max_iter < 1:
-        raise ValueError(f"k, restarts and max_iter must be >= 1, got {k}, {restarts} and {max_iter}")
-    if product not in PRODUCTS:
-        raise ValueError(f"product must be one of {PRODUCTS}, got {product!r}")
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
     if torch.device(device).type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -269,7 +264,7 @@ def _fold_copies(group: _Group, c: int, x: npt.NDArray[np.floating]) -> None:
     group.inverse[c] = torch.from_numpy(inverse).to(group.gram.device)
 
 
-def _partition(group: _Group, k: int, seed: int, hartigan: bool, restarts: int, max_iter: int) -> list[Tensor]:
+def _partition(group: _Group, k: int, seed: int, settings: KMeansSettings) -> list[Tensor]:
     """The cells of every class's samples: int64 [n_c], in 0..K_c-1, none empty."""
     distinct = (group.mass > 0.0).sum(dim=1).tolist()
     # Copies can leave a class with no more than k distinct samples: each is a cell.
@@ -279,12 +274,13 @@ def _partition(group: _Group, k: int, seed: int, hartigan: bool, restarts: int, 
         whole = len(some) == len(distinct)
         gram, mass = (group.gram, group.mass) if whole else (group.gram[some], group.mass[some])
         best = best_sum = None
-        for restart in range(restarts):
+        for restart in range(settings.restarts):
             uniforms = seed_uniforms(seed, [group.class_ids[c] for c in some], restart, k).to(gram.device)
-            found = lloyd(gram, mass, start(gram, mass, kmeans_plus_plus(gram, mass, k, uniforms)), k, max_iter)
-            if hartigan:
-                found, _ = exchange(gram, mass, found, k, k * max_iter)
-            if restarts > 1:
+            seeds = kmeans_plus_plus(gram, mass, k, uniforms)
+            found = lloyd(gram, mass, start(gram, mass, seeds), k, settings.max_iter)
+            if settings.hartigan:
+                found, _ = exchange(gram, mass, found, k, k * settings.max_iter)
+            if settings.restarts > 1:
                 total = distortion_sum(gram, mass, found, k)
                 if best is not None and best_sum is not None:
                     better = total < best_sum

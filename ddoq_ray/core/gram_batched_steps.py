@@ -103,17 +103,18 @@ def lloyd(gram: Tensor, mass: Tensor, labels: Tensor, k: int, max_iter: int) -> 
     all its points takes the point farthest from its own centroid, which never raises the distortion.
     """
     labels = labels.clone()
-    every = torch.arange(len(gram), device=gram.device)
-    unsettled = _lloyd_passes(gram, mass, labels, k, max_iter, every, exact=False)
+    unsettled = _lloyd_passes(gram, mass, labels, k, max_iter)
     if len(unsettled):
-        _lloyd_passes(gram, mass, labels, k, max_iter, unsettled, exact=True)
+        _lloyd_passes(gram, mass, labels, k, max_iter, unsettled)
     return labels
 
 
 def _lloyd_passes(
-    gram: Tensor, mass: Tensor, labels: Tensor, k: int, max_iter: int, alive: Tensor, exact: bool
+    gram: Tensor, mass: Tensor, labels: Tensor, k: int, max_iter: int, some: Tensor | None = None
 ) -> Tensor:
-    """Changes the labels of the classes `alive` in place; returns those of them that float32 could not settle."""
+    """Changes the labels of all classes in place, by float32; or of `some`, by float64. Returns the unsettled ones."""
+    exact = some is not None
+    alive = torch.arange(len(gram), device=gram.device) if some is None else some
     unsettled = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     diag = gram.diagonal(dim1=1, dim2=2).double()[alive]
     part, points, now = gram, mass[alive], labels[alive]

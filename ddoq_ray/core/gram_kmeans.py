@@ -10,7 +10,8 @@ Shapes: N samples, M distinct samples, K centroids, D flattened latent dimension
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,28 +21,56 @@ from ddoq_ray.core.gram_exchange import GAIN, cell_sums, exchange, hartigan_gram
 from ddoq_ray.core.rng import philox
 
 __all__ = [
-    "MAX_GRAM_BYTES", "cell_means", "distinct_rows", "gram_kmeans", "gram_labels", "gram_matrix", "hartigan_gram",
-    "kmeans_plus_plus", "lloyd_gram", "partition_gram",
+    "DEFAULTS", "MAX_GRAM_BYTES", "PRODUCTS", "KMeansSettings", "cell_means", "distinct_rows", "gram_kmeans",
+    "gram_labels", "gram_matrix", "hartigan_gram", "kmeans_plus_plus", "lloyd_gram", "partition_gram",
 ]  # fmt: skip
 
 Product = Literal["float32", "bfloat16"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
 MAX_GRAM_BYTES = 2 << 30  # 23,170 distinct samples
 _ROUNDS = 10
 _KEY_COLUMNS = 16
 _BLOCK = 256  # rows of one bfloat16 product
 
 
+def _check_product(product: str) -> None:
+    if product not in PRODUCTS:
+        raise ValueError(f"product must be one of {PRODUCTS}, got {product!r}")
+
+
+@dataclass(frozen=True)
+class KMeansSettings:
+    """How k-means in Gram space runs, on one class (`gram_kmeans`) and on many (`gram_kmeans_batched`).
+
+    Attributes:
+        hartigan: False stops at Lloyd's optimum, without Hartigan's exchange.
+        restarts: independent runs on the one Gram matrix; the lowest distortion is kept.
+        product: precision of the Gram matrix.
+        max_iter: bound of the Lloyd passes. Rounds of exchange are shorter, and bounded by a multiple of it.
+        max_bytes: bound of what may be taken at a time, the Gram matrix of one class or a group of classes on the
+            device; None for the default of each.
+
+    Raises:
+        ValueError: restarts or max_iter below 1, or another product.
+    """
+
+    hartigan: bool = True
+    restarts: int = 1
+    product: Product = "float32"
+    max_iter: int = 300
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.restarts < 1 or self.max_iter < 1:
+            raise ValueError(f"restarts and max_iter must be >= 1, got {self.restarts} and {self.max_iter}")
+        _check_product(self.product)
+
+
+DEFAULTS = KMeansSettings()
+
+
 def gram_kmeans(
-    x: npt.ArrayLike,
-    k: int,
-    *,
-    seed: int,
-    class_id: int,
-    hartigan: bool = True,
-    restarts: int = 1,
-    max_iter: int = 300,
-    max_gram_bytes: int = MAX_GRAM_BYTES,
-    product: Product = "float32",
+    x: npt.ArrayLike, k: int, *, seed: int, class_id: int, settings: KMeansSettings = DEFAULTS
 ) -> tuple[F32, I64]:
     """Quantizes the samples of one class to K centroids with counts.
 
@@ -56,11 +85,8 @@ def gram_kmeans(
             centroid: K = min(k, distinct samples). Copies of a sample always share a cell.
         seed: the run's seed.
         class_id: keys the generator together with the seed.
-        hartigan: False runs Lloyd to convergence instead.
-        restarts: independent runs on the one Gram matrix; the lowest distortion is kept.
-        max_iter: bound of the Lloyd passes; ten times as many rounds of exchange, each much shorter.
-        max_gram_bytes: largest Gram matrix allowed, in bytes.
-        product: precision of the Gram matrix, see `gram_matrix`.
+        settings: without `hartigan`, Lloyd runs to convergence instead; `max_iter` is ten times as many rounds of
+            exchange; `max_bytes` bounds the Gram matrix (default MAX_GRAM_BYTES); for `product` see `gram_matrix`.
 
     Returns:
         centroids float32 [K, D] and counts int64 [K]; counts are >= 1 and sum to N.
@@ -79,59 +105,38 @@ def gram_kmeans(
     [(0.10000000149011612, 2), (9.0, 1)]
     """
     x = check_samples(x)
-    labels = _labels(x, k, seed, class_id, hartigan, restarts, max_iter, max_gram_bytes, product)
-    return _means(x, labels)
+    return _means(x, _labels(x, k, seed, class_id, settings))
 
 
-def gram_labels(
-    x: npt.ArrayLike,
-    k: int,
-    *,
-    seed: int,
-    class_id: int,
-    hartigan: bool = True,
-    restarts: int = 1,
-    max_iter: int = 300,
-    max_gram_bytes: int = MAX_GRAM_BYTES,
-    product: Product = "float32",
-) -> I64:
+def gram_labels(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, settings: KMeansSettings = DEFAULTS) -> I64:
     """The cells of `gram_kmeans`: int64 [N] in 0..K-1, each used. Arguments and errors as there.
 
     With pooled latents for `x` and the full ones for `cell_means`, distances are measured on the pooled ones.
     """
-    return _labels(check_samples(x), k, seed, class_id, hartigan, restarts, max_iter, max_gram_bytes, product)
+    return _labels(check_samples(x), k, seed, class_id, settings)
 
 
-def _labels(
-    x: npt.NDArray[np.floating],
-    k: int,
-    seed: int,
-    class_id: int,
-    hartigan: bool,
-    restarts: int,
-    max_iter: int,
-    max_gram_bytes: int,
-    product: Product,
-) -> I64:
+def _labels(x: npt.NDArray[np.floating], k: int, seed: int, class_id: int, settings: KMeansSettings) -> I64:
     """`gram_labels` for checked samples: a look at every latent costs, so it is done once."""
     if not len(x):
         raise ValueError("x is empty: a class without samples has no centroids")
-    if k < 1 or restarts < 1 or max_iter < 1:
-        raise ValueError(f"k, restarts and max_iter must be >= 1, got {k}, {restarts} and {max_iter}")
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
     first, inverse, copies = distinct_rows(x)
     needed = 4 * len(first) ** 2
-    if needed > max_gram_bytes:
+    most = MAX_GRAM_BYTES if settings.max_bytes is None else settings.max_bytes
+    if needed > most:
         raise ValueError(
             f"the Gram matrix of n={len(first)} distinct samples needs 4 n^2 = {needed} bytes, above "
-            f"max_gram_bytes={max_gram_bytes}: use a streaming or faiss quantizer for this class, or raise it"
+            f"max_bytes={most}: use a streaming or faiss quantizer for this class, or raise it"
         )
-    gram = gram_matrix(x if len(first) == len(x) else x[first], product)
+    gram = gram_matrix(x if len(first) == len(x) else x[first], settings.product)
     mass = copies.astype(np.float64)
     best: I64 | None = None
     best_sum = np.inf
-    for restart in range(restarts):
+    for restart in range(settings.restarts):
         rng = philox("gram_kmeans", seed, class_id, restart)
-        labels, total = partition_gram(gram, mass, k, rng, hartigan=hartigan, max_iter=max_iter)
+        labels, total = partition_gram(gram, mass, k, rng, hartigan=settings.hartigan, max_iter=settings.max_iter)
         if total < best_sum:
             best, best_sum = labels, total
     assert best is not None
@@ -191,8 +196,7 @@ def gram_matrix(x: npt.NDArray[np.floating], product: Product = "float32") -> F3
     Raises:
         ValueError: another product.
     """
-    if product not in ("float32", "bfloat16"):
-        raise ValueError(f'product must be "float32" or "bfloat16", got {product!r}')
+    _check_product(product)
     centred = (x - x.mean(axis=0, dtype=np.float64).astype(x.dtype)).astype(np.float32, copy=False)
     gram: F32
     if product == "float32":

@@ -5,22 +5,24 @@
   linear head is kept once beside them. At 1,000 classes 3.9 times smaller for a ResNet-18 (d = 512), and
   larger for a ResNet-50 (d = 2048), so the choice is by size.
 
+A codec is a class that answers to `Codec` and a row of `CODECS`; labeller, student and plan go by that table.
+
 Shapes: B views, C classes, d penultimate features.
+
+torch is imported where tensors are touched, not with the module: the driver, which only plans, asks for names and
+sizes and never loads it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
-from ddoq_ray.core.label_size import CODECS as CODECS  # their sizes, which whoever only plans asks without torch
-from ddoq_ray.core.label_size import bytes_per_label as bytes_per_label
-from ddoq_ray.core.label_size import choose_codec as choose_codec
+if TYPE_CHECKING:
+    import torch
 
 Packed = npt.NDArray[np.uint8]
 
@@ -43,23 +45,70 @@ class Head(Protocol):
     def bias(self) -> torch.Tensor | None: ...
 
 
+class Codec(Protocol):
+    """What packs a teacher's output for a view, and unpacks it to logits.
+
+    Attributes:
+        name: its key in `CODECS`, in configurations and in the metadata of label files.
+        packs_features: True where `encode` takes the penultimate features [B, d], and the teacher's head is stored
+            beside the labels for `decode`; False where `encode` takes the logits [B, C].
+    """
+
+    name: ClassVar[str]
+    packs_features: ClassVar[bool]
+
+    @classmethod
+    def of(cls, num_classes: int, feature_dim: int | None) -> Codec:
+        """The codec for a teacher of C classes and d penultimate features (None: it has no linear head).
+
+        Raises:
+            ValueError: a size that the codec needs is missing or below 1.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a label."""
+        ...
+
+    def encode(self, output: torch.Tensor) -> Packed:
+        """uint8 [B, nbytes] of what the codec packs, on any device."""
+        ...
+
+    def decode(
+        self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """float32 [B, C] logits of uint8 [B, nbytes]."""
+        ...
+
+
 @dataclass(frozen=True)
 class LogitsCodec:
     """Logits as little-endian fp16."""
 
     num_classes: int
-    name = "logits"
+    name: ClassVar[str] = "logits"
+    packs_features: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, num_classes: int, feature_dim: int | None) -> LogitsCodec:
+        """The codec of C classes; it asks for no features.
+
+        Raises:
+            ValueError: a number of classes below 1.
+        """
+        return cls(_counted(num_classes))
 
     @property
     def nbytes(self) -> int:
         """Bytes a label."""
-        return bytes_per_label("logits", self.num_classes, None)
+        return 2 * self.num_classes
 
-    def encode(self, logits: torch.Tensor) -> Packed:
+    def encode(self, output: torch.Tensor) -> Packed:
         """Pack logits.
 
         Args:
-            logits: float [B, C], any device.
+            output: float [B, C] logits, any device.
 
         Returns:
             uint8 [B, 2 C].
@@ -67,7 +116,7 @@ class LogitsCodec:
         Raises:
             ValueError: another shape, or a value that is not finite or does not fit fp16.
         """
-        values = _checked(logits, self.num_classes, "logits", "num_classes")
+        values = _checked(output, self.num_classes, "logits", "num_classes")
         return values.astype("<f2").view(np.uint8)
 
     def decode(
@@ -77,7 +126,7 @@ class LogitsCodec:
 
         Args:
             packed: uint8 [B, 2 C], numpy or torch.
-            head: not needed; taken so that both codecs are called alike.
+            head: not needed; taken so that all codecs are called alike.
             device: where the logits are wanted; by default where `packed` is. The packed bytes go there, which are
                 half as many.
 
@@ -87,6 +136,8 @@ class LogitsCodec:
         Raises:
             ValueError: another shape or dtype.
         """
+        import torch
+
         return _as_torch(packed, self.nbytes).to(device).view(torch.float16).float()
 
 
@@ -101,18 +152,30 @@ class FeaturesCodec:
 
     num_classes: int
     feature_dim: int
-    name = "features"
+    name: ClassVar[str] = "features"
+    packs_features: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, num_classes: int, feature_dim: int | None) -> FeaturesCodec:
+        """The codec of C classes and d features.
+
+        Raises:
+            ValueError: a size that is missing or below 1.
+        """
+        if feature_dim is None or feature_dim < 1:
+            raise ValueError(f"the features codec needs the number of penultimate features, got {feature_dim}")
+        return cls(_counted(num_classes), feature_dim)
 
     @property
     def nbytes(self) -> int:
         """Bytes a label."""
-        return bytes_per_label("features", self.num_classes, self.feature_dim)
+        return self.feature_dim + 4
 
-    def encode(self, features: torch.Tensor) -> Packed:
+    def encode(self, output: torch.Tensor) -> Packed:
         """Pack features.
 
         Args:
-            features: float [B, d], the input of the teacher's head, any device.
+            output: float [B, d], the input of the teacher's head, any device.
 
         Returns:
             uint8 [B, d + 4].
@@ -120,7 +183,7 @@ class FeaturesCodec:
         Raises:
             ValueError: another shape, or a value that is not finite or does not fit fp16.
         """
-        values = _checked(features, self.feature_dim, "features", "feature_dim").astype(np.float64)
+        values = _checked(output, self.feature_dim, "features", "feature_dim").astype(np.float64)
         down, up = np.float16(-np.inf), np.float16(np.inf)
         low, high = values.min(axis=1), values.max(axis=1)
         offset = low.astype(np.float16)
@@ -145,6 +208,8 @@ class FeaturesCodec:
         Raises:
             ValueError: another shape or dtype.
         """
+        import torch
+
         rows = _as_torch(packed, self.nbytes)
         affine = rows[:, :4].contiguous().view(torch.float16).float()
         return affine[:, 1:] + affine[:, :1] * rows[:, 4:].float()
@@ -165,6 +230,8 @@ class FeaturesCodec:
         Raises:
             ValueError: no head, or shapes that do not fit.
         """
+        import torch
+
         if head is None:
             raise ValueError("the features codec needs the teacher's head to give logits; pass head=")
         if tuple(head.weight.shape) != (self.num_classes, self.feature_dim):
@@ -175,23 +242,58 @@ class FeaturesCodec:
         with torch.no_grad():
             bias = None if head.bias is None else head.bias.float()
             features = self.features(_as_torch(packed, self.nbytes).to(head.weight.device))
-            return F.linear(features, head.weight.float(), bias).to(device)
+            return torch.nn.functional.linear(features, head.weight.float(), bias).to(device)
 
 
-Codec = LogitsCodec | FeaturesCodec
+# Every codec by its name. Of codecs of one size `choose_codec` takes the first here.
+CODECS: dict[str, type[Codec]] = {
+    "logits": LogitsCodec,
+    "features": FeaturesCodec,
+}
+
+
+def codec_class(name: str) -> type[Codec]:
+    """The row of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in CODECS:
+        raise ValueError(f"codec must be one of {tuple(CODECS)}, got {name!r}")
+    return CODECS[name]
 
 
 def make_codec(name: str, num_classes: int, feature_dim: int | None) -> Codec:
-    """The codec of a name.
+    """The codec of a name, for a teacher of C classes and d penultimate features (None: no linear head).
 
     Raises:
-        ValueError: as `bytes_per_label`.
+        ValueError: unknown codec, or a size that is missing or below 1.
+
+    >>> make_codec("logits", 1000, None).nbytes, make_codec("features", 1000, 512).nbytes
+    (2000, 516)
     """
-    bytes_per_label(name, num_classes, feature_dim)
-    if name == "logits":
-        return LogitsCodec(num_classes)
-    assert feature_dim is not None
-    return FeaturesCodec(num_classes, feature_dim)
+    return codec_class(name).of(num_classes, feature_dim)
+
+
+def choose_codec(num_classes: int, feature_dim: int | None) -> str:
+    """Name of the smallest codec; `logits`, which is nearly exact, where sizes are equal or there is no linear
+    head.
+
+    Args:
+        num_classes: C.
+        feature_dim: d, or None for a teacher without a linear head.
+
+    >>> choose_codec(1000, 512), choose_codec(1000, 2048), choose_codec(10, None)
+    ('features', 'logits', 'logits')
+    """
+    usable = [codec for codec in CODECS.values() if feature_dim is not None or not codec.packs_features]
+    return min(usable, key=lambda codec: codec.of(num_classes, feature_dim).nbytes).name
+
+
+def _counted(num_classes: int) -> int:
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return num_classes
 
 
 def _checked(values: torch.Tensor, columns: int, what: str, setting: str) -> npt.NDArray[np.float32]:
@@ -207,6 +309,8 @@ def _checked(values: torch.Tensor, columns: int, what: str, setting: str) -> npt
 
 
 def _as_torch(packed: Packed | torch.Tensor, nbytes: int) -> torch.Tensor:
+    import torch
+
     rows = packed if isinstance(packed, torch.Tensor) else torch.from_numpy(np.require(packed, requirements=["C", "W"]))
     if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] != nbytes:
         raise ValueError(f"expected labels uint8 [B, {nbytes}], got {rows.dtype} {list(rows.shape)}")

@@ -137,25 +137,37 @@ def image_weights(
         raise ValueError(f"expected weights [n] and class_ids [n], got {weights.shape} and {class_ids.shape}")
     if weights.size == 0:
         return weights.copy()
+    present, position, size = np.unique(class_ids, return_inverse=True, return_counts=True)
+    _check_shares(weights, present, position)
+    share = size[position] * weights
+    out = {"counts": share, "sqrt": np.sqrt(share), "uniform": np.ones_like(weights)}[scheme]
+    return out * _class_factors(present, class_mass)[position] if across == "empirical" else out
+
+
+def _check_shares(
+    weights: npt.NDArray[np.float64], present: npt.NDArray[np.int64], position: npt.NDArray[np.intp]
+) -> None:
+    """Weights [n] of the classes present[position[n]] are shares: none below 0, and in each class they sum to 1."""
     if not (weights >= 0).all():
         raise ValueError("companion weights must be 0 or more, got a negative one or NaN")
-    present, position, size = np.unique(class_ids, return_inverse=True, return_counts=True)
     total = np.bincount(position, weights=weights)
     worst = np.abs(total - 1).argmax()
     if abs(total[worst] - 1) > 1e-5:  # float32 weights pass, counts do not
         raise ValueError(
             f"companion weights must sum to 1 within each class, got {total[worst]:g} for class {present[worst]}"
         )
-    share = size[position] * weights
-    out = {"counts": share, "sqrt": np.sqrt(share), "uniform": np.ones_like(weights)}[scheme]
-    if across == "empirical":
-        if class_mass is None:
-            raise ValueError("weights across classes 'empirical' need class_mass, the images of each source class")
-        mass = np.asarray(class_mass, dtype=np.float64)
-        if mass.ndim != 1 or present[0] < 0 or present[-1] >= mass.size or not (mass[present] > 0).all():
-            raise ValueError(f"class_mass must hold a number above 0 for each class id, got shape {mass.shape}")
-        out = out * (mass[present] / mass[present].sum() * present.size)[position]
-    return out
+
+
+def _class_factors(
+    present: npt.NDArray[np.int64], class_mass: npt.NDArray[np.float64] | None
+) -> npt.NDArray[np.float64]:
+    """What images of each present class (ascending ids) count, by its share of the source data: of mean 1."""
+    if class_mass is None:
+        raise ValueError("weights across classes 'empirical' need class_mass, the images of each source class")
+    mass = np.asarray(class_mass, dtype=np.float64)
+    if mass.ndim != 1 or present[0] < 0 or present[-1] >= mass.size or not (mass[present] > 0).all():
+        raise ValueError(f"class_mass must hold a number above 0 for each class id, got shape {mass.shape}")
+    return mass[present] / mass[present].sum() * present.size
 
 
 def _weighted(loss: torch.Tensor, weights: torch.Tensor, normalize: str) -> torch.Tensor:

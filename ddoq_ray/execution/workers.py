@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -93,35 +91,3 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """What bit-identity depends on beside the configuration; recorded in every manifest."""
-    import diffusers
-    import numpy
-    import torch
-
-    return {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "numpy": numpy.__version__,
-        "ray": ray.__version__,
-        "threads": threads,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
-    }
-
-
-def commit() -> str | None:
-    """The commit of the code that runs, if it runs from its own checkout."""
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str:
-        command = ["git", *words]
-        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # installed inside another project's checkout it is not tracked
-        return git("rev-parse", "--short=12", "HEAD").strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

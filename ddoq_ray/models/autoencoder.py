@@ -36,6 +36,7 @@ class Autoencoder:
         id: content digest of configuration and weights.
     """
 
+    # Seven parameters: a network and the ways to run it, by name.
     def __init__(
         self,
         network: AutoencoderKL | AutoencoderTiny,

@@ -10,7 +10,6 @@ import json
 import sys
 from typing import Any
 
-import numpy
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
+from ddoq_ray.provenance import environment
 
 
 def describe(question: dict[str, Any]) -> dict[str, Any]:
@@ -29,8 +29,6 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a network does not load, the parts do not fit, or a setting cannot work on them.
     """
-    import diffusers
-
     threads = question["threads"]
     torch.set_num_threads(threads)
     prior = load_prior(**question["prior"])
@@ -67,14 +65,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "judge_id": judge.id if judge else None,
         "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
         "student_takes_one": takes_one,
-        "environment": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "numpy": numpy.__version__,
-            "threads": threads,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "device": "cpu",
-        },
+        "environment": environment(threads),
     }
 
 

@@ -69,5 +69,5 @@ class Labeller:
         pixels, _, _ = batch_views(images, index, self.spec, self.seed, epoch)
         with torch.inference_mode():
             pixels = for_teacher(pixels, self.teacher.image_size)
-            answers = self.teacher(pixels) if self.codec.name == "logits" else self.teacher.features(pixels)
+            answers = self.teacher.features(pixels) if self.codec.packs_features else self.teacher(pixels)
             return self.codec.encode(answers)

@@ -104,27 +104,27 @@ def line_chart(
     ends = "; ".join(f"{s.label} ends at {s.mean[-1]:.4g}{unit}" for s in series)
     name = escape(f"{title}. {ends}.")
     out = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">']
-    for value in ticks(y_low, y_high):
-        y = py(value)
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(
-            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}{escape(unit)}</text>'
-        )
+    out += [_y_tick(value, py(value), unit) for value in ticks(y_low, y_high)]
     x_ticks = [v for v in ticks(x_low, x_high) if float(v).is_integer()] or [x_low]
-    for value in x_ticks:
-        out.append(
-            f'<text class="tick" x="{px(value):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
-        )
-    out.append(
-        f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.1f}" y="{_HEIGHT - 4}" '
-        f'text-anchor="middle">{escape(x_label)}</text>'
-    )
-    for s in reversed(series):
-        out.append(_band(s, px, py))
-    for s in reversed(series):
-        out.append(_line(s, px, py))
+    out += [_under_axis(f"{value:g}", px(value), _BOTTOM - 18) for value in x_ticks]
+    out.append(_under_axis(x_label, (_LEFT + _WIDTH - _RIGHT) / 2, 4))
+    out += [_band(s, px, py) for s in reversed(series)]
+    out += [_line(s, px, py) for s in reversed(series)]
     out.append("</svg>")
     return Markup("".join(out))
+
+
+def _y_tick(value: float, y: float, unit: str) -> str:
+    """A line across the chart, and its value before it."""
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}{escape(unit)}</text>'
+    )
+
+
+def _under_axis(text: str, x: float, above_bottom: int) -> str:
+    y = _HEIGHT - above_bottom
+    return f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>'
 
 
 def _band(s: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:

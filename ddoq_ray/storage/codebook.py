@@ -52,18 +52,31 @@ def part_classes(num_classes: int, ipc: int, dim: int) -> list[list[int]]:
     return [list(range(first, min(first + size, num_classes))) for first in range(0, num_classes, size)]
 
 
+@dataclass(frozen=True)
+class Account:
+    """What became of the classes of a part.
+
+    Attributes:
+        dropped: Class ids without a codebook.
+        algorithms: Name of an algorithm -> classes that it quantized.
+        warnings: One a class, for the user.
+    """
+
+    dropped: list[int]
+    algorithms: dict[str, int]
+    warnings: list[str]
+
+
 def write_part(
     codebook: Folder,
     part: int,
     books: Sequence[Codebook],
+    account: Account,
     *,
     latent_shape: tuple[int, ...],
     prior_id: str,
-    dropped: list[int],
-    algorithms: dict[str, int],
-    warnings: list[str],
 ) -> None:
-    """Publish a part, a row group a class (so that one class can be read alone), then its record."""
+    """Publish a part, a row group a class (so that one class can be read alone), then its record with the account."""
     schema = codebook_schema(latent_shape, prior_id)
     with codebook.writing(layout.codebook_part(part)) as f, row_group_writer(f.name, schema) as writer:
         for b in books:
@@ -79,7 +92,7 @@ def write_part(
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     digest, size = codebook.digest(layout.codebook_part(part))
     latents, centroids = sum(int(b.counts.sum()) for b in books), sum(b.k for b in books)
-    record = PartRecord(digest, size, latents, centroids, dropped, algorithms, warnings)
+    record = PartRecord(digest, size, latents, centroids, **asdict(account))
     codebook.publish_json(layout.codebook_record(part), asdict(record))
 
 

@@ -305,6 +305,7 @@ def test_help_names_every_key_with_the_composed_default() -> None:
     assert f"same compute for every method [{config.protocol.steps}]" in text
 
 
+@pytest.mark.processes
 def test_config_imports_neither_ray_nor_torch() -> None:
     code = (
         "import sys; from ddoq_ray.config.compose import load_config; load_config(['ipc=3']); "

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import faiss
 import numpy as np
 import pytest
@@ -28,33 +30,29 @@ def test_d4m_is_the_released_loop_and_loses_its_leftovers(k, km_expand, lost):
     x = samples()
     model, held = d4m_loop(x, k, km_expand)
     assert len(held) == lost
-    centroids, counts = b.minibatch_kmeans(x, k, seed=0, class_id=0, km_expand=km_expand, random_state=0)
+    options = b.D4mOptions(km_expand=km_expand, random_state=0)
+    centroids, counts = b.d4m_kmeans(x, k, seed=0, class_id=0, options=options)
     assert centroids.tobytes() == model.cluster_centers_.tobytes()
     assert counts.sum() == len(x) and (counts == voronoi_counts(x, centroids)).all()
     # What the leftovers are does not matter to it...
     other = np.concatenate([x[: len(x) - lost], samples(lost, seed=9) + 50])
-    again, _ = b.minibatch_kmeans(other, k, seed=0, class_id=0, km_expand=km_expand, random_state=0)
+    again, _ = b.d4m_kmeans(other, k, seed=0, class_id=0, options=options)
     assert again.tobytes() == centroids.tobytes()
     # ...unless they are kept, as for the last class D4M sees.
-    kept, _ = b.minibatch_kmeans(x, k, seed=0, class_id=0, km_expand=km_expand, random_state=0, leftovers="keep")
+    kept, _ = b.d4m_kmeans(x, k, seed=0, class_id=0, options=replace(options, leftovers="keep"))
     assert (kept.tobytes() == centroids.tobytes()) == (lost == 0)
 
 
 def test_running_counts_are_the_library_s():
     x = samples(205, 8)
     model, _ = d4m_loop(x, 10)
-    _, running = b.minibatch_kmeans(x, 10, seed=0, class_id=0, random_state=0, counts="running")
+    _, running = b.d4m_kmeans(x, 10, seed=0, class_id=0, options=b.D4mOptions(random_state=0, counts="running"))
     assert (running == model._counts).all() and running.dtype == np.int64
 
 
 @pytest.mark.parametrize(
     "method",
-    [
-        b.minibatch_kmeans,
-        lambda x, k, **key: b.minibatch_kmeans(x, k, variant="sklearn", **key),
-        b.lloyd,
-        b.faiss_kmeans,
-    ],
+    [b.d4m_kmeans, b.minibatch_kmeans, b.lloyd, b.faiss_kmeans],
 )
 def test_every_baseline_quantizes_and_repeats(method):
     x = samples(400, 6, 3)
@@ -78,22 +76,34 @@ def test_faiss_uses_every_sample():
     assert faiss.Kmeans(2, 1).cp.max_points_per_centroid == 256
 
 
+def test_faiss_is_given_the_gpu_where_it_finds_one():
+    """The same bytes where there is none; with one, another order of sums: as good, and exact counts."""
+    x = samples(2000, 12)
+    on_cpu = b.faiss_kmeans(x, 25, seed=0, class_id=0)
+    on_gpu = b.faiss_kmeans(x, 25, seed=0, class_id=0, device="cuda")
+    assert (on_gpu[1] == voronoi_counts(x, on_gpu[0])).all()
+    if faiss.get_num_gpus():
+        assert distortion(x, on_gpu[0]) == pytest.approx(distortion(x, on_cpu[0]), rel=0.02)
+    else:
+        assert on_gpu[0].tobytes() == on_cpu[0].tobytes()
+
+
 def test_lloyd_with_too_few_distinct_samples_has_cells_of_count_zero():
     x = np.repeat(samples(3, 4), 5, axis=0)
     _, counts = b.lloyd(x, 5, seed=0, class_id=0)
     assert counts.sum() == 15 and (counts > 0).sum() == 3
 
 
-def test_options_without_effect_are_refused():
-    x = samples()
-    with pytest.raises(ValueError, match='only with variant="d4m"'):
-        b.minibatch_kmeans(x, 5, variant="sklearn", km_expand=2, seed=0, class_id=0)
-    with pytest.raises(ValueError, match="variant"):
-        b.minibatch_kmeans(x, 5, variant="D4M", seed=0, class_id=0)
-    with pytest.raises(ValueError, match="km_expand"):
-        b.minibatch_kmeans(x, 50, km_expand=3, seed=0, class_id=0)
-    with pytest.raises(ValueError, match="leftovers"):
-        b.minibatch_kmeans(x, 5, leftovers="lose", seed=0, class_id=0)
+def test_options_out_of_range_are_refused():
+    for wrong, message in (
+        ({"km_expand": 0}, "km_expand"),
+        ({"leftovers": "lose"}, "leftovers"),
+        ({"counts": "x"}, "counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            b.D4mOptions(**wrong)
+    with pytest.raises(ValueError, match="makes no centroid"):
+        b.d4m_kmeans(samples(), 50, seed=0, class_id=0, options=b.D4mOptions(km_expand=3))
 
 
 def test_herding_by_hand():
@@ -168,5 +178,5 @@ def test_choices_of_samples_are_refused():
 
 def test_d4m_starts_from_its_first_batch_as_it_comes():
     x = samples(47, 5)
-    centroids, _ = b.minibatch_kmeans(x[:20], 20, seed=0, class_id=0)  # one batch: nothing is averaged
+    centroids, _ = b.d4m_kmeans(x[:20], 20, seed=0, class_id=0)  # one batch: nothing is averaged
     assert sorted(map(tuple, centroids)) == sorted(map(tuple, x[:20]))

@@ -123,6 +123,7 @@ def test_state_survives_a_numpy_archive(tmp_path):
         assert same_bytes(Clvq.from_state(archive), q)
 
 
+@pytest.mark.processes
 def test_thread_count_changes_no_byte():
     code = (
         "import numpy as np, hashlib; from ddoq_ray.core.clvq import Clvq\n"

@@ -33,7 +33,7 @@ def test_by_hand():
 def test_finds_the_optimum_of_tiny_problems(seed):
     x = np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)
     best = min(direct_sum(x, np.array(cells)) for cells in itertools.product(range(3), repeat=8) if len({*cells}) == 3)
-    centroids, _ = g.gram_kmeans(x, 3, seed=seed, class_id=0, restarts=20)
+    centroids, _ = g.gram_kmeans(x, 3, seed=seed, class_id=0, settings=g.KMeansSettings(restarts=20))
     assert distortion(x, centroids) * 8 == pytest.approx(best, rel=1e-5)
 
 
@@ -88,13 +88,14 @@ def test_no_pass_raises_the_distortion():
 def test_not_worse_than_scikit_learn(seed):
     x = mixture(400, 64, 12, seed)
     theirs = KMeans(20, n_init=1, random_state=seed).fit(x).inertia_ / 400
-    assert distortion(x, g.gram_kmeans(x, 20, seed=seed, class_id=0, restarts=2)[0]) <= theirs * (1 + 1e-6)
+    twice = g.KMeansSettings(restarts=2)
+    assert distortion(x, g.gram_kmeans(x, 20, seed=seed, class_id=0, settings=twice)[0]) <= theirs * (1 + 1e-6)
 
 
 def test_copies_share_a_cell_and_weigh():
     x = np.repeat(mixture(60, 20, 4, 3), np.random.default_rng(0).integers(1, 5, 60), axis=0)
     x = x[np.random.default_rng(1).permutation(len(x))]
-    labels = g.gram_labels(x, 9, seed=0, class_id=0, restarts=8)
+    labels = g.gram_labels(x, 9, seed=0, class_id=0, settings=g.KMeansSettings(restarts=8))
     for row in np.unique(x, axis=0):
         assert len({*labels[(x == row).all(1)].tolist()}) == 1
     theirs = KMeans(9, n_init=8, random_state=0).fit(x).inertia_
@@ -176,10 +177,14 @@ def test_the_gram_matrix_is_symmetric_and_close(product):
     np.testing.assert_allclose(gram.diagonal(), exact.diagonal(), rtol=1e-4)
 
 
+def quantize(x, k, seed, product):
+    return g.gram_kmeans(x, k, seed=seed, class_id=0, settings=g.KMeansSettings(product=product))[0]
+
+
 @pytest.mark.parametrize("k", [10, 60])
 def test_a_bfloat16_product_costs_less_than_half_a_percent_of_distortion(k):
     x = mixture(600, 400, 25, 7)
-    value = {p: distortion(x, g.gram_kmeans(x, k, seed=0, class_id=0, product=p)[0]) for p in ("float32", "bfloat16")}
+    value = {p: distortion(x, quantize(x, k, 0, p)) for p in g.PRODUCTS}
     assert value["bfloat16"] < 1.005 * value["float32"]
 
 
@@ -192,20 +197,21 @@ def test_a_bfloat16_product_on_real_latents(k):
         pytest.skip(f"no latents in {folder}: set DDOQ_ASSETS")
     for file in files:
         x = np.load(file).astype(np.float32)
-        mean = {
-            p: np.mean([distortion(x, g.gram_kmeans(x, k, seed=s, class_id=0, product=p)[0]) for s in range(3)])
-            for p in ("float32", "bfloat16")
-        }
+        mean = {p: np.mean([distortion(x, quantize(x, k, s, p)) for s in range(3)]) for p in ("float32", "bfloat16")}
         assert mean["bfloat16"] < 1.005 * mean["float32"], file.stem
 
 
 def test_refusals():
     x = mixture(50, 4, 2, 0)
-    with pytest.raises(ValueError, match=r"4 n\^2 = 10000 bytes, above max_gram_bytes=9999"):
-        g.gram_kmeans(x, 2, seed=0, class_id=0, max_gram_bytes=9999)
+    with pytest.raises(ValueError, match=r"4 n\^2 = 10000 bytes, above max_bytes=9999"):
+        g.gram_kmeans(x, 2, seed=0, class_id=0, settings=g.KMeansSettings(max_bytes=9999))
     with pytest.raises(ValueError, match="empty"):
         g.gram_kmeans(x[:0], 2, seed=0, class_id=0)
-    with pytest.raises(ValueError, match="k, restarts and max_iter"):
+    with pytest.raises(ValueError, match="k must be >= 1"):
         g.gram_kmeans(x, 0, seed=0, class_id=0)
-    with pytest.raises(ValueError, match='"float32" or "bfloat16", got \'half\''):
-        g.gram_kmeans(x, 2, seed=0, class_id=0, product="half")
+    for wrong in ({"restarts": 0}, {"max_iter": 0}):
+        with pytest.raises(ValueError, match="restarts and max_iter must be >= 1"):
+            g.KMeansSettings(**wrong)
+    for refused in (lambda: g.KMeansSettings(product="half"), lambda: g.gram_matrix(x, "half")):
+        with pytest.raises(ValueError, match=r"product must be one of .*, got 'half'"):
+            refused()

@@ -1,19 +1,36 @@
 """Oracles: torch's own fp16, hand-computed bytes, and the bounds that the codecs promise."""
 
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
 
-from ddoq_ray.core.labels import FeaturesCodec, LogitsCodec, bytes_per_label, choose_codec, make_codec
+from ddoq_ray.config.training import LabelsConfig
+from ddoq_ray.core.labels import CODECS, FeaturesCodec, LogitsCodec, choose_codec, make_codec
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def linear(features, classes):
+    """A head whose values do not depend on the process: torch seeds its own generator anew in each."""
+    head = torch.nn.Linear(features, classes)
+    with torch.no_grad():
+        head.weight.copy_(randn(classes, features) * 0.2)
+        head.bias.copy_(randn(classes, seed=2))
+    return head
+
+
 def test_sizes_of_the_design():
-    assert bytes_per_label("logits", 1000, None) / bytes_per_label("features", 1000, 512) == pytest.approx(3.9, abs=0.1)
-    assert bytes_per_label("logits", 10450, None) / bytes_per_label("features", 10450, 512) > 40
+    def size(name, classes):
+        return make_codec(name, classes, 512).nbytes
+
+    assert size("logits", 1000) / size("features", 1000) == pytest.approx(3.9, abs=0.1)
+    assert size("logits", 10450) / size("features", 10450) > 40
     assert choose_codec(1000, 512) == "features"
     assert choose_codec(1000, 2048) == "logits"
     assert choose_codec(10, 512) == "logits"
@@ -73,9 +90,7 @@ def test_constant_rows_are_kept():
 
 
 def test_features_and_head_give_the_teachers_logits():
-    head = torch.nn.Linear(512, 100)
-    with torch.no_grad():
-        head.weight.copy_(randn(100, 512) * 0.2)
+    head = linear(512, 100)
     features = randn(32, 512, seed=1).relu()
     codec = FeaturesCodec(100, 512)
     logits = codec.decode(codec.encode(features), head)
@@ -92,7 +107,27 @@ def test_features_and_head_give_the_teachers_logits():
 def test_make_codec():
     assert make_codec("logits", 10, None) == LogitsCodec(10)
     assert make_codec("features", 10, 4) == FeaturesCodec(10, 4)
-    assert (make_codec("logits", 10, None).name, make_codec("features", 10, 4).name) == ("logits", "features")
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_row_of_the_table_keeps_the_promises_of_a_codec(name):
+    """Named as its row, of the size that it says, decoded to logits by what is stored, and open to configurations."""
+    codec = make_codec(name, 10, 24)
+    assert codec.name == name in get_args(get_type_hints(LabelsConfig)["mode"])
+    head = linear(24, 10)
+    features = randn(6, 24, seed=1).relu()
+    packed = codec.encode(features if codec.packs_features else head(features))
+    assert packed.dtype == np.uint8 and packed.shape == (6, codec.nbytes)
+    logits = codec.decode(packed, head if codec.packs_features else None)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    assert torch.equal(logits.argmax(1), head(features).argmax(1))
+
+
+@pytest.mark.processes
+def test_names_and_sizes_are_known_without_torch():
+    code = "import sys, ddoq_ray.core.labels as l; print(l.choose_codec(1000, 512), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["features", "False"]
 
 
 def test_bad_input_is_refused():
@@ -100,6 +135,8 @@ def test_bad_input_is_refused():
         make_codec("int4", 10, 4)
     with pytest.raises(ValueError, match="penultimate"):
         make_codec("features", 10, None)
+    with pytest.raises(ValueError, match="num_classes"):
+        make_codec("logits", 0, None)
     with pytest.raises(ValueError, match="num_classes=10"):
         LogitsCodec(10).encode(torch.zeros(2, 11))
     for bad in (float("nan"), float("inf"), 1e5):

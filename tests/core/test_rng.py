@@ -12,6 +12,7 @@ def test_a_key_always_gives_the_same_stream():
     assert (philox(np.int32(3)).random(5) == philox(3).random(5)).all()
 
 
+@pytest.mark.processes
 def test_the_stream_does_not_depend_on_the_process():
     code = "from ddoq_ray.core.rng import philox; print(philox('a', 1).integers(2**63))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

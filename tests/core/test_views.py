@@ -34,21 +34,21 @@ def test_philox_is_numpys():
 
 def test_a_row_depends_on_its_key_alone():
     spec, ids = ViewSpec(size=16), np.arange(200)
-    together = view_params(spec, 3, 5, ids, 200, 16, 16)
+    together = view_params(spec, 3, 5, ids, (200, 16, 16))
     shuffled = np.random.default_rng(0).permutation(200)
-    again = view_params(spec, 3, 5, shuffled, 200, 16, 16)
-    alone = [view_params(spec, 3, 5, ids[i : i + 1], 200, 16, 16) for i in range(200)]
+    again = view_params(spec, 3, 5, shuffled, (200, 16, 16))
+    alone = [view_params(spec, 3, 5, ids[i : i + 1], (200, 16, 16)) for i in range(200)]
     for field in dataclasses.fields(together):
         value = getattr(together, field.name)
         np.testing.assert_array_equal(getattr(again, field.name), value[shuffled])
         np.testing.assert_array_equal(np.concatenate([getattr(p, field.name) for p in alone]), value)
     for seed, epoch in ((4, 5), (3, 6), (5, 3)):
-        assert not np.array_equal(view_params(spec, seed, epoch, ids, 200, 16, 16).boxes, together.boxes)
+        assert not np.array_equal(view_params(spec, seed, epoch, ids, (200, 16, 16)).boxes, together.boxes)
 
 
 def test_known_row_stays_the_same():
     """Pins the format: stored soft labels are only right while this holds."""
-    params = view_params(ViewSpec(size=32), 42, 7, np.array([13]), 100, 48, 40)
+    params = view_params(ViewSpec(size=32), 42, 7, np.array([13]), (100, 48, 40))
     key = drawing._stream_key("views", 42, 7)
     u = np.random.Generator(np.random.Philox(key=key, counter=[0, 13, 0, 0])).random(28)
     assert params.flip[0] == (u[0] < 0.5)
@@ -67,7 +67,7 @@ def test_crop_distribution_is_torchvisions():
     reference = np.array(
         [transforms.RandomResizedCrop.get_params(image, (0.3, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)]
     )
-    boxes = view_params(ViewSpec(size=16, min_scale=0.3), 0, 0, np.arange(20000), 20000, 40, 64).boxes
+    boxes = view_params(ViewSpec(size=16, min_scale=0.3), 0, 0, np.arange(20000), (20000, 40, 64)).boxes
     assert (boxes == np.rint(boxes)).all() and (boxes >= 0).all()
     assert (boxes[:, 0] + boxes[:, 2] <= 40).all() and (boxes[:, 1] + boxes[:, 3] <= 64).all()
     stats = pytest.importorskip("scipy.stats")
@@ -80,7 +80,7 @@ def test_crop_distribution_is_torchvisions():
 def test_centre_fallback(height, width, expected):
     # A crop of the whole area cannot have an allowed aspect: its fallback, by hand (10 / (3/4) = 13.3).
     spec = ViewSpec(size=8, min_scale=1.0)
-    boxes = view_params(spec, 0, 0, np.arange(50), 50, height, width).boxes
+    boxes = view_params(spec, 0, 0, np.arange(50), (50, height, width)).boxes
     assert {tuple(box) for box in boxes.tolist()} == {expected}
 
 
@@ -89,7 +89,7 @@ def test_pixels_are_torchvisions(height, width, size):
     functional = pytest.importorskip("torchvision.transforms.functional")
     images = make_images(30, height, width)
     spec = ViewSpec(size=size, cutmix=False)
-    params = view_params(spec, 1, 2, np.arange(30), 30, height, width)
+    params = view_params(spec, 1, 2, np.arange(30), (30, height, width))
     pixels, _, lam = batch_views(images, torch.arange(30), spec, 1, 2)
     assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1 and (lam == 1).all()
     for i in range(30):
@@ -134,7 +134,7 @@ def test_same_bits_for_any_split_and_order(height, size, threads, monkeypatch):
 def test_whole_image_rows_do_not_change_with_their_batch():
     # Crops that are the whole image take another path; its choice must not depend on the neighbours.
     images, spec = make_images(400, 16, 16), ViewSpec(size=16, min_scale=0.9)
-    boxes = view_params(spec, 0, 0, np.arange(400), 400, 16, 16).boxes
+    boxes = view_params(spec, 0, 0, np.arange(400), (400, 16, 16)).boxes
     full = np.flatnonzero((boxes[:, 2:] == 16).all(axis=1))
     assert 20 < len(full) < 380
     whole = batch_views(images, np.arange(400), spec, 0, 0)[0]
@@ -145,7 +145,7 @@ def test_whole_image_rows_do_not_change_with_their_batch():
 def test_cutmix_pastes_the_partners_own_view(beta):
     n, size = 40, 16
     images, spec = make_images(n, 20, 20), ViewSpec(size=size, cutmix_beta=beta)
-    params = view_params(spec, 0, 3, np.arange(n), n, 20, 20)
+    params = view_params(spec, 0, 3, np.arange(n), (n, 20, 20))
     pixels, partner, lam = batch_views(images, np.arange(n), spec, 0, 3)
     # Partners' views come from a separate call that knows nothing of CutMix.
     alone = batch_views(images, np.arange(n), dataclasses.replace(spec, cutmix=False), 0, 3)[0]
@@ -165,7 +165,7 @@ def test_cutmix_pastes_the_partners_own_view(beta):
 def test_cutmix_statistics():
     stats = pytest.importorskip("scipy.stats")
     n = 20000
-    params = view_params(ViewSpec(size=224), 0, 0, np.arange(n), n, 224, 224)
+    params = view_params(ViewSpec(size=224), 0, 0, np.arange(n), (n, 224, 224))
     # Yun et al.'s rand_bbox, drawn by a loop with another generator.
     rng = np.random.default_rng(0)
     reference = []
@@ -192,7 +192,7 @@ def test_no_augmentation_gives_the_image_back():
     spec = ViewSpec(size=16, kind="none", flip=False, cutmix=False)
     assert torch.equal(batch_views(images, np.arange(5), spec, 0, 0)[0], images.float().div(255))
     spec = ViewSpec(size=16, kind="none", cutmix=False)
-    flip = torch.from_numpy(view_params(spec, 0, 0, np.arange(5), 5, 16, 16).flip)
+    flip = torch.from_numpy(view_params(spec, 0, 0, np.arange(5), (5, 16, 16)).flip)
     assert flip.any() and not flip.all()
     expected = torch.where(flip[:, None, None, None], images.flip(3), images).float().div(255)
     assert torch.equal(batch_views(images, np.arange(5), spec, 0, 0)[0], expected)
@@ -259,13 +259,13 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="uint8"):
         batch_views(images.float(), np.array([0]), spec, 0, 0)
     with pytest.raises(ValueError, match="one row of params"):
-        params = view_params(spec, 0, 0, np.array([0]), 3, 8, 8)
+        params = view_params(spec, 0, 0, np.array([0]), (3, 8, 8))
         render(images, np.array([0, 1]), 8, params, lambda ids: params)
 
 
 def test_parameters_are_fast_enough():
     spec, ids = ViewSpec(size=224), np.arange(4096)
-    view_params(spec, 0, 0, ids, 4096, 224, 224)
+    view_params(spec, 0, 0, ids, (4096, 224, 224))
     start = time.process_time()
-    view_params(spec, 0, 1, ids, 4096, 224, 224)
+    view_params(spec, 0, 1, ids, (4096, 224, 224))
     assert 4096 / (time.process_time() - start) > 20_000  # rows a second of processor time

@@ -67,6 +67,7 @@ def test_a_port_that_is_no_ray_is_told_within_its_time(answers: bool) -> None:
             probe(where, 1.0)
 
 
+@pytest.mark.processes
 def test_a_dead_port_is_told_at_once(tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -80,6 +81,7 @@ def test_a_dead_port_is_told_at_once(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.processes
 def test_sigterm_ends_a_run_in_words_and_frees_what_it_held(tmp_path: Path) -> None:
     process = command(f"run_dir={tmp_path}/run", "ipc=1", "stages=[prepare,encode,quantize]", "baselines=[]")
     lines: list[str] = []
@@ -166,6 +168,7 @@ def test_results_and_data_do_not_lie_in_one_another(tmp_path: Path) -> None:
         check("run", f"dataset.path={shards}/train-*.tar")
 
 
+@pytest.mark.processes
 def test_nobody_reads_what_is_said() -> None:
     """A pipe whose reader has gone, and closed streams: the command ends as it would, without a traceback."""
     started = []

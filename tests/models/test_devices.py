@@ -23,6 +23,7 @@ from support.pretended_gpu import OnGpu, pretended_gpu
 from support.tiny_networks import tiny_dit, tiny_kl, tiny_taesd, tiny_unet, tiny_vae
 
 from ddoq_ray.core.gram_batched import gram_kmeans_batched
+from ddoq_ray.core.gram_kmeans import KMeansSettings
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
@@ -184,7 +185,7 @@ def test_gram_on_a_gpu(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     classes = [rng.standard_normal((n, 6)).astype(dtype) for n, dtype in ((12, "f2"), (9, "f4"), (3, "f4"))]
     classes[1][5] = classes[1][4]  # copies are folded
-    how: dict[str, Any] = {"seed": 1, "class_ids": [0, 1, 2], "product": product}
+    how: dict[str, Any] = {"seed": 1, "class_ids": [0, 1, 2], "settings": KMeansSettings(product=product)}
     expected = gram_kmeans_batched(classes, 4, device="cpu", **how)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pretended_gpu():

@@ -164,6 +164,7 @@ def test_torchvision_normalises_as_its_own_weights_say(monkeypatch: pytest.Monke
     assert network.image_size == recipe.crop_size[0]
 
 
+@pytest.mark.processes
 def test_the_inquiry_is_a_process_that_answers_or_refuses_in_words() -> None:
     known = Inspection(load_config(), teacher=True).result()
     assert known.prior_id and known.latent_shape and known.teacher_outputs == 10 and known.student_takes_one

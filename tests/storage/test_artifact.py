@@ -128,6 +128,7 @@ def test_a_place_that_cannot_be_written_says_so_in_its_own_name(tmp_path: Path) 
     assert "No space left" in write_error("/data", OSError(errno.ENOSPC, "No space left on device"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("call", ["folder.check_writable()", "Lease(folder).acquire()"])
 def test_a_place_that_takes_names_but_no_bytes(tmp_path: Path, call: str) -> None:
     """A full disk, as a limit on the size of files shows it: nothing is left behind, and no traceback."""

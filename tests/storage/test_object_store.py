@@ -273,6 +273,7 @@ def test_a_run_directory_shows_what_other_processes_publish(store: Store) -> Non
     assert store.elsewhere().find(folder.uri) == []
 
 
+@pytest.mark.processes
 def test_the_environment_is_all_that_a_process_needs(store: Store) -> None:
     """A process that begins with the store's name reads and writes there, and waits for nobody else.
 

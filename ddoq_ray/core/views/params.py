@@ -82,9 +82,7 @@ class ViewParams:
     mix_box: Int64
 
 
-def view_params(
-    spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, num_images: int, height: int, width: int
-) -> ViewParams:
+def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored: tuple[int, int, int]) -> ViewParams:
     """Draw the parameters of the views (image_id, epoch).
 
     The crop follows torchvision's RandomResizedCrop: up to 10 attempts at (area, log-uniform aspect), sides
@@ -101,9 +99,7 @@ def view_params(
         seed: run seed, 0 or more.
         epoch: epoch, 0 or more.
         image_ids: int64 [B], indices into the set.
-        num_images: N, size of the set.
-        height: H of the stored images in pixels.
-        width: W of the stored images in pixels.
+        stored: (N, H, W), the size of the set, and height and width of its images in pixels.
 
     Returns:
         Parameters, one row for each id.
@@ -111,6 +107,7 @@ def view_params(
     Raises:
         ValueError: ids outside the set, or a negative seed or epoch.
     """
+    num_images, height, width = stored
     ids = np.asarray(image_ids, dtype=np.int64)
     if ids.ndim != 1:
         raise ValueError(f"image_ids must be one-dimensional, got shape {ids.shape}")

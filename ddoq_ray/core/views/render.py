@@ -64,18 +64,11 @@ def render(
         boxes, flip = np.stack([params.boxes, theirs.boxes]), np.stack([params.flip, theirs.flip])
 
     out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
-    side = size * int(_oversampling(boxes.reshape(-1, 4), size).max(initial=1))
-    budget = _CPU_CHUNK if images.device.type == "cpu" else _ACCELERATOR_CHUNK
-    step = max(1, budget // (2 * 3 * max(side * side, images.shape[2] * images.shape[3])))
+    step = _rows_at_once(images, boxes, size)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        views = _crop_resize(
-            images,
-            looked_at[:, part].reshape(-1),
-            boxes[:, part].reshape(-1, 4),
-            flip[:, part].reshape(-1),
-            size,
-        )
+        flat = looked_at[:, part].reshape(-1), boxes[:, part].reshape(-1, 4), flip[:, part].reshape(-1)
+        views = _crop_resize(images, *flat, size)
         if mix:
             base, pasted = views.chunk(2)
             mask = torch.from_numpy(_box_mask(params.mix_box[part], size)).to(images.device)
@@ -83,6 +76,13 @@ def render(
         else:
             out[part] = views
     return out.div_(255).clamp_(0, 1)  # bilinear weights may sum to one ulp above 1
+
+
+def _rows_at_once(images: torch.Tensor, boxes: Float64, size: int) -> int:
+    """How many rows, each with its partner, are rendered at a time, by the finest sampling that any crop asks."""
+    side = size * int(_oversampling(boxes.reshape(-1, 4), size).max(initial=1))
+    budget = _CPU_CHUNK if images.device.type == "cpu" else _ACCELERATOR_CHUNK
+    return max(1, budget // (2 * 3 * max(side * side, images.shape[2] * images.shape[3])))
 
 
 def batch_views(
@@ -109,7 +109,7 @@ def batch_views(
     num_images, _, height, width = images.shape
 
     def params_of(ids: Int64) -> ViewParams:
-        return view_params(spec, seed, epoch, ids, num_images, height, width)
+        return view_params(spec, seed, epoch, ids, (num_images, height, width))
 
     params = params_of(_as_numpy(index))
     return render(images, index, spec.size, params, params_of), params.partner, params.lam

@@ -63,25 +63,10 @@ class ClassConditionalPrior(DiffusionPrior):
         Raises:
             ValueError: the parts do not fit together.
         """
-        size = denoiser.config["sample_size"]
-        if size is None:
-            raise ValueError("prior: the denoiser's config has no sample_size, so the latents' size is unknown")
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = denoiser.config["in_channels"]
-        if vae.config["latent_channels"] != channels:
-            raise ValueError(
-                f"prior: the autoencoder makes {vae.config['latent_channels']} latent channels, "
-                f"the denoiser expects {channels}; the two folders belong to different models"
-            )
-        out_channels = denoiser.config["out_channels"] or channels
-        if out_channels not in (channels, 2 * channels):
-            raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
+        self.latent_shape = _latent_shape(vae, denoiser)
         self.sampler = Sampler(scheduler, torch.device(how.device))
-        if height != width:
-            raise ValueError(f"prior: expected square latents, got {height} x {width}")
         self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
         self.classes = classes
-        self.latent_shape = (channels, height, width)
         configs = {
             "vae": identity_of(dict(vae.config)),
             "denoiser": dict(denoiser.config),
@@ -91,7 +76,7 @@ class ClassConditionalPrior(DiffusionPrior):
         self.dtype = DTYPES[how.dtype]
         self.autoencoder = how.autoencoder(vae)
         self.vae = self.autoencoder.network
-        self.image_size = height * self.autoencoder.factor
+        self.image_size = self.latent_shape[1] * self.autoencoder.factor
         if how.image_size not in (None, self.image_size):
             raise ValueError(
                 f"prior.image_size={how.image_size}: this prior is made for {self.image_size} px; leave it out"
@@ -198,6 +183,28 @@ class ClassConditionalPrior(DiffusionPrior):
             out / PRIOR_JSON,
             {"kind": "class_conditional", "classes": self.classes, "image_size": self.image_size, **extra},
         )
+
+
+def _latent_shape(
+    vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel
+) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that both work on; a ValueError where there are none such."""
+    size = denoiser.config["sample_size"]
+    if size is None:
+        raise ValueError("prior: the denoiser's config has no sample_size, so the latents' size is unknown")
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = denoiser.config["in_channels"]
+    if vae.config["latent_channels"] != channels:
+        raise ValueError(
+            f"prior: the autoencoder makes {vae.config['latent_channels']} latent channels, "
+            f"the denoiser expects {channels}; the two folders belong to different models"
+        )
+    out_channels = denoiser.config["out_channels"] or channels
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(f"prior: expected {channels} or {2 * channels} output channels, got {out_channels}")
+    if height != width:
+        raise ValueError(f"prior: expected square latents, got {height} x {width}")
+    return channels, height, width
 
 
 def _tensors(vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:

@@ -74,16 +74,7 @@ def train_prior(
     if size % factor:
         raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
     order, digest = data.order()
-    identity = {
-        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
-        "data": digest,
-        "classes": list(data.classes),
-        "perceptual": None if seen_by.perceptual is None else seen_by.perceptual.id,
-        "torch": str(torch.__version__),
-        "diffusers": str(diffusers.__version__),
-        "device": torch.device(device).type,
-        "threads": torch.get_num_threads(),
-    }
+    identity = _identity(config, data, digest, seen_by.perceptual, torch.device(device))
     training = _Training(
         Pictures(data.images, data.class_ids, order),
         config,
@@ -103,6 +94,22 @@ def train_prior(
         prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)
     training.checkpoints.remove()
     return record
+
+
+def _identity(
+    config: PriorTraining, data: TrainingSet, digest: str, perceptual: Classifier | None, device: torch.device
+) -> dict[str, Any]:
+    """What a training's bytes follow from."""
+    return {
+        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
+        "data": digest,
+        "classes": list(data.classes),
+        "perceptual": None if perceptual is None else perceptual.id,
+        "torch": str(torch.__version__),
+        "diffusers": str(diffusers.__version__),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.core.label_size import bytes_per_label, choose_codec
+from ddoq_ray.core.labels import choose_codec, codec_class, make_codec
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.pool import run_elastic
 from ddoq_ray.execution.run import Run
@@ -138,10 +138,10 @@ def check_scored(run: Run, label: LabelsManifest) -> None:
 def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[int, int]]:
     """Label the sets on an elastic pool: step -> (labels, bytes)."""
     config = run.config
-    nbytes = bytes_per_label(codec, run.networks.teacher_outputs, run.networks.feature_dim)
+    nbytes = make_codec(codec, run.networks.teacher_outputs, run.networks.feature_dim).nbytes
     say(f"label      codec {codec}: {nbytes} bytes a label")
     spawn = spawner(config, run.dir, codec)
-    if codec == "features":
+    if codec_class(codec).packs_features:
         actor = spawn()
         ray.get([actor.save_head.remote(step.place) for step in steps])
         ray.kill(actor)

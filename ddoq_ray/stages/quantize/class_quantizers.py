@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ddoq_ray.config.quantizer import ClvqConfig, GramConfig, MinibatchKmeansConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign
+from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.core.sizing import GIB, exact_algorithm
 from ddoq_ray.execution.workers import device
@@ -35,7 +36,7 @@ class Settings:
     prior_id: str
     identity: str
     num_actors: int
-    together: bool = False  # classes of the Gram space go to the actor's GPU, many at once
+    together: bool = False  # the actor has a GPU: classes of the Gram space go to it many at once, faiss runs on it
     noise: NoiseLevel | None = None
     need: int = 0  # bytes that the actor was planned to need
     driver: str = ""  # tells this run of the command from the next
@@ -158,38 +159,31 @@ class WholeClasses:
             self.settings.ipc,
             seed=self.settings.seed,
             class_ids=classes,
-            hartigan=self.algorithm.hartigan,
-            restarts=self.algorithm.restarts,
-            product=self.algorithm.product,
+            settings=_settings(self.algorithm, self.algorithm.max_class_gb),
             device=device(),
-            max_bytes=int(self.algorithm.max_class_gb * GIB),
         )
         return dict(zip(classes, made, strict=True))
 
     def _alone(self, c: int, x: npt.NDArray[np.float32]) -> Centroids:
         """One class, float32 [n, D] in the log's order, by its algorithm."""
-        from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
-        from ddoq_ray.core.gram_kmeans import gram_kmeans
+        from ddoq_ray.core.baselines import d4m_kmeans, faiss_kmeans, lloyd, minibatch_kmeans
 
         k, seed = min(self.settings.ipc, len(x)), self.settings.seed
         options, kind = self.algorithm, self._kind(c)
         if kind == "faiss":
-            return faiss_kmeans(x, k, seed=seed, class_id=c)
+            on = device() if self.settings.together else "cpu"  # not asked without need: the answer loads torch
+            return faiss_kmeans(x, k, seed=seed, class_id=c, device=on)
         if isinstance(options, MinibatchKmeansConfig):
-            return minibatch_kmeans(x, k, variant=options.variant, seed=seed, class_id=c)
+            quantize = {"d4m": d4m_kmeans, "sklearn": minibatch_kmeans}[options.variant]
+            return quantize(x, k, seed=seed, class_id=c)
         if kind == "kmeans":
             return lloyd(x, k, seed=seed, class_id=c)
         assert isinstance(options, GramConfig), kind
-        return gram_kmeans(
-            x,
-            k,
-            hartigan=options.hartigan,
-            restarts=options.restarts,
-            product=options.product,
-            max_gram_bytes=int(options.max_gram_gb * GIB),
-            seed=seed,
-            class_id=c,
-        )
+        return gram_kmeans(x, k, seed=seed, class_id=c, settings=_settings(options, options.max_gram_gb))
+
+
+def _settings(options: GramConfig, most_gb: float) -> KMeansSettings:
+    return KMeansSettings(options.hartigan, options.restarts, options.product, max_bytes=int(most_gb * GIB))
 
 
 def _whole(c: int, x: npt.NDArray[np.float32]) -> ChunksOf:

@@ -24,7 +24,7 @@ from ddoq_ray.execution.workers import pin_blas_threads
 from ddoq_ray.stages.quantize.class_quantizers import Settings, WholeClasses, exact_codebooks, new_clvq
 from ddoq_ray.stages.quantize.deaths import Deaths, last_words, too_many
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.codebook import Account, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog
 from ddoq_ray.storage.records import Codebook, read_shards
@@ -284,16 +284,9 @@ class Quantizer:
                     f"{self.seen[b.class_id]} latents hold that many different ones at most, or its algorithm left "
                     "cells empty); look for repeated images, or choose a smaller ipc"
                 )
-        write_part(
-            self.codebook,
-            part,
-            books,
-            latent_shape=self.settings.latent_shape,
-            prior_id=self.settings.prior_id,
-            dropped=sorted(set(classes) - {b.class_id for b in books}),
-            algorithms=dict(used),
-            warnings=notes,
-        )
+        account = Account(sorted(set(classes) - {b.class_id for b in books}), dict(used), notes)
+        shape, prior_id = self.settings.latent_shape, self.settings.prior_id
+        write_part(self.codebook, part, books, account, latent_shape=shape, prior_id=prior_id)
 
     # ------------------------------------------------------------------ snapshots
 

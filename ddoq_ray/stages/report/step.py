@@ -20,7 +20,8 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.execution.class_tasks import readings
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.streams import emit
-from ddoq_ray.execution.workers import Progress, commit, say
+from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.provenance import commit
 from ddoq_ray.stages.cells import Cell, cells, label_key, methods
 from ddoq_ray.stages.encode.heldout import Heldout
 from ddoq_ray.stages.encode.step import Encode, quarantine_reasons

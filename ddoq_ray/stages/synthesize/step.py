@@ -20,9 +20,7 @@ import ray
 from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.models import PriorConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.core.rescaling import rescaled
 from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
 from ddoq_ray.data.samples import encode_png
@@ -78,29 +76,20 @@ def image_jobs(run_folder: Folder, folder: str, shard_images: int) -> list[Job]:
 class Decoder:
     """Holds the prior and makes image shards."""
 
-    def __init__(
-        self,
-        prior: PriorConfig,
-        run_folder: Folder,
-        synthesizer: SynthesizerConfig,
-        seed: int,
-        classes: Sequence[ClassInfo],
-        threads: int,
-        judge: str | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, run_folder: Folder, classes: Sequence[ClassInfo]) -> None:
         from ddoq_ray.models.candidates import Candidates
         from ddoq_ray.models.classifiers import load_classifier
         from ddoq_ray.models.priors.load import load_prior
         from ddoq_ray.models.synthesis import Synthesizer
 
-        pin_threads(threads)
-        candidates = None
+        pin_threads(config.cluster.threads)
+        how, judge, candidates = config.synthesizer, judge_of(config), None
         if judge is not None:
-            candidates = Candidates(synthesizer.candidates, load_classifier(judge, device()), synthesizer.keep)
-        networks = load_prior(prior.given, device=device(), **prior.loading, **synthesizer.loading)
-        self.synthesizer = Synthesizer(networks, seed, synthesizer.batch, candidates, synthesizer.image_size)
+            candidates = Candidates(how.candidates, load_classifier(judge, device()), how.keep)
+        prior = load_prior(config.prior.given, device=device(), **config.prior.loading, **how.loading)
+        self.synthesizer = Synthesizer(prior, config.seed, how.batch, candidates, how.image_size)
         self.run_folder = run_folder
-        self.how, self.seed, self.classes = synthesizer, seed, classes
+        self.how, self.seed, self.classes = how, config.seed, classes
 
     def run(self, job: Job) -> dict[str, Any]:
         """Make and publish one image shard; publishing it twice gives the same bytes."""
@@ -224,10 +213,8 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
-        return actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            config.prior, run.dir, config.synthesizer, config.seed, classes, config.cluster.threads,
-            judge_of(config),
-        )  # fmt: skip
+        options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+        return options.remote(config, run.dir, classes)
 
     with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
         progress.advance(sum(s["images"] for s in shards.values()))

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.core.labels import codec_class, make_codec
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
@@ -112,10 +113,8 @@ class SoftLabels:
             return codec.decode(packed, head, device=self.device)
 
     def _decoder(self, labels: Folder) -> tuple[Any, Any]:
-        from ddoq_ray.core.labels import make_codec  # torch: only where a student is trained
-
         codec = Artifact(labels, "label").require()["codec"]
-        if codec != "features":
+        if not codec_class(codec).packs_features:
             return make_codec(codec, self.outputs, None), None
         head = load_head(labels, self.device)
         return make_codec(codec, head.out_features, head.in_features), head

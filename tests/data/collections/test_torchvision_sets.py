@@ -278,6 +278,7 @@ TorchvisionSet("Imagenette", sys.argv[2], None).survey()
 """
 
 
+@pytest.mark.processes
 def test_a_process_killed_while_it_unpacks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every class of both splits has a picture by then: the half folder would pass for the set."""
     made = imagenette(last=b"\xff\xd8" + bytes(1_000_000))

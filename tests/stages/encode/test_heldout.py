@@ -29,7 +29,7 @@ from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.report.step import class_distances
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.class_latents import class_latents
-from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.codebook import Account, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ClassCounts, Codebook, ShardDone
@@ -212,12 +212,12 @@ def test_distances_seen_and_unseen_are_those_of_core(case: tuple[Case, dict]) ->
         centroids = np.concatenate([seen[c][:3] + 0.1, np.full((1, seen[c].shape[1]), 50)]).astype(np.float32)
         books[c] = (centroids, voronoi_counts(seen[c], centroids), rng.integers(1, 9, 4))
     assert all(counts[3] == 0 for _, counts, _ in books.values())
-    facts = {"latent_shape": shape, "prior_id": "prior", "dropped": [], "algorithms": {}, "warnings": []}
+    facts = {"latent_shape": shape, "prior_id": "prior"}
     made_of = [
         Codebook(c, centroids, counts, float(assign(seen[c], centroids)[1].mean()), stream)
         for c, (centroids, counts, stream) in books.items()
     ]
-    write_part(place / "codebook", 0, made_of, **facts)
+    write_part(place / "codebook", 0, made_of, Account([], {}, []), **facts)
 
     shards = dataclasses.replace(made.data, train=made.data.val)
     run = dataclasses.replace(made, latents=made.run / "heldout", data=shards).of(made.config)

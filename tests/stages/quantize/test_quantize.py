@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import ray
 import threadpoolctl
 from support.latent_logs import Running, check_class, fold, quantize, rows_of, settings, write_log
 
-from ddoq_ray.core.baselines import faiss_kmeans, lloyd, minibatch_kmeans
+from ddoq_ray.core.baselines import d4m_kmeans, faiss_kmeans, lloyd, minibatch_kmeans
 from ddoq_ray.core.distortion import assign
-from ddoq_ray.core.gram_kmeans import gram_kmeans
+from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 
@@ -127,12 +128,13 @@ def test_another_configuration_in_the_same_place_is_refused(log: tuple[Path, dic
     ("overrides", "algorithm"),
     [
         (["quantizer=gram"], gram_kmeans),
-        (["quantizer=gram", "quantizer.hartigan=false"], lambda *a, **k: gram_kmeans(*a, hartigan=False, **k)),
-        (["quantizer=minibatch_kmeans"], minibatch_kmeans),
+        (["quantizer=gram", "quantizer.hartigan=false"], partial(gram_kmeans, settings=KMeansSettings(hartigan=False))),
+        (["quantizer=minibatch_kmeans"], d4m_kmeans),
+        (["quantizer=minibatch_kmeans", "quantizer.variant=sklearn"], minibatch_kmeans),
         (["quantizer=kmeans"], lloyd),
         (["quantizer=faiss"], faiss_kmeans),
     ],
-    ids=["gram", "gram-lloyd", "d4m", "kmeans", "faiss"],
+    ids=["gram", "gram-lloyd", "d4m", "minibatch", "kmeans", "faiss"],
 )
 def test_exact_algorithms_give_what_core_gives(
     log: tuple[Path, dict[int, np.ndarray]], overrides: list[str], algorithm: Any

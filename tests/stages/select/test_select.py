@@ -31,7 +31,7 @@ from ddoq_ray.stages.select.choice import wanted_images
 from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.storage.artifact import Artifact, digest_of
-from ddoq_ray.storage.codebook import write_part
+from ddoq_ray.storage.codebook import Account, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ChunkRecord, ClassCounts, Codebook, ShardDone, fixed_binary, latent_schema
@@ -82,9 +82,11 @@ def write_codebook(run: Folder, centroids: np.ndarray) -> None:
     """A codebook of two parts with the same centroids for every class."""
     k = len(centroids)
     flat, ones = centroids.reshape(k, -1).astype(np.float32), np.ones(k, np.int64)
-    facts = {"latent_shape": SHAPE, "prior_id": "prior", "dropped": [], "algorithms": {}, "warnings": []}
+    facts = {"latent_shape": SHAPE, "prior_id": "prior"}
     for part, classes in enumerate((range(5), range(5, 10))):
-        write_part(run / "codebook", part, [Codebook(c, flat, ones, 1.0, ones) for c in classes], **facts)
+        write_part(
+            run / "codebook", part, [Codebook(c, flat, ones, 1.0, ones) for c in classes], Account([], {}, []), **facts
+        )
     Artifact(run / "codebook", "quantize").finish({}, digest="codebook")
 
 

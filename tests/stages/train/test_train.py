@@ -61,6 +61,7 @@ print(
 """
 
 
+@pytest.mark.processes
 def test_two_ranks_with_unlike_clocks_and_disks_decide_alike(tmp_path: Path) -> None:
     """And where one rank's loss is not a number, it is none on the other: both stop at the same step."""
     commands = [[sys.executable, "-c", AGREE, str(rank), str(tmp_path / "meet")] for rank in (0, 1)]

@@ -1,0 +1,137 @@
+"""Writes the tables of README and docs/ from the result files; `--check` says which are not what the files hold.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in its page, and is written whole. A figure in a page's
+text is not written here: tests compare those of README with the files.
+
+    python -m benchmarks.tables [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from studies import theory_figures
+
+Row = dict[str, Any]
+CHECKOUT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+KS = (10, 50, 100, 200)
+
+
+def fill(page: str, made: Mapping[str, str]) -> str:
+    """The page with each table of `made` in its place; other tables stay.
+
+    Raises:
+        ValueError: The page has no place for a table, or two.
+    """
+    places = [found[2] for found in BLOCK.finditer(page)]
+    for name in made:
+        if places.count(name) != 1:
+            raise ValueError(
+                f"expected <!-- table: {name} --> ... <!-- end --> once in the page, got it {places.count(name)} times"
+            )
+    return BLOCK.sub(lambda found: f"{found[1]}{made[found[2]]}\n{found[4]}" if found[2] in made else found[0], page)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" if cells else "|" + "---|" * len(head) for cells in (head, (), *lines))
+
+
+def digits(rows: Sequence[Row]) -> dict[str, str]:
+    """Top-1 of each method at each size, and the differences that are paired by seed."""
+    at = {(row["method"], row["ipc"]): row for row in rows}
+    sizes = sorted({ipc for _, ipc in at})
+
+    def cell(row: Row, field: str, sign: str = "") -> str:
+        return f"{row[f'{field}_mean']:{sign}.1f} +- {row[f'{field}_std']:.1f}"
+
+    def against(method: str, other: str) -> str:
+        """Empty for the method itself, and for all real images, which have more of them than any other."""
+        field, many = f"minus_{other}_pct", [at[method, ipc] for ipc in sizes]
+        there = method != "full" and all(f"{field}_mean" in row for row in many)
+        return ", ".join(cell(row, field, "+") for row in many) if there else "-"
+
+    lines = [
+        [f"`{method}`", *(cell(at[method, ipc], "top1_pct") for ipc in sizes), against(method, "random"),
+         against(method, "d4m")]
+        for method in dict.fromkeys(method for method, _ in at)
+    ]  # fmt: skip
+    told = ", ".join(map(str, sizes))
+    head = ["method", *(f"IPC {ipc}" for ipc in sizes), f"against random, IPC {told}", f"against d4m, IPC {told}"]
+    return {"digits": markdown(head, lines)}
+
+
+def _ratio(rows: Sequence[Row], k: int, pair: tuple[str, str], field: str, decimals: int) -> str:
+    """Lowest and highest ratio of a field of two quantizers over the files of real latents."""
+    value = {(row["latents"], row["method"]): row[field] for row in rows if row["k"] == k}
+    files = [name for name in dict.fromkeys(name for name, _ in value) if not name.startswith("synthetic")]
+    ratios = [value[name, pair[0]] / value[name, pair[1]] for name in files]
+    return f"{min(ratios):.{decimals}f} to {max(ratios):.{decimals}f}"
+
+
+def quantizers(rows: Sequence[Row]) -> dict[str, str]:
+    """Ours over the peers'."""
+    kmeans, d4m = ("gram", "sklearn-kmeans"), ("clvq-corrected", "d4m")
+    columns = [(kmeans, "distortion", 3), (kmeans, "cpu_s", 2), (d4m, "distortion", 3), (d4m, "cpu_s", 2)]
+    head = ["K", "`gram` / scikit-learn's KMeans: distortion", "CPU time", "`clvq` / D4M: distortion", "CPU time"]
+    return {"quantizers": markdown(head, [[str(k), *(_ratio(rows, k, *column) for column in columns)] for k in KS])}
+
+
+def winners(rows: Sequence[Row]) -> dict[str, str]:
+    """The corrected winner over the paper's."""
+    pair = ("clvq-corrected", "clvq-paper")
+    columns = [(pair, "distortion", 3), (pair, "heldout_distortion", 3), (pair, "cpu_s", 2)]
+    head = ["K", "distortion", "held-out distortion", "CPU time"]
+    return {"winners": markdown(head, [[str(k), *(_ratio(rows, k, *column) for column in columns)] for k in KS])}
+
+
+# Page, result file, and what makes the page's tables from its rows, by name.
+SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
+    ("README.md", "studies/results/digits.json", digits),
+    ("README.md", "benchmarks/results/quantize.json", quantizers),
+    ("docs/adr/0008-corrected-winner.md", "benchmarks/results/quantize.json", winners),
+    ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
+)
+
+
+def written() -> dict[str, str]:
+    """Each page with the tables that its result files make."""
+    pages: dict[str, str] = {}
+    for page, results, tables in SOURCES:
+        text = pages.get(page) or (CHECKOUT / page).read_text()
+        pages[page] = fill(text, tables(json.loads((CHECKOUT / results).read_text())))
+    return pages
+
+
+def stale(pages: Mapping[str, str]) -> list[str]:
+    """`PAGE: NAME` of tables that differ on disk."""
+    found = []
+    for page, text in pages.items():
+        there = {block[2]: block[3] for block in BLOCK.finditer((CHECKOUT / page).read_text())}
+        found += [f"{page}: {block[2]}" for block in BLOCK.finditer(text) if there[block[2]] != block[3]]
+    return found
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table differs")
+    asked = arguments.parse_args()
+    pages = written()
+    differ = stale(pages)
+    for name in differ:
+        print(name)
+    if asked.check:
+        return 1 if differ else 0
+    for page, text in pages.items():
+        (CHECKOUT / page).write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
