@@ -58,6 +58,9 @@ class TeacherConfig:
     min_top1: float | None = option(
         None, "stop before labelling when its top-1 on real validation images is below, in %; null = 3 times chance"
     )
+    min_kept: float = option(
+        0.8, "warn when less than this share of its top-1 is left on reconstructions of real images by the autoencoder"
+    )
     batch: int = option(250, "views in one forward pass; part of what makes the labels the same bytes")
 
     def __post_init__(self) -> None:
@@ -65,6 +68,7 @@ class TeacherConfig:
             self.min_top1 is None or 0 <= self.min_top1 <= 100,
             f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100",
         )
+        require(0 <= self.min_kept <= 1, f"teacher.min_kept={self.min_kept}: expected 0 to 1")
         require(self.batch >= 1, f"teacher.batch={self.batch}: expected 1 or more")
 
     @property

@@ -49,6 +49,7 @@ ANYWHERE = {
     "synthesizer.judge": "the same",
     "latents.path": "the log's own identity stands for it",
     "latents.keep": "what stays on disk after the run",
+    "teacher.min_kept": "when a line is said; what is made does not depend on it",
     "encoder.workers": "who works",
     "encoder.max_workers": "who works",
     "synthesizer.min_workers": "who works",

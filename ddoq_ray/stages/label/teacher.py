@@ -15,6 +15,7 @@ from ddoq_ray.config.training import ProtocolConfig
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
+from ddoq_ray.stages.label.autoencoder_check import LEAST, PIXELS, sample_of
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import write_labels
@@ -145,6 +146,28 @@ class Teacher:
             refused.total,
             refused.reasons,
         )
+
+    def judge_autoencoder(self, validation: Validation, columns: tuple[int, ...]) -> dict[str, Any]:
+        """`fidelity.judge_autoencoder` on some of the real validation images, at the prior's resolution."""
+        from itertools import islice
+
+        from ddoq_ray.models.autoencoder import load_autoencoder
+        from ddoq_ray.models.fidelity import judge_autoencoder
+        from ddoq_ray.models.priors.load import load_prior
+
+        config = self.config
+        prior = load_prior(config.prior.given, device=self.device, **config.prior.loading)
+        side, autoencoder = prior.image_size, prior.autoencoder
+        if config.encoder.path is not None:
+            autoencoder = load_autoencoder(config.encoder.path, device=self.device)
+        some = sample_of(validation, max(LEAST, PIXELS[self.device] // side**2))
+        pixels, ids = [], []
+        for url, samples in zip(some.urls, some.samples, strict=True):
+            one = Validation((url,), (samples,), some.num_classes, some.crop)
+            for image, class_id in islice(scored_images(one, side, 1.0, Refused()), samples):
+                pixels.append(image)
+                ids.append(columns[class_id])
+        return judge_autoencoder(autoencoder, self.model, np.stack(pixels), np.asarray(ids))
 
     def class_names(self) -> list[str] | None:
         """The names of the teacher's outputs, where it has them."""

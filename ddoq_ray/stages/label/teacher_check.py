@@ -13,6 +13,7 @@ from ddoq_ray.core.confusion import Mistaken, swapped_classes
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import say
 from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
+from ddoq_ray.stages.label.autoencoder_check import say_kept
 from ddoq_ray.stages.label.teacher import Named, spawner
 from ddoq_ray.stages.step import Step
 from ddoq_ray.storage.folder import Folder
@@ -39,12 +40,19 @@ def check_teacher(run: Run) -> dict[str, Any]:
     try:
         named: Named = ray.get(actor.name_images.remote(Validation.of(run.config, run.data), columns))
         names = ray.get(actor.class_names.remote())
+        made = "synthesize" in run.config.stages and named.class_ids.size > 0
+        validation = Validation.of(run.config, run.data)
+        kept = ray.get(actor.judge_autoencoder.remote(validation, columns)) if made else None
     finally:
         ray.kill(actor)
     found = judge(run.config, run.dir, run.data, named, names)
     top1, images = found["top1_pct"], found["images"]
     say(f"label      teacher {arch}: top-1 {top1:.2f} % on {images:,} real validation images")
     run.events.add("teacher checked", **found)
+    if kept is not None:
+        say_kept(run.config, kept)
+        run.events.add("autoencoder checked", **kept)
+        found |= {"autoencoder": kept}
     return found | {"arch": arch, "id": run.networks.teacher_id}
 
 

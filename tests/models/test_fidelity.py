@@ -1,0 +1,78 @@
+"""What a classifier sees of a prior's images, on autoencoders whose answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddoq_ray.data.collections import DIGIT_NAMES, digits
+from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.fidelity import (
+    answers,
+    generate,
+    judge_autoencoder,
+    judge_samples,
+    psnr,
+    reconstructions,
+)
+from ddoq_ray.models.priors.base import Sampling
+from ddoq_ray.models.priors.load import load_prior
+from ddoq_ray.storage.records import ClassInfo
+
+
+class Blurring:
+    """Stands where an autoencoder does: it keeps the mean of each image and nothing else, or everything."""
+
+    def __init__(self, blur: bool) -> None:
+        self.blur = blur
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3), keepdim=True).expand_as(images) if self.blur else images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+def some_digits(n: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    images, class_ids = digits()["selection"]
+    grey = np.repeat(np.asarray(images[:n])[:, None], 3, 1)
+    x = torch.from_numpy(grey).float()
+    return torch.nn.functional.interpolate(x, size=16).to(torch.uint8).numpy(), np.asarray(class_ids[:n], np.int64)
+
+
+def test_a_lossless_autoencoder_keeps_all_and_a_mean_nothing() -> None:
+    judge = load_classifier("shipped:digits-teacher")
+    images, class_ids = some_digits()
+    whole: Any = judge_autoencoder(Blurring(False), judge, images, class_ids)  # type: ignore[arg-type]
+    assert whole["top1_reconstructed_pct"] == whole["top1_real_pct"] and whole["psnr_db"] > 60
+    nothing: Any = judge_autoencoder(Blurring(True), judge, images, class_ids)  # type: ignore[arg-type]
+    assert nothing["top1_reconstructed_pct"] < 40 < whole["top1_real_pct"] and nothing["psnr_db"] < 20
+
+
+def test_psnr_of_a_known_error() -> None:
+    zero = np.zeros((2, 3, 4, 4), np.uint8)
+    one = zero.copy()
+    one[:] = 51  # a fifth of the peak: 20 log10(5)
+    assert psnr(zero, one) == pytest.approx(20 * np.log10(5), abs=1e-4)
+
+
+def test_samples_of_the_shipped_prior_look_like_their_classes() -> None:
+    prior, judge = load_prior("shipped:digits-prior"), load_classifier("shipped:digits-teacher")
+    class_ids = np.arange(40) % 10
+    classes = [ClassInfo(int(c), DIGIT_NAMES[c], DIGIT_NAMES[c], int(c), int(c)) for c in class_ids]
+    made = generate(prior, classes, Sampling(1.0, 10, "noise"), seed=0)
+    assert made.shape == (40, 3, 16, 16)
+    assert np.array_equal(made[:7], generate(prior, classes[:7], Sampling(1.0, 10, "noise"), seed=0)) or (
+        np.abs(made[:7].astype(int) - generate(prior, classes[:7], Sampling(1.0, 10, "noise"), seed=0)).max() <= 1
+    )
+    images, _ = some_digits(200)
+    facts = judge_samples(made, images, judge, class_ids)
+    rng = np.random.default_rng(0)
+    noise = judge_samples(rng.integers(0, 256, made.shape).astype(np.uint8), images, judge, class_ids)
+    assert facts["class_consistency_pct"] > 60 > noise["class_consistency_pct"]
+    assert facts["frechet"] < noise["frechet"]
+    assert reconstructions(prior.autoencoder, made[:3]).shape == (3, 3, 16, 16)
+    assert answers(judge, made)[1].shape == (40, judge.head.in_features)
