@@ -143,6 +143,8 @@ def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolCon
         view_spec(rule, SIZE), seed, view_seed=0,
     )  # fmt: skip
     targets, epochs = teacher_targets(teacher), rule.epochs or 1
-    for epoch in range(epochs):
-        training.train_epoch(learning_rate(rule, epoch, epochs), targets)
+    # A table has hundreds of students: half the time, and less than a seed's difference.
+    with torch.autocast("cpu", torch.bfloat16):
+        for epoch in range(epochs):
+            training.train_epoch(learning_rate(rule, epoch, epochs), targets)
     return float(top1_top5(model.eval(), torch.from_numpy(on.images), torch.from_numpy(on.class_ids))[0])

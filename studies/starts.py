@@ -143,11 +143,12 @@ def main() -> None:
     judge, teacher = (
         load_classifier(write_cifar10_teacher(depth, asked.work / f"resnet{depth}")) for depth in (20, 56)
     )
+    teacher.to(memory_format=torch.channels_last)
     codebooks = Codebooks(load_prior(asked.prior), train, asked.work)
     seat = Seat(codebooks, judge, teacher, scored)
     about = {
         "dataset": "cifar10", "split": asked.split, "prior": codebooks.prior.id, "student": "convnet3",
-        "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "epochs": protocol(1, asked.epochs).epochs,
+        "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "arithmetic": "bfloat16", "epochs": protocol(1, asked.epochs).epochs,
     }  # fmt: skip
     kept = judge_autoencoder(codebooks.prior.autoencoder, teacher, selection.images, selection.class_ids)
     print(f"autoencoder, by the teacher, on the selection split: {kept}", flush=True)
