@@ -40,7 +40,7 @@ def say_kept(config: RunConfig, facts: dict[str, Any]) -> None:
     if again < least * real:
         say(
             f"label      this autoencoder loses what the teacher needs: {100 * again / real:.0f} % of its top-1 is"
-            f" left, less than teacher.min_kept={least:g} asks for, and every synthesized image passes through it. Take a "
-            "prior whose autoencoder is made for images of this size, or train one with the teacher's features "
+            f" left, less than teacher.min_kept={least:g} asks for, and every synthesized image passes through it. "
+            "Take a prior whose autoencoder is made for images of this size, or train one with the teacher's features "
             "(`ddoq-ray train-prior ... perceptual=TEACHER`); more latent channels or less compression help most"
         )
