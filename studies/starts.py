@@ -148,7 +148,8 @@ def main() -> None:
     seat = Seat(codebooks, judge, teacher, scored)
     about = {
         "dataset": "cifar10", "split": asked.split, "prior": codebooks.prior.id, "student": "convnet3",
-        "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "arithmetic": "bfloat16", "epochs": protocol(1, asked.epochs).epochs,
+        "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "arithmetic": "bfloat16",
+        "epochs": protocol(1, asked.epochs).epochs,
     }  # fmt: skip
     kept = judge_autoencoder(codebooks.prior.autoencoder, teacher, selection.images, selection.class_ids)
     print(f"autoencoder, by the teacher, on the selection split: {kept}", flush=True)
