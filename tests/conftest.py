@@ -76,6 +76,15 @@ def ray_here() -> None:
         ray.init(address="local", num_cpus=2, num_gpus=1, **quiet)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is known of networks is kept for the tests' time, and nothing of the user's is read or written."""
+    before = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for name, library in (("HF_HOME", "huggingface"), ("TORCH_HOME", "torch")):  # theirs stay where they are
+        os.environ.setdefault(name, str(before / library))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def digit_members() -> list[list[tuple[str, bytes]]]:
     """The 1,000 training digits, each as the members of its sample; classes are mixed."""

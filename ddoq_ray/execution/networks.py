@@ -15,8 +15,8 @@ from typing import Any
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.execution.known_networks import PACKAGE, keep, kept, place_of
 
-PACKAGE = Path(__file__).resolve().parents[1]
 # The keys of `synthesizer` that a prior may refuse.
 SAMPLING = ("start", "strength", "steps", "guidance", "guide_until", "guide_scale", "guide_pool")
 
@@ -81,14 +81,20 @@ class Inspection:
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
         }
         self._threads = config.cluster.threads
+        self._question = json.dumps(question)
         taught = config.teacher.path if teacher else None
-        self._key = (json.dumps(question), _files(config.prior.path, config.encoder.path, taught, judge))
+        self._networks = [path for path in (config.prior.path, config.encoder.path, taught, judge) if path]
+        self._place: Path | None = None
+        self._facts: dict[str, Any] | None = None
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         """Begin to look, unless it is known; the caller does other work until it asks."""
-        if self._process is None and self._key not in _ANSWERS:
-            self._process = _ask(self._key[0], self._threads)
+        if self._process is None and self._facts is None:
+            self._place = place_of(self._question, self._networks)
+            self._facts = kept(self._place) if self._place else _ANSWERS.get(self._question)
+            if self._facts is None:
+                self._process = _ask(self._question, self._threads)
 
     def result(self) -> Networks:
         """Wait for the facts; a look that was not started starts now.
@@ -99,10 +105,15 @@ class Inspection:
             RuntimeError: When the process ended in a way of its own; its last words are in the message.
         """
         self.start()
-        if self._process is not None:
-            _ANSWERS[self._key] = self._answer(self._process)
-            self._process = None
-        return Networks(**_ANSWERS[self._key])
+        if self._facts is None:
+            assert self._process is not None
+            process, self._process = self._process, None
+            self._facts = self._answer(process)
+            _ANSWERS[self._question] = self._facts
+            keep(self._place, self._facts)
+        tuples = ("latent_shape", "prior_classes", "prior_needs", "teacher_classes", "noise_scales")
+        facts: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in self._facts.items()}
+        return Networks(**facts)
 
     @staticmethod
     def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -130,22 +141,10 @@ class Inspection:
             "ray": ray.__version__,
             **{k: told[k] for k in ("threads", "cpu", "device")},
         }
-        for key in ("latent_shape", "prior_classes", "prior_needs", "teacher_classes", "noise_scales"):
-            facts[key] = None if facts[key] is None else tuple(facts[key])
         return dict(facts)
 
 
-_ANSWERS: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}  # of this process: a notebook asks more than once
-
-
-def _files(*paths: str | None) -> tuple[Any, ...]:
-    """What is on disk of networks: another answer may be due when it has changed."""
-    found = []
-    for path in paths:
-        if path is not None and os.path.isdir(path):
-            stats = [(p, p.stat()) for p in sorted(Path(path).rglob("*")) if p.is_file()]
-            found += [(str(p), stat.st_mtime_ns, stat.st_size) for p, stat in stats]
-    return tuple(found)
+_ANSWERS: dict[str, dict[str, Any]] = {}  # of this process, on networks of which none is kept: a notebook asks twice
 
 
 def _ask(question: str, threads: int) -> subprocess.Popen[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.execution.known_networks import keep, kept, place_of
 from ddoq_ray.execution.networks import Inspection, Networks, check_batches
 from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
@@ -162,6 +165,44 @@ def test_torchvision_normalises_as_its_own_weights_say(monkeypatch: pytest.Monke
         recipe.std
     )
     assert network.image_size == recipe.crop_size[0]
+
+
+@pytest.mark.processes
+def test_an_answer_is_kept_until_something_it_follows_from_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prior = tmp_path / "prior"
+    shutil.copytree(resolve_folder("shipped:digits-prior", "prior"), prior)
+    keys = [f"prior.path={prior}", "stages=[encode]"]
+
+    def inspection(*more: str) -> Inspection:
+        made = Inspection(load_config([*keys, *more]), teacher=False)
+        made.start()
+        return made
+
+    first = inspection()
+    assert first._process is not None
+    facts = first.result()
+    again = inspection()
+    assert again._process is None and again.result() == facts  # types of the values too
+    [file] = (tmp_path / "cache").rglob("*.json")
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+    def place(question: str = "{}", path: str = str(prior)) -> Path | None:
+        return place_of(question, [path])
+
+    assert place() == place() != place('{"a": 1}') and place(path="facebook/DiT-XL-2-256") is None
+    before = place()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert place() != before
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    os.utime(prior / "model_index.json", ns=(1, 1))
+    assert place() != before
+    file.write_text("{ damaged")
+    assert kept(file) is None and kept(tmp_path / "none") is None
+    (tmp_path / "flat").touch()
+    keep(tmp_path / "flat" / "networks" / "x.json", {})  # a cache that cannot be written
 
 
 @pytest.mark.processes
