@@ -47,7 +47,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that starts Python or Ray says so, or `make test-fast` would not be fast."""
     yield
-    marked = request.node.get_closest_marker("processes") is not None
+    marked = any(request.node.get_closest_marker(mark) for mark in ("processes", "slow", "assets"))
     assert marked or not _processes, f"mark this test with @pytest.mark.processes: it started {_processes[0][:200]}"
 
 
