@@ -154,6 +154,15 @@ COMMANDS = (
         place="out",
     ),
     Command(
+        name="tune-decoder",
+        words="a copy of a prior whose decoder keeps what a classifier sees; its latents and codebooks stay valid",
+        config="ddoq_ray.config.network_training:TuneDecoderConfig",
+        main="ddoq_ray.commands.tune_decoder:main",
+        use="ddoq-ray tune-decoder prior=FOLDER perceptual=CLASSIFIER out=FOLDER key=value ...",
+        goes_on=False,
+        place="out",
+    ),
+    Command(
         name="train-teacher",
         words="a classifier of your own that labels views",
         config="ddoq_ray.config.network_training:TrainTeacherConfig",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddoq_ray.commands.training import train
+from ddoq_ray.commands.training import classifiers, train
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.network_training import DIGITS_SIDE, TrainPriorConfig
 from ddoq_ray.config.presets import BROUGHT
-from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
-from ddoq_ray.models.training.prior import Classifiers, train_prior
+from ddoq_ray.models.training.prior import train_prior
 
 
 def main(command: TrainPriorConfig) -> None:
@@ -19,7 +18,7 @@ def main(command: TrainPriorConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    seen_by = Classifiers(*(load_classifier(p) if p is not None else None for p in (command.perceptual, command.judge)))
+    seen_by = classifiers(command.perceptual, command.judge)
     train(command, train_prior, "train-prior", seen_by=seen_by, run_by=run_by(command))
 
 

@@ -10,13 +10,15 @@ import numpy as np
 from PIL import Image
 
 from ddoq_ray.config.dataset import PACKED
-from ddoq_ray.config.network_training import TrainingCommand, TrainPriorConfig, TrainTeacherConfig
+from ddoq_ray.config.network_training import TrainingCommand, TrainPriorConfig, TrainTeacherConfig, TuneDecoderConfig
 from ddoq_ray.config.schema import require
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
 from ddoq_ray.data.samples import list_shards, load_arrays, read_classes, to_square
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.training.data import Destination, TrainingSet
+from ddoq_ray.models.training.seen_by import Classifiers
 from ddoq_ray.storage.quarantine import Refusal
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -26,10 +28,18 @@ PREPARE_FIRST = (
 )
 
 
+def classifiers(perceptual: str | None, judge: str | None) -> Classifiers:
+    """The classifiers at these places."""
+    return Classifiers(*(None if path is None else load_classifier(path) for path in (perceptual, judge)))
+
+
 def train(
-    command: TrainPriorConfig | TrainTeacherConfig, function: Callable[..., dict[str, Any]], name: str, **options: Any
+    command: TrainPriorConfig | TrainTeacherConfig | TuneDecoderConfig,
+    function: Callable[..., dict[str, Any]],
+    name: str,
+    **options: Any,
 ) -> None:
-    """Read the images and train with `function` (train_prior or train_teacher), showing progress.
+    """Read the images and train with `function` (train_prior, tune_decoder or train_teacher), showing progress.
 
     Args:
         command: with its `training`.

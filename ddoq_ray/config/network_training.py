@@ -109,6 +109,33 @@ class PriorTraining:
 
 
 @dataclass(frozen=True)
+class DecoderTuning:
+    """How `tune-decoder` trains: AdamW with a cosine schedule on pixels and a classifier's features."""
+
+    seed: int = option(0, "of batches and mirrored images")
+    steps: int = option(1000, "optimization steps")
+    minutes: float | None = option(
+        None, "train for this long instead of for a number of steps; the bytes then depend on the machine's speed"
+    )
+    batch: int = option(64, "images in one step")
+    lr: float = option(5e-4, "learning rate")
+    feature_weight: float = option(
+        0.3, "weight of the relative squared distance of the classifier's feature maps against the squared pixel error"
+    )
+    ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
+    flip: bool = option(True, "mirror images at random")
+    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    checkpoint_every: int = option(100, "steps between checkpoints, from which a stopped tuning goes on")
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later."""
+        for key in ("steps", "batch", "checkpoint_every"):
+            require(getattr(self, key) >= 1, f"decoder tuning: {key} must be positive, got {getattr(self, key)}")
+        PriorTraining(minutes=self.minutes, precision=self.precision, autoencoder_ema=self.ema,
+                      feature_weight=self.feature_weight)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TeacherTraining:
     """How `train_teacher` trains: a cosine schedule with a short warm-up."""
 
@@ -180,3 +207,13 @@ class TrainPriorConfig(TrainingCommand):
 @dataclass(frozen=True)
 class TrainTeacherConfig(TrainingCommand):
     training: TeacherTraining = option(TeacherTraining, "how the teacher is trained")
+
+
+@dataclass(frozen=True)
+class TuneDecoderConfig(TrainingCommand):
+    prior: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
+    perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
+    judge: str | None = option(
+        None, "a classifier that says what it sees before and after; null = the perceptual one, whose view is too kind"
+    )
+    training: DecoderTuning = option(DecoderTuning, "how the decoder is tuned")

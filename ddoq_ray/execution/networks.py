@@ -29,6 +29,7 @@ class Networks:
         latent_shape: (C, h, w) of the prior's latents.
         image_size: Side of the images that the prior reads and makes, in pixels.
         encoder_id: Content digest of `encoder.path`'s autoencoder; empty when the prior's own encodes.
+        latents_of: The prior whose latents the prior's latents are, where it is a copy with another decoder.
         judge_id: Content digest of the classifier that chooses among candidates; None where nothing is chosen.
         prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
@@ -49,9 +50,15 @@ class Networks:
     environment: dict[str, Any]
     encoder_id: str = ""
     judge_id: str | None = None
+    latents_of: str | None = None
     prior_needs: tuple[str, ...] = ("prior_label",)
     noise_scales: tuple[float, float] | None = None
     student_takes_one: bool = True
+
+    @property
+    def latents_id(self) -> str:
+        """What the latents follow from, of the prior."""
+        return self.latents_of or self.prior_id
 
 
 class Inspection:

@@ -161,6 +161,14 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"latents": "normalised by channel"} if by_channel else config
 
 
+def encoder_digest(network: AutoencoderKL | AutoencoderTiny) -> str:
+    """16 hex digits of what latents follow from: the encoder's weights, and the scale in the config."""
+    parts = ("encoder.", "quant_conv.")
+    scale = ("_class_name", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels")
+    config = {key: network.config.get(key) for key in scale}
+    return content_digest(config, {k: v for k, v in network.state_dict().items() if k.startswith(parts)})
+
+
 def load_autoencoder(path: str | os.PathLike[str], **how: Any) -> Autoencoder:
     """Load an autoencoder alone: a prior's, without its denoiser, or one that is saved by itself.
 

@@ -63,6 +63,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "feature_dim": teacher.head.in_features if teacher else 0,
         "encoder_id": autoencoder.id if encoder["path"] else "",
         "judge_id": judge.id if judge else None,
+        "latents_of": prior.latents_id if prior.latents_id != prior.id else None,
         "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
         "student_takes_one": takes_one,
         "environment": environment(threads),

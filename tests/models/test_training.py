@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
+from ddoq_ray.config.network_training import DecoderTuning
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import build_classifier, load_classifier
 from ddoq_ray.models.features import FeatureLevels
@@ -20,7 +22,9 @@ from ddoq_ray.models.training import teacher as teachers
 from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Course, Passes, batches, one_cycle
 from ddoq_ray.models.training.data import Destination, TrainingSet
-from ddoq_ray.models.training.prior import Classifiers, PriorTraining
+from ddoq_ray.models.training.decoder import Tuned, tune_decoder
+from ddoq_ray.models.training.prior import PriorTraining
+from ddoq_ray.models.training.seen_by import Classifiers
 from ddoq_ray.models.training.teacher import TeacherTraining
 
 CLASSES = ["dark", "light"]
@@ -251,3 +255,40 @@ def test_any_number_of_steps_has_a_schedule(warm_up):
             if step + 1 < steps:
                 schedule.step()
         assert (min(rates) >= 0 and max(rates) <= 1.0 + 1e-9 and rates[-1] < 0.01) or steps == 1
+
+
+def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
+    images, ids = data(64)
+    train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=10))
+    teacher = load_classifier(tmp_path / "t")
+    train_prior(images, ids, CLASSES, tmp_path / "p", config=PriorTraining(**TINY))
+    whole, out = TrainingSet(images, ids, CLASSES), Destination(tmp_path / "tuned")
+    config = DecoderTuning(steps=60, batch=16, lr=5e-3, feature_weight=1.0)
+    seen_by = Classifiers(teacher)
+    record = tune_decoder(whole, out, config, source=Tuned(str(tmp_path / "p"), seen_by))
+    before, after = load_prior(tmp_path / "p"), load_prior(tmp_path / "tuned")
+    assert after.id != before.id and after.latents_id == before.latents_id == before.id
+    x = torch.from_numpy(images).float() / 127.5 - 1
+    assert torch.equal(before.encode(x), after.encode(x))
+    real = torch.from_numpy(images).float() / 255
+
+    def distance(prior):
+        made = torch.from_numpy(reconstructions(prior.autoencoder, images)).float() / 255
+        return float(FeatureLevels(teacher).distance(made, real))
+
+    assert distance(after) < 0.8 * distance(before)
+    assert set(record["after"]) == set(record["before"]) and (tmp_path / "tuned/unet").is_dir()
+    # Tuned again, the latents are still the first one's; with another encoder they are nobody's.
+    again = Destination(tmp_path / "again")
+    tune_decoder(whole, again, DecoderTuning(steps=2, batch=16), source=Tuned(str(tmp_path / "tuned"), seen_by))
+    assert load_prior(tmp_path / "again").latents_id == before.id
+    shutil.rmtree(tmp_path / "again/vae")
+    train_prior(images, ids, CLASSES, tmp_path / "other", config=PriorTraining(**{**TINY, "seed": 9}))
+    shutil.copytree(tmp_path / "other/vae", tmp_path / "again/vae")
+    with pytest.raises(ValueError, match="its encoder is another by now"):
+        load_prior(tmp_path / "again")
+    with pytest.raises(ValueError, match="expected perceptual=CLASSIFIER"):
+        tune_decoder(whole, Destination(tmp_path / "x"), config, source=Tuned(str(tmp_path / "p"), Classifiers()))
+    with pytest.raises(ValueError, match="the prior makes images of 8 px"):
+        wide = TrainingSet(np.repeat(images, 2, 3).repeat(2, 2), ids, CLASSES)
+        tune_decoder(wide, Destination(tmp_path / "x"), config, source=Tuned(str(tmp_path / "p"), seen_by))

@@ -77,6 +77,8 @@ class Prior(ABC):
         has_null: whether there is a null condition (a label, an empty text), which classifier-free guidance needs.
         classes: names in label order, or None if the folder holds none.
         id: content digest of configuration and weights; two priors with one id encode alike.
+        latents_id: the id of the prior whose latents these are: its own, or, of a copy with another decoder, the
+            original's.
     """
 
     autoencoder: Autoencoder
@@ -87,6 +89,12 @@ class Prior(ABC):
     has_null: bool = False
     classes: list[str] | None = None
     id: str
+    _latents_id: str | None = None
+
+    @property
+    def latents_id(self) -> str:
+        """See the attributes."""
+        return self._latents_id or self.id
 
     @property
     def device(self) -> torch.device:

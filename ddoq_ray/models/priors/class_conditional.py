@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
-from ddoq_ray.models.autoencoder import DTYPES, cast, identity_of, load_network, network_kind
+from ddoq_ray.models.autoencoder import DTYPES, cast, encoder_digest, identity_of, load_network, network_kind
 from ddoq_ray.models.folders import content_digest, read_json, write_json
 from ddoq_ray.models.priors.base import field_of
 from ddoq_ray.models.priors.loading import PLAIN, Loading
@@ -119,6 +119,14 @@ class ClassConditionalPrior(DiffusionPrior):
             how=how,
             id=digest,
         )
+        known = extra.get("latents")
+        if known is not None:
+            if known["encoder"] != encoder_digest(vae):
+                raise ValueError(
+                    f"prior: {folder} says that its latents are those of the prior {known['prior']}, but its encoder "
+                    f'is another by now; take "latents" out of {PRIOR_JSON}, and encode anew'
+                )
+            prior._latents_id = str(known["prior"])
         if extra.get("image_size", prior.image_size) != prior.image_size:
             raise ValueError(
                 f"prior: {PRIOR_JSON} says image_size {extra['image_size']}, but the networks in {folder} "

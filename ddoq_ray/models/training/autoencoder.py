@@ -56,16 +56,18 @@ class AutoencoderTraining:
             rate: the learning rate.
 
         Returns:
-            The parts of the loss: mse (in [-1, 1]'s scale), kl (nats a latent value), features (relative).
+            The loss and its parts: mse (in [-1, 1]'s scale), kl (nats a latent value), features (relative).
         """
         generator = generator_of(self.config.seed, "autoencoder", step)
         x = mirrored(pixels, generator) if self.config.flip else pixels
         with arithmetic(self.device, self.config.precision):
             posterior = self.network.encode(x).latent_dist
             mean, variance = posterior.mean.float(), posterior.var.float()
-            # Noise from the CPU's generator: the same numbers on every device.
-            noise = torch.randn(mean.shape, generator=generator).to(self.device)
-            output = self.network.decode(mean + variance.sqrt() * noise).sample
+            z = mean  # a decoder alone is tuned on what it will be given: latents without the posterior's noise
+            if not self.decoder_only:
+                # Noise from the CPU's generator: the same numbers on every device.
+                z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator).to(self.device)
+            output = self.network.decode(z).sample
             parts = {"mse": F.mse_loss(output.float(), x)}
             if not self.decoder_only:
                 parts["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
@@ -75,7 +77,7 @@ class AutoencoderTraining:
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         descend(loss, self.optimizer, rate)
         self.average.update(step)
-        return {name: float(part.detach()) for name, part in parts.items()}
+        return {"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}}
 
     def finish(self) -> AutoencoderKL:
         """The network with its averaged weights, in eval mode."""

@@ -9,7 +9,7 @@ Shape suffixes: N images, B batch, C latent channels, h w latent size, S image s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from ddoq_ray.config.network_training import PriorTraining
-from ddoq_ray.core.rng import philox
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.features import FeatureLevels
-from ddoq_ray.models.fidelity import generate, judge_autoencoder, judge_samples
 from ddoq_ray.models.folders import check_free, published_folder
-from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
 from ddoq_ray.models.training.autoencoder import AutoencoderTraining, build_autoencoder
@@ -34,9 +30,10 @@ from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Course, Passes
 from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.denoiser import Denoiser, DenoiserTraining, build_denoiser, scheduler_of
-from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.models.training.phases import Phases
+from ddoq_ray.models.training.pictures import Pictures
+from ddoq_ray.models.training.seen_by import Classifiers
 
-_REPORT_EVERY = 50
 _ENCODED_AT_ONCE = 256
 
 
@@ -75,24 +72,21 @@ def train_prior(
         raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
     order, digest = data.order()
     identity = _identity(config, data, digest, seen_by.perceptual, torch.device(device))
-    training = _Training(
-        Pictures(data.images, data.class_ids, order),
-        config,
-        torch.device(device),
-        Checkpoints(out.folder, identity, overwrite=out.overwrite),
-        on_progress or (lambda phase, step, steps, loss: None),
-    )
-    training.open()
+    checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
+    phases = Phases(checkpoints, config.checkpoint_every, on_progress)
+    phases.open()
+    pictures = Pictures(data.images, data.class_ids, order)
+    training = _Training(pictures, config, torch.device(device), phases)
     levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(device))
     vae = training.autoencoder(size, levels)
     denoiser = training.denoiser(vae, len(data.classes))
     prior = ClassConditionalPrior(
         vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=device)
     )
-    record = {**identity, "images": len(data.images), **training.facts, **seen_by.judged(prior, data), **out.extra}
+    record = {**identity, "images": len(data.images), **phases.facts, **seen_by.judged(prior, data), **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)
-    training.checkpoints.remove()
+    checkpoints.remove()
     return record
 
 
@@ -112,91 +106,21 @@ def _identity(
     }
 
 
-@dataclass(frozen=True)
-class Classifiers:
-    """Classifiers of the images that a prior learns.
-
-    Attributes:
-        perceptual: the autoencoder keeps what this one sees (`feature_weight`).
-        judge: what this one sees of the finished prior's images is recorded; by default `perceptual`, whose view of
-            them is too kind, since they were made for it.
-    """
-
-    perceptual: Classifier | None = None
-    judge: Classifier | None = None
-
-    def judged(self, prior: Prior, data: TrainingSet, images: int = 1000) -> dict[str, Any]:
-        """What the judge says of reconstructions and of samples; of held-out images where there are some."""
-        judge = self.judge or self.perceptual
-        if judge is None:
-            return {}
-        real, class_ids = data.held_out or (data.images, data.class_ids)
-        rows = philox("judged").permutation(len(real))[:images]
-        real, class_ids = real[rows], np.asarray(class_ids[rows], np.int64)
-        classes = [ClassInfo(int(c), data.classes[c], data.classes[c], int(c), int(c)) for c in class_ids]
-        how = Sampling(1.0, 25, "noise", prior.guidance_of(None) if prior.has_null else 1.0)
-        made = generate(prior, classes, how, seed=0)
-        return {
-            "judge": judge.id,
-            "held_out": data.held_out is not None,
-            "reconstructions": judge_autoencoder(prior.autoencoder, judge, real, class_ids),
-            "samples": {"guidance": how.guidance, "steps": how.steps, **judge_samples(made, real, judge, class_ids)},
-        }
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Training images in an order that does not depend on the shards'.
-
-    Attributes:
-        images: uint8 [N, 3, S, S].
-        class_ids: int64 [N].
-        order: int64 [N], the row of `images` that stands at each place.
-    """
-
-    images: npt.NDArray[np.uint8]
-    class_ids: npt.NDArray[np.int64]
-    order: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def pixels(self, places: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-        """float32 [B, 3, S, S] in [-1, 1] at some places."""
-        rows = np.ascontiguousarray(self.images[self.order[places]])
-        return torch.from_numpy(rows).to(device).float() / 127.5 - 1.0
-
-    def labels(self, places: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-        """int64 [B] at some places."""
-        return torch.from_numpy(self.class_ids[self.order[places]].astype(np.int64)).to(device)
-
-
 class _Training:
-    """The two phases, and the checkpoints between their steps."""
+    """The two phases of a prior."""
 
-    def __init__(
-        self,
-        data: Pictures,
-        config: PriorTraining,
-        device: torch.device,
-        checkpoints: Checkpoints,
-        report: Progress,
-    ) -> None:
-        self.data, self.config, self.device = data, config, device
-        self.checkpoints, self.report = checkpoints, report
-        self.state: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {}
+    def __init__(self, data: Pictures, config: PriorTraining, device: torch.device, phases: Phases) -> None:
+        self.data, self.config, self.device, self.phases = data, config, device, phases
 
-    def open(self) -> None:
-        """Take up what was saved."""
-        self.state = self.checkpoints.open() or {}
-        self.facts = self.state.get("facts", {})
+    def _course(self, name: str, steps: int, share: float) -> Course:
+        minutes = self.config.minutes
+        return self.phases.course(name, steps, None if minutes is None else 60 * minutes * share)
 
     def autoencoder(self, size: int, teacher: FeatureLevels | None) -> AutoencoderKL:
         config = self.config
         vae = seeded(config.seed, lambda: build_autoencoder(size, config)).to(self.device)
-        if "autoencoder" in self.state:  # this phase is over
-            vae.load_state_dict(self.state["autoencoder"])
+        if "autoencoder" in self.phases.state:  # this phase is over
+            vae.load_state_dict(self.phases.state["autoencoder"])
             return vae.eval().requires_grad_(False)
         training = AutoencoderTraining(vae, config, teacher)
         passes = Passes(len(self.data), config.autoencoder_batch, (config.seed, "autoencoder"))
@@ -204,9 +128,10 @@ class _Training:
         def step(number: int, rate: float) -> dict[str, float]:
             return training.step(self.data.pixels(passes.rows(number), self.device), number, rate)
 
-        self._phase("autoencoder", training, step, config.autoencoder_steps, config.autoencoder_lr)
+        course = self._course("autoencoder", config.autoencoder_steps, config.autoencoder_share)
+        self.phases.run("autoencoder", training, step, course, config.autoencoder_lr)
         vae = training.finish()
-        self.state = {"autoencoder": vae.state_dict()}
+        self.phases.state["autoencoder"] = vae.state_dict()
         return vae
 
     def denoiser(self, vae: AutoencoderKL, num_classes: int) -> Denoiser:
@@ -227,60 +152,19 @@ class _Training:
             z = torch.from_numpy(latents[rows]).to(self.device).float()
             return training.step((z - shift) / scale, self.data.labels(rows % n, self.device), number, rate)
 
-        self._phase("denoiser", training, step, config.denoiser_steps, config.denoiser_lr)
+        course = self._course("denoiser", config.denoiser_steps, 1 - config.autoencoder_share)
+        self.phases.run("denoiser", training, step, course, config.denoiser_lr)
         return training.finish()
 
     def _latents(self, vae: AutoencoderKL, sides: int) -> tuple[npt.NDArray[np.float16], Any, Any]:
         """(float16 [sides N, C, h, w] in a file, mean, std float32 [C]); encoded once, mirrored ones behind."""
-        file = self.checkpoints.folder / "latents.npy"
-        if "moments" not in self.state or not file.exists():
+        file, state = self.phases.checkpoints.folder / "latents.npy", self.phases.state
+        if "moments" not in state or not file.exists():
             moments = write_latents(vae, self.data, sides, file, self.device)
-            self.state["moments"] = [torch.from_numpy(m) for m in moments]
-            self.checkpoints.save({**self.state, "facts": self.facts})
-        mean, std = (m.numpy() for m in self.state["moments"])
+            state["moments"] = [torch.from_numpy(m) for m in moments]
+            self.phases.save()
+        mean, std = (m.numpy() for m in state["moments"])
         return np.load(file, mmap_mode="r"), mean, std
-
-    def _phase(
-        self,
-        name: str,
-        training: AutoencoderTraining | DenoiserTraining,
-        step: Callable[[int, float], dict[str, float]],
-        steps: int,
-        peak: float,
-    ) -> None:
-        """Run a phase to its end, from where it was stopped."""
-        config, running = self.config, {}
-        seconds = None
-        if config.minutes is not None:
-            share = config.autoencoder_share if name == "autoencoder" else 1 - config.autoencoder_share
-            seconds = 60 * config.minutes * share
-        course = Course(steps, seconds)
-        begun = self.state.get("running")
-        if begun is not None and begun["phase"] == name:
-            training.restore(begun["training"])
-            course = Course(steps, seconds, **begun["course"])
-            running = dict(begun["losses"])
-        kept = {key: value for key, value in self.state.items() if key != "running"}
-        for number in course:
-            losses = step(number, course.rate(peak))
-            if not all(np.isfinite(loss) for loss in losses.values()):
-                raise ValueError(
-                    f"prior training: the {name}'s loss is {losses} at step {number}; lower training.{name}_lr "
-                    f"(now {peak:g})"
-                )
-            running = {key: loss + 0.99 * (running.get(key, loss) - loss) for key, loss in losses.items()}
-            made = number + 1
-            if made % _REPORT_EVERY == 0:
-                self.report(name, made, course.expected, sum(running.values()))
-            if made % config.checkpoint_every == 0:
-                now = {"phase": name, "training": training.state(), "course": {"done": made, "spent": course.spent},
-                       "losses": running}  # fmt: skip
-                self.checkpoints.save({**kept, "running": now, "facts": self.facts})
-        self.report(name, course.done, course.done, sum(running.values()))
-        self.state = kept
-        self.facts[f"{name}_steps"] = course.done
-        self.facts[f"{name}_seconds"] = round(course.spent)
-        self.facts[f"{name}_losses"] = running
 
 
 @torch.inference_mode()

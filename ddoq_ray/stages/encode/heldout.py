@@ -137,7 +137,7 @@ class Heldout:
         encoded = Artifact(self.run.latents, encode.Encode.name).manifest()
         if encoded is None or not encoded.get("kept", True):
             return "the latents of the training images are not stored"
-        if encoded["identity"]["prior"] != networks.prior_id:
+        if encoded["identity"]["prior"] != networks.latents_id:
             return "the latents were made by another prior than this one"
         if encoded["identity"]["encoder"]["path"] != networks.encoder_id:
             return "the latents were made by another autoencoder than this one (encoder.path)"

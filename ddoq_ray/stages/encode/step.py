@@ -65,7 +65,7 @@ def encoder_settings(encoder: EncoderConfig, seed: int) -> dict[str, Any]:
 
 def network_facts(run: Run) -> dict[str, Any]:
     """What latents depend on beside settings and images."""
-    return {"encoder": {"path": run.networks.encoder_id}, "prior": run.networks.prior_id}
+    return {"encoder": {"path": run.networks.encoder_id}, "prior": run.networks.latents_id}
 
 
 def log_identity(run: Run) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def reuse(run: Run, on_shard: Callable[[int], None]) -> LatentsManifest:
     if not manifest.get("kept", True):
         raise ValueError(f"{latents.uri}: its latents were removed after their run (latents.keep=false); encode again")
     made = manifest["identity"]
-    for what, now in (("prior", run.networks.prior_id), ("data", run.data.digest)):
+    for what, now in (("prior", run.networks.latents_id), ("data", run.data.digest)):
         if made[what] != now:
             raise ValueError(f"{latents.uri} was encoded from another {what} (digest {made[what]}, this run has {now})")
     for shard in range(len(run.data.train)):

@@ -72,7 +72,7 @@ class EncoderSettings:
         own = config.encoder
         return EncoderSettings(
             path=own.path or config.prior.given,
-            prior_id=networks.prior_id,
+            prior_id=networks.latents_id,
             latent_shape=tuple(networks.latent_shape),
             image_size=networks.image_size,
             batch=batch,

@@ -132,7 +132,7 @@ class Quantizers:
             small_class=config.small_class,
             threads=config.cluster.threads,
             latent_shape=tuple(run.networks.latent_shape),
-            prior_id=run.networks.prior_id,
+            prior_id=run.networks.latents_id,
             identity=digest_of(self.facts),
             num_actors=num,
             together=together(config),

@@ -1,0 +1,97 @@
+"""The phases of a training, one after another, with checkpoints between their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.course import Course
+from ddoq_ray.models.training.data import Progress
+
+_REPORT_EVERY = 50
+
+
+class Trainable(Protocol):
+    """What is trained in a phase."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Phases:
+    """Runs phases from where they were stopped.
+
+    Attributes:
+        state: what the checkpoint holds beside the phase under way; a caller adds what a finished phase made.
+        facts: steps, seconds and last losses of each finished phase.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every: int, report: Progress | None) -> None:
+        """Checkpoint each `every` steps; nothing is read yet."""
+        self.checkpoints, self.every = checkpoints, every
+        self.report = report or (lambda phase, step, steps, loss: None)
+        self.state: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Take up what was saved."""
+        self.state = self.checkpoints.open() or {}
+        self.facts = self.state.get("facts", {})
+
+    def save(self) -> None:
+        """Keep `state` and `facts`."""
+        self.checkpoints.save({**self.state, "facts": self.facts})
+
+    def course(self, name: str, steps: int, seconds: float | None) -> Course:
+        """The course of a phase, as far as it had come."""
+        begun = self.state.get("running")
+        done = begun["course"] if begun is not None and begun["phase"] == name else {}
+        return Course(steps, seconds, **done)
+
+    def run(
+        self,
+        name: str,
+        training: Trainable,
+        step: Callable[[int, float], dict[str, float]],
+        course: Course,
+        peak: float,
+    ) -> None:
+        """Run a phase to its end.
+
+        Args:
+            name: of the phase; its learning rate is the key `training.<name>_lr`.
+            training: what a checkpoint holds.
+            step: makes a step of a number at a learning rate, and gives its losses.
+            course: of `course`.
+            peak: the highest learning rate.
+
+        Raises:
+            ValueError: a loss that is not finite.
+        """
+        running: dict[str, float] = {}
+        begun = self.state.pop("running", None)
+        if begun is not None and begun["phase"] == name:
+            training.restore(begun["training"])
+            running = dict(begun["losses"])
+        for number in course:
+            losses = step(number, course.rate(peak))
+            if not all(np.isfinite(loss) for loss in losses.values()):
+                raise ValueError(
+                    f"training: the {name}'s losses are {losses} at step {number}; lower its rate (now {peak:g})"
+                )
+            running = {key: loss + 0.99 * (running.get(key, loss) - loss) for key, loss in losses.items()}
+            made = number + 1
+            if made % _REPORT_EVERY == 0:
+                self.report(name, made, course.expected, running["loss"])
+            if made % self.every == 0:
+                now = {"phase": name, "training": training.state(), "course": {"done": made, "spent": course.spent},
+                       "losses": running}  # fmt: skip
+                self.checkpoints.save({**self.state, "running": now, "facts": self.facts})
+        self.report(name, course.done, course.done, running.get("loss", float("nan")))
+        self.facts |= {
+            f"{name}_steps": course.done, f"{name}_seconds": round(course.spent), f"{name}_losses": running,
+        }  # fmt: skip
