@@ -144,7 +144,8 @@ def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolCon
     )  # fmt: skip
     targets, epochs = teacher_targets(teacher), rule.epochs or 1
     # A table has hundreds of students: half the time, and less than a seed's difference.
-    with torch.autocast("cpu", torch.bfloat16):
+    # Without the cache, which keeps weights as they were cast first for as long as the context lasts.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         for epoch in range(epochs):
             training.train_epoch(learning_rate(rule, epoch, epochs), targets)
     return float(top1_top5(model.eval(), torch.from_numpy(on.images), torch.from_numpy(on.class_ids))[0])
