@@ -158,7 +158,7 @@ COMMANDS = (
         words="a copy of a prior whose decoder keeps what a classifier sees; its latents and codebooks stay valid",
         config="ddoq_ray.config.network_training:TuneDecoderConfig",
         main="ddoq_ray.commands.tune_decoder:main",
-        use="ddoq-ray tune-decoder prior=FOLDER perceptual=CLASSIFIER out=FOLDER key=value ...",
+        use="ddoq-ray tune-decoder source=PRIOR perceptual=CLASSIFIER out=FOLDER key=value ...",
         goes_on=False,
         place="out",
     ),

@@ -14,4 +14,4 @@ def main(command: TuneDecoderConfig) -> None:
         ValueError: For bad data, a prior of another kind, or a folder in the way.
     """
     seen_by = classifiers(command.perceptual, command.judge)
-    train(command, tune_decoder, "tune-decoder", source=Tuned(command.prior, seen_by))
+    train(command, tune_decoder, "tune-decoder", source=Tuned(command.source, seen_by))

@@ -211,7 +211,7 @@ class TrainTeacherConfig(TrainingCommand):
 
 @dataclass(frozen=True)
 class TuneDecoderConfig(TrainingCommand):
-    prior: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
+    source: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
     perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
     judge: str | None = option(
         None, "a classifier that says what it sees before and after; null = the perceptual one, whose view is too kind"

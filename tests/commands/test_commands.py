@@ -49,3 +49,13 @@ def test_train_prior_makes_a_prior_and_repeats_itself(tmp_path: Path) -> None:
 def test_bad_keys_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert arguments[1].split("=")[0].split(".")[0] in capsys.readouterr().err
+
+
+def test_tune_decoder_makes_a_prior_of_the_same_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tuned"
+    words = ["tune-decoder", f"out={out}", "training.steps=2", "training.batch=8"]
+    assert main(words) == 2 and "perceptual=CLASSIFIER" in capsys.readouterr().err
+    assert main([*words, "perceptual=shipped:digits-teacher"]) == 0
+    made, source = load_prior(out), load_prior("shipped:digits-prior")
+    assert made.id != source.id and made.latents_id == source.id
+    assert json.loads((out / "ddoq_prior.json").read_text())["tuned"]["after"]["held_out"] is True
