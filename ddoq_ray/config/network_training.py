@@ -57,10 +57,14 @@ class PriorTraining:
     autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
     checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
+    samples_every: int = option(
+        1000, "steps of the denoiser between pictures of samples, on the page samples.html in OUT.training; 0 = none"
+    )
     dtype: str = option("float16", "of the saved weights: float32, float16 or bfloat16")
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
+        require(self.samples_every >= 0, f"prior training: samples_every must be 0 or more, got {self.samples_every}")
         require(
             self.denoiser in ("unet", "dit"), f"prior training: denoiser must be unet or dit, got {self.denoiser!r}"
         )

@@ -94,10 +94,11 @@ def test_a_stopped_prior_training_goes_on_to_the_same_bytes(tmp_path, phase, at)
     images, ids = data()
     teacher = build_classifier("convnet3-w8", 2, 8, seed=3)
     config = PriorTraining(
-        checkpoint_every=15, flip=True, feature_weight=0.1, prediction_type="v_prediction", zero_snr=True, min_snr=5.0,
-        **TINY,
+        checkpoint_every=15, samples_every=10, flip=True, feature_weight=0.1, prediction_type="v_prediction",
+        zero_snr=True, min_snr=5.0, **TINY,
     )  # fmt: skip
     train_prior(images, ids, CLASSES, tmp_path / "whole", config=config, teacher=teacher)
+    assert (tmp_path / "whole/samples.png").is_file()
     saved = []
     save = Checkpoints.save
 
@@ -113,6 +114,10 @@ def test_a_stopped_prior_training_goes_on_to_the_same_bytes(tmp_path, phase, at)
             train_prior(images, ids, CLASSES, tmp_path / "cut", config=config, teacher=teacher)
     finally:
         Checkpoints.save = save
+    if phase == "denoiser":
+        page = (tmp_path / "cut.training/samples.html").read_text()
+        assert "samples-0000010.png" in page and "step 10" in page and "dark, light" in page
+        assert (tmp_path / "cut.training/samples-0000010.png").is_file()
     other = PriorTraining(**{**asdict(config), "ema": 0.5})
     with pytest.raises(ValueError, match=r"unfinished training.*\(options differ\)"):
         train_prior(images, ids, CLASSES, tmp_path / "cut", config=other, teacher=teacher)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,18 @@ class Average:
         """Give the parameters their averages."""
         for parameter, value in zip(self._parameters, self.values, strict=True):
             parameter.copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters have their averages for the duration of the block."""
+        own = [p.detach().clone() for p in self._parameters]
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, own, strict=True):
+                    parameter.copy_(value)
 
     @torch.no_grad()
     def restore(self, values: Sequence[Tensor]) -> None:

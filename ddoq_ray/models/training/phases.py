@@ -28,6 +28,7 @@ class Phases:
     Attributes:
         state: what the checkpoint holds beside the phase under way; a caller adds what a finished phase made.
         facts: steps, seconds and last losses of each finished phase.
+        watch: called after each step of a phase with the number of steps made; it changes nothing.
     """
 
     def __init__(self, checkpoints: Checkpoints, every: int, report: Progress | None) -> None:
@@ -36,6 +37,7 @@ class Phases:
         self.report = report or (lambda phase, step, steps, loss: None)
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
+        self.watch: Callable[[int], None] = lambda made: None
 
     def open(self) -> None:
         """Take up what was saved."""
@@ -91,6 +93,7 @@ class Phases:
                 now = {"phase": name, "training": training.state(), "course": {"done": made, "spent": course.spent},
                        "losses": running}  # fmt: skip
                 self.checkpoints.save({**self.state, "running": now, "facts": self.facts})
+            self.watch(made)
         self.report(name, course.done, course.done, running.get("loss", float("nan")))
         self.facts |= {
             f"{name}_steps": course.done, f"{name}_seconds": round(course.spent), f"{name}_losses": running,

@@ -8,7 +8,7 @@ Shape suffixes: N images, B batch, C latent channels, h w latent size, S image s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from ddoq_ray.config.network_training import PriorTraining
 from ddoq_ray.models.classifiers import Classifier
@@ -32,6 +33,7 @@ from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.denoiser import Denoiser, DenoiserTraining, build_denoiser, scheduler_of
 from ddoq_ray.models.training.phases import Phases
 from ddoq_ray.models.training.pictures import Pictures
+from ddoq_ray.models.training.samples import draw, grid
 from ddoq_ray.models.training.seen_by import Classifiers
 
 _ENCODED_AT_ONCE = 256
@@ -79,13 +81,14 @@ def train_prior(
     training = _Training(pictures, config, torch.device(device), phases)
     levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(device))
     vae = training.autoencoder(size, levels)
-    denoiser = training.denoiser(vae, len(data.classes))
+    denoiser = training.denoiser(vae, data.classes)
     prior = ClassConditionalPrior(
         vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=device)
     )
     record = {**identity, "images": len(data.images), **phases.facts, **seen_by.judged(prior, data), **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)
+        Image.fromarray(grid(prior, data.classes)).save(work / "samples.png")
     checkpoints.remove()
     return record
 
@@ -134,8 +137,8 @@ class _Training:
         self.phases.state["autoencoder"] = vae.state_dict()
         return vae
 
-    def denoiser(self, vae: AutoencoderKL, num_classes: int) -> Denoiser:
-        config = self.config
+    def denoiser(self, vae: AutoencoderKL, classes: Sequence[str]) -> Denoiser:
+        config, num_classes = self.config, len(classes)
         sides = 2 if config.flip else 1
         latents, mean, std = self._latents(vae, sides)
         # A mean and a deviation for each channel: the denoiser's noise schedule assumes 0 and 1.
@@ -152,6 +155,12 @@ class _Training:
             z = torch.from_numpy(latents[rows]).to(self.device).float()
             return training.step((z - shift) / scale, self.data.labels(rows % n, self.device), number, rate)
 
+        def watch(made: int) -> None:
+            if config.samples_every and made % config.samples_every == 0:
+                with training.average.applied():
+                    draw(self.phases.checkpoints.folder, (vae, network, training.scheduler), classes, made)
+
+        self.phases.watch = watch
         course = self._course("denoiser", config.denoiser_steps, 1 - config.autoencoder_share)
         self.phases.run("denoiser", training, step, course, config.denoiser_lr)
         return training.finish()
