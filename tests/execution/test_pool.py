@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from ddoq_ray.execution.pool import run_elastic
+from ddoq_ray.execution.pool import Elastic, run_elastic
 
 
 @ray.remote(num_cpus=1)
@@ -52,7 +52,7 @@ def free_cpus() -> float:
 @pytest.mark.usefixtures("ray_here")
 class TestPool:
     def test_every_unit_exactly_once(self) -> None:
-        done = list(run_elastic(Worker.remote, units(*range(2, 13)), min_workers=1, max_workers=2))
+        done = list(run_elastic(Worker.remote, units(*range(2, 13)), Elastic("test", 1, 2)))
         assert Counter(u[0] for u, _ in done) == Counter(range(2, 13))
         assert all(result == unit[0] ** 2 for unit, result in done)
 
@@ -60,7 +60,7 @@ class TestPool:
         def spawn() -> Any:
             raise AssertionError("nothing to do")
 
-        assert list(run_elastic(spawn, [], min_workers=2, max_workers=2)) == []
+        assert list(run_elastic(spawn, [], Elastic("test", 2, 2))) == []
 
     def test_a_lost_worker_costs_nothing(self, tmp_path: Path) -> None:
         events: list[tuple[str, dict[str, Any]]] = []
@@ -68,8 +68,7 @@ class TestPool:
             run_elastic(
                 lambda: Worker.remote(str(tmp_path)),
                 units(*range(2, 9), deaths={3: 1, 6: 2}),
-                min_workers=1,
-                max_workers=2,
+                Elastic("test", 1, 2),
                 name=lambda unit: f"unit-{unit[0]}",
                 on_event=lambda event, **facts: events.append((event, facts)),
             )
@@ -79,23 +78,50 @@ class TestPool:
         assert requeued == {"unit-3": 1, "unit-6": 2}
         assert sum(event == "worker lost" for event, _ in events) == 3
 
-    def test_a_poison_unit_fails_by_name(self, tmp_path: Path) -> None:
-        done = []
-        with pytest.raises(RuntimeError, match="unit-5 was on a worker that died 3 times"):
+    @pytest.mark.parametrize(
+        ("poison", "words"),
+        [
+            (
+                [2],
+                r"unit-2 was on a worker that died 3 times; the other 5 are finished\. Last reason: ActorDiedError: ",
+            ),
+            (
+                [4, 6],
+                r"2 units \(unit-[46], unit-[46]\) were each on a worker that died 3 times; the other 4 are finished",
+            ),
+        ],
+    )
+    def test_poison_units_end_the_run_by_name_after_all_others(
+        self, tmp_path: Path, poison: list[int], words: str
+    ) -> None:
+        done, events = [], []
+        with pytest.raises(RuntimeError, match=words):
             for unit, _ in run_elastic(
                 lambda: Worker.remote(str(tmp_path)),
-                units(2, 3, 4, 5, deaths={5: 99}),
-                min_workers=1,
-                max_workers=1,
+                units(*range(2, 8), deaths=dict.fromkeys(poison, 99)),
+                Elastic("test", 1, 2),
                 name=lambda unit: f"unit-{unit[0]}",
+                on_event=lambda event, **facts: events.append((event, facts.get("unit"))),
             ):
                 done.append(unit[0])
-        assert done == [2, 3, 4]
-        assert len(list(tmp_path.iterdir())) == 3  # it was tried three times, no more
+        assert sorted(done) == [n for n in range(2, 8) if n not in poison]
+        assert sorted(u for event, u in events if event == "unit set aside") == [f"unit-{n}" for n in poison]
+        assert len(list(tmp_path.iterdir())) == 3 * len(poison)  # each was tried three times, no more
+
+    def test_when_every_unit_kills_its_worker_three_are_enough(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match=r"3 units \(unit-\d, unit-\d, unit-\d\) were .* none was finished"):
+            for _ in run_elastic(
+                lambda: Worker.remote(str(tmp_path)),
+                units(*range(2, 10), deaths=dict.fromkeys(range(2, 10), 99)),
+                Elastic("test", 1, 2),
+                name=lambda unit: f"unit-{unit[0]}",
+            ):
+                raise AssertionError("none can be finished")
+        assert len(list(tmp_path.iterdir())) <= 12
 
     def test_a_bug_surfaces_as_it_is(self) -> None:
         with pytest.raises(ZeroDivisionError):
-            list(run_elastic(Worker.remote, units(2, 13, 4), min_workers=1, max_workers=2))
+            list(run_elastic(Worker.remote, units(2, 13, 4), Elastic("test", 1, 2)))
 
     def test_an_error_in_the_constructor_surfaces_at_once(self) -> None:
         spawned = []
@@ -105,17 +131,17 @@ class TestPool:
             return Worker.remote("", broken=True)
 
         with pytest.raises(RuntimeError, match="no such network"):
-            list(run_elastic(spawn, units(2, 3, 4), min_workers=1, max_workers=2))
+            list(run_elastic(spawn, units(2, 3, 4), Elastic("test", 1, 2)))
         assert len(spawned) <= 2
 
     def test_workers_that_cannot_start_end_the_run(self) -> None:
         with pytest.raises(RuntimeError, match="workers cannot start"):
-            list(run_elastic(DiesInConstructor.remote, [2, 3], min_workers=1, max_workers=1))
+            list(run_elastic(DiesInConstructor.remote, [2, 3], Elastic("test", 1, 1)))
 
     def test_the_pool_gives_its_cpus_back(self) -> None:
         """After the end, and when the caller stops in the middle."""
-        list(run_elastic(Worker.remote, units(2, 3), min_workers=2, max_workers=2))
-        for _ in run_elastic(Worker.remote, units(*range(2, 12)), min_workers=2, max_workers=2):
+        list(run_elastic(Worker.remote, units(2, 3), Elastic("test", 2, 2)))
+        for _ in run_elastic(Worker.remote, units(*range(2, 12)), Elastic("test", 2, 2)):
             break
         end = time.monotonic() + 10
         while free_cpus() < 2 and time.monotonic() < end:
@@ -131,6 +157,7 @@ class Slow:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_grows_with_a_new_node_and_outlives_a_lost_one() -> None:
     from ray.cluster_utils import Cluster
 
@@ -146,7 +173,7 @@ def test_grows_with_a_new_node_and_outlives_a_lost_one() -> None:
         results = {}
         # The generator runs in this thread, which is the one that may add a node.
         for unit, (echo, node) in run_elastic(
-            Slow.remote, list(range(24)), min_workers=1, max_workers=2, on_event=lambda event, **_: events.append(event)
+            Slow.remote, list(range(24)), Elastic("test", 1, 2), on_event=lambda event, **_: events.append(event)
         ):
             assert unit == echo and unit not in results
             results[unit] = node
