@@ -26,11 +26,15 @@ class Elastic:
         stage: Whose pool it is, in words.
         min_workers: This many are asked for, if there are as many units.
         max_workers: Never more than this.
+        ahead: Units that a worker is given before it has finished its present one, so that it can fetch and publish
+            beside its GPU's work: its actor has ``max_concurrency`` of one more, and a lock of its own around what must
+            not overlap.
     """
 
     stage: str
     min_workers: int = 1
     max_workers: int = 1
+    ahead: int = 0
 
 
 def run_elastic(
@@ -45,7 +49,8 @@ def run_elastic(
 
     Workers beyond those that fit stay pending in Ray: that is the demand an autoscaler sees, and they start by
     themselves when a node joins. Idle workers go when no unit is left for them. A worker's death puts its unit
-    back in front of the queue; a unit whose worker died three times is set aside until all others are finished.
+    back in front of the queue, to be given to a worker alone; a unit whose worker died three times is set aside until
+    all others are finished.
 
     Args:
         spawn: Makes an actor with a method ``run(unit)``; called again after a death.
@@ -114,10 +119,21 @@ class _Pool:
             self.starting[actor.__ray_ready__.remote()] = actor
 
     def give(self) -> None:
+        """A unit for each idle worker, then units ahead.
+
+        Whoever was on a worker that died is alone on its next one, so that a death is the fault of no other unit.
+        Nothing is given ahead while such a unit waits, or no worker would come free for it; nor are the last units, as
+        many as there are workers, which are for those that come free first.
+        """
         for worker in [w for w in self.workers if not w.units]:
             if not self.queue:
                 return
             self._hand(self.queue.popleft(), worker)
+        for level in range(1, self.how.ahead + 1):
+            for worker in [w for w in self.workers if len(w.units) == level and not w.units[0].deaths]:
+                if len(self.queue) <= len(self.workers) or self.queue[0].deaths:
+                    return
+                self._hand(self.queue.popleft(), worker)
 
     def _hand(self, unit: _Unit, worker: _Worker) -> None:
         worker.units.append(unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,24 @@ class Worker:
             Path(self.folder, f"{number}-{done}").touch()
             os._exit(1)
         return number**2 // (0 if number == 13 else 1)
+
+
+@ray.remote(num_cpus=1)
+class Overlapping:
+    """Waits twice, the second time under its lock; tells how many of its units were in flight."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.aboard = 0
+
+    def run(self, unit: int) -> int:
+        self.aboard += 1
+        time.sleep(0.2)
+        with self.lock:
+            time.sleep(0.2)
+            aboard = self.aboard
+        self.aboard -= 1
+        return aboard
 
 
 @ray.remote(num_cpus=1)
@@ -118,6 +137,31 @@ class TestPool:
             ):
                 raise AssertionError("none can be finished")
         assert len(list(tmp_path.iterdir())) <= 12
+
+    @pytest.mark.parametrize("ahead", [0, 1])
+    def test_a_unit_given_ahead_is_fetched_beside_the_work_on_another(self, ahead: int) -> None:
+        spawn = lambda: Overlapping.options(max_concurrency=1 + ahead).remote()
+        done = list(run_elastic(spawn, list(range(8)), Elastic("test", ahead=ahead)))
+        assert Counter(unit for unit, _ in done) == Counter(range(8))
+        assert max(aboard for _, aboard in done) == 1 + ahead
+
+    def test_an_innocent_unit_is_not_counted_for_its_neighbour(self, tmp_path: Path) -> None:
+        """Unit 2 kills every worker; those that were given beside it go on alone, and to the end."""
+        events: list[tuple[str, dict[str, Any]]] = []
+        done = []
+        with pytest.raises(RuntimeError, match=r"^2 was on a worker that died 3 times; the other 11 are finished"):
+            for unit, _ in run_elastic(
+                lambda: Worker.options(max_concurrency=2).remote(str(tmp_path)),
+                [*units(3, 4, 5), *units(2, deaths={2: 99}), *units(*range(14, 22))],
+                Elastic("test", 1, 1, ahead=1),
+                name=lambda unit: str(unit[0]),
+                on_event=lambda event, **facts: events.append((event, facts)),
+            ):
+                done.append(unit[0])
+        assert sorted(done) == [3, 4, 5, *range(14, 22)]
+        again = Counter(facts["unit"] for event, facts in events if event == "unit requeued")
+        assert again.pop("2") == 2 and set(again.values()) <= {1}
+        assert len(list(tmp_path.iterdir())) == 3
 
     def test_a_bug_surfaces_as_it_is(self) -> None:
         with pytest.raises(ZeroDivisionError):
