@@ -5,9 +5,11 @@ Why not Ray Data's actor pool: see docs/adr/0001-elastic-pool.md.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import ray
@@ -16,6 +18,9 @@ from ray.exceptions import RayActorError
 from ddoq_ray.execution.workers import DEATHS
 
 MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
+SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
+REMEMBERED = 999  # finished units of which the median is taken
+TICK_SECONDS = 0.5  # between two looks when nothing happens
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,14 @@ class Elastic:
         ahead: Units that a worker is given before it has finished its present one, so that it can fetch and publish
             beside its GPU's work: its actor has ``max_concurrency`` of one more, and a lock of its own around what must
             not overlap.
+        copy_after_s: No unit is begun on a second worker before this time.
     """
 
     stage: str
     min_workers: int = 1
     max_workers: int = 1
     ahead: int = 0
+    copy_after_s: float = 10.0
 
 
 def run_elastic(
@@ -48,16 +55,18 @@ def run_elastic(
     """Run every unit on some worker and yield (unit, result) as they finish, in any order.
 
     Workers beyond those that fit stay pending in Ray: that is the demand an autoscaler sees, and they start by
-    themselves when a node joins. Idle workers go when no unit is left for them. A worker's death puts its unit
-    back in front of the queue, to be given to a worker alone; a unit whose worker died three times is set aside until
-    all others are finished.
+    themselves when a node joins. A worker's death puts its unit back in front of the queue, to be given to a worker
+    alone; a unit whose worker died three times is set aside until all others are finished. When no unit is left, a unit
+    that takes long is begun on an idle worker too; the first result counts, and the other worker goes. Idle workers go
+    when there are more of them than units at work.
 
     Args:
         spawn: Makes an actor with a method ``run(unit)``; called again after a death.
         units: What is to be done; small, picklable.
         how: How large the pool is.
         name: A unit's name, for events and errors.
-        on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"`` and ``"unit set aside"``.
+        on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"``, ``"unit set aside"`` and
+            ``"unit copied"``.
 
     Raises:
         RuntimeError: When units were set aside (at the end, with their names), or workers cannot start.
@@ -68,6 +77,7 @@ def run_elastic(
         while pool.queue or pool.running:
             pool.grow()
             pool.give()
+            pool.copy_slow()
             pool.release()
             if found := pool.wait():
                 yield found
@@ -79,20 +89,26 @@ def run_elastic(
 
 @dataclass(eq=False)
 class _Unit:
-    """A unit and its fate: worker deaths that it saw, and the workers it is on."""
+    """A unit and its fate: worker deaths that it saw, and how many workers it is on."""
 
     given: Any
     name: str
     deaths: int = 0
     copies: int = 0
+    done: bool = False
+
+    @property
+    def may_be_copied(self) -> bool:
+        return self.copies == 1 and not self.deaths
 
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor that is ready, and the units it was given."""
+    """An actor that is ready, the units it was given, and since when it is at the first of them (time.monotonic)."""
 
     actor: Any
     units: list[_Unit] = field(default_factory=list)
+    since: float = 0.0
 
 
 @dataclass(eq=False)
@@ -107,6 +123,7 @@ class _Pool:
     workers: list[_Worker] = field(default_factory=list)
     running: dict[Any, tuple[_Worker, _Unit]] = field(default_factory=dict)  # by result ref
     aside: list[tuple[_Unit, str]] = field(default_factory=list)  # with the reason of the last death
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))  # seconds of finished units
     finished: int = 0
     failed_starts: int = 0
 
@@ -135,24 +152,44 @@ class _Pool:
                     return
                 self._hand(self.queue.popleft(), worker)
 
+    def copy_slow(self) -> None:
+        """Begin the unit that is longest at work on an idle worker too, when it takes long and no other is left."""
+        idle = [w for w in self.workers if not w.units]
+        if self.queue or not idle or not self.durations:
+            return
+        begun = time.monotonic() - max(self.how.copy_after_s, SLOW * median(self.durations))
+        slow = [w for w in self.workers if w.units and w.units[0].may_be_copied and w.since < begun]
+        for worker, other in zip(sorted(slow, key=lambda w: w.since), idle, strict=False):
+            self._hand(worker.units[0], other)
+            self.on_event("unit copied", unit=worker.units[0].name)
+
     def _hand(self, unit: _Unit, worker: _Worker) -> None:
+        if not worker.units:
+            worker.since = time.monotonic()
         worker.units.append(unit)
         unit.copies += 1
         self.running[worker.actor.run.remote(unit.given)] = (worker, unit)
 
     def release(self) -> None:
-        """Let workers go for which no unit is left."""
+        """Let workers go for which no unit is left; those stay that may take over one that is at work."""
         if self.queue:
             return
-        for worker in [w for w in self.workers if not w.units]:
+        at_work = sum(unit.may_be_copied for _, unit in self.running.values())
+        for worker in [w for w in self.workers if not w.units][at_work:]:
             self._give_back(worker)
         for actor in self.starting.values():
             ray.kill(actor)
         self.starting.clear()
 
     def _give_back(self, worker: _Worker) -> None:
+        """Let a worker go; a unit that only it had is to be done again, which is not the unit's fault."""
         self.workers.remove(worker)
         ray.kill(worker.actor)
+        for ref in [ref for ref, (there, _) in self.running.items() if there is worker]:
+            _, unit = self.running.pop(ref)
+            unit.copies -= 1
+            if not unit.done and not unit.copies:
+                self.queue.appendleft(unit)
 
     def close(self) -> None:
         for actor in [*self.starting.values(), *(w.actor for w in self.workers)]:
@@ -160,7 +197,9 @@ class _Pool:
 
     def wait(self) -> tuple[Any, Any] | None:
         """What happens next; (unit, result) if it is the end of a unit."""
-        ready, _ = ray.wait([*self.starting, *self.running], num_returns=1)
+        ready, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=TICK_SECONDS)
+        if not ready:
+            return None
         if ready[0] in self.starting:
             self._joined(ready[0])
             return None
@@ -172,8 +211,17 @@ class _Pool:
         except DEATHS as error:
             self._died(worker, unit, error)
             return None
-        self.finished += 1
+        self._finished(worker, unit)
         return unit.given, result
+
+    def _finished(self, worker: _Worker, unit: _Unit) -> None:
+        now = time.monotonic()
+        self.durations.append(now - worker.since)
+        worker.since = now
+        unit.done = True
+        self.finished += 1
+        for other in [w for w in self.workers if unit in w.units]:
+            self._give_back(other)
 
     def _joined(self, ref: Any) -> None:
         actor = self.starting.pop(ref)
@@ -192,9 +240,14 @@ class _Pool:
 
     def _died(self, worker: _Worker, unit: _Unit, error: BaseException) -> None:
         if worker in self.workers:  # else another of its units told of it
-            self._give_back(worker)  # it may only be unreachable: its late result must not race the new one
+            self.workers.remove(worker)
+            ray.kill(worker.actor)  # it may only be unreachable: its late result must not race the new one
             self.on_event("worker lost", reason=type(error).__name__)
+        if unit.done:
+            return
         unit.deaths += 1
+        if unit.copies:
+            return
         if unit.deaths < MAX_DEATHS:
             self.queue.appendleft(unit)
             self.on_event("unit requeued", unit=unit.name, deaths=unit.deaths)

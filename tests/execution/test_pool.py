@@ -52,6 +52,26 @@ class Overlapping:
 
 
 @ray.remote(num_cpus=1)
+class SleepsOnce:
+    """Squares numbers. Unit 0 sleeps where it is taken first; with a file `kill` in `folder` it kills that worker."""
+
+    def __init__(self, folder: str, seconds: float = 60.0) -> None:
+        self.folder, self.seconds = Path(folder), seconds
+
+    def run(self, unit: int) -> int:
+        if unit == 0:
+            before = len(list(self.folder.iterdir()))
+            (self.folder / f"{before}").touch()
+            if (self.folder / "kill").exists():
+                (self.folder / "kill").unlink()
+                os._exit(1)
+            time.sleep(0 if self.seconds == 60 and before else self.seconds)
+        else:
+            time.sleep(0.1)
+        return unit**2
+
+
+@ray.remote(num_cpus=1)
 class DiesInConstructor:
     def __init__(self) -> None:
         os._exit(1)
@@ -64,8 +84,11 @@ def units(*numbers: int, deaths: dict[int, int] | None = None) -> list[tuple[int
     return [(n, (deaths or {}).get(n, 0)) for n in numbers]
 
 
-def free_cpus() -> float:
-    return ray.available_resources().get("CPU", 0.0)
+def all_cpus_come_back() -> bool:
+    end = time.monotonic() + 10
+    while (free := ray.available_resources().get("CPU", 0.0)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    return free == 2
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -163,6 +186,35 @@ class TestPool:
         assert again.pop("2") == 2 and set(again.values()) <= {1}
         assert len(list(tmp_path.iterdir())) == 3
 
+    def test_a_slow_unit_is_begun_on_an_idle_worker_too(self, tmp_path: Path) -> None:
+        """The first worker that takes unit 0 sleeps for a minute; whoever takes it after has the result at once."""
+        events: list[tuple[str, Any]] = []
+        start = time.monotonic()
+        done = list(
+            run_elastic(
+                lambda: SleepsOnce.remote(str(tmp_path)),
+                list(range(6)),
+                Elastic("test", 1, 2, copy_after_s=0.5),
+                on_event=lambda event, **facts: events.append((event, facts.get("unit"))),
+            )
+        )
+        assert sorted(done) == [(n, n * n) for n in range(6)]
+        assert time.monotonic() - start < 50
+        assert [unit for event, unit in events if event == "unit copied"] == ["0"]
+        assert not {event for event, _ in events} & {"unit requeued", "worker lost"}
+        assert len(list(tmp_path.iterdir())) == 2  # one copy, no more
+        assert all_cpus_come_back()
+
+    def test_a_unit_with_a_death_has_no_copy(self, tmp_path: Path) -> None:
+        """Unit 0 kills its first worker, and is slow on the next one."""
+        Path(tmp_path, "kill").touch()
+        events = []
+        spawn = lambda: SleepsOnce.remote(str(tmp_path), 3.0)
+        how = Elastic("test", 1, 2, copy_after_s=0.2)
+        for _ in run_elastic(spawn, list(range(6)), how, on_event=lambda event, **_: events.append(event)):
+            pass
+        assert "unit requeued" in events and "unit copied" not in events
+
     def test_a_bug_surfaces_as_it_is(self) -> None:
         with pytest.raises(ZeroDivisionError):
             list(run_elastic(Worker.remote, units(2, 13, 4), Elastic("test", 1, 2)))
@@ -187,10 +239,7 @@ class TestPool:
         list(run_elastic(Worker.remote, units(2, 3), Elastic("test", 2, 2)))
         for _ in run_elastic(Worker.remote, units(*range(2, 12)), Elastic("test", 2, 2)):
             break
-        end = time.monotonic() + 10
-        while free_cpus() < 2 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert free_cpus() == 2
+        assert all_cpus_come_back()
 
 
 @ray.remote(num_cpus=1)
