@@ -5,8 +5,11 @@ Why not Ray Data's actor pool: see docs/adr/0001-elastic-pool.md.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import ray
@@ -15,121 +18,263 @@ from ray.exceptions import RayActorError
 from ddoq_ray.execution.workers import DEATHS
 
 MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
+SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
+REMEMBERED = 999  # finished units of which the median is taken
+TICK_SECONDS = 0.5  # between two looks when nothing happens
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """How large a pool is.
+
+    Attributes:
+        stage: Whose pool it is, in words.
+        min_workers: This many are asked for, if there are as many units.
+        max_workers: Never more than this.
+        ahead: Units that a worker is given before it has finished its present one, so that it can fetch and publish
+            beside its GPU's work: its actor has ``max_concurrency`` of one more, and a lock of its own around what must
+            not overlap.
+        copy_after_s: No unit is begun on a second worker before this time.
+    """
+
+    stage: str
+    min_workers: int = 1
+    max_workers: int = 1
+    ahead: int = 0
+    copy_after_s: float = 10.0
 
 
 def run_elastic(
     spawn: Callable[[], Any],
     units: Sequence[Any],
+    how: Elastic,
     *,
-    min_workers: int,
-    max_workers: int,
     name: Callable[[Any], str] = str,
     on_event: Callable[..., None] = lambda event, **facts: None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run every unit on some worker and yield (unit, result) as they finish, in any order.
 
     Workers beyond those that fit stay pending in Ray: that is the demand an autoscaler sees, and they start by
-    themselves when a node joins. Idle workers go when no unit is left for them. A worker's death puts its unit
-    back in front of the queue.
+    themselves when a node joins. A worker's death puts its unit back in front of the queue, to be given to a worker
+    alone; a unit whose worker died three times is set aside until all others are finished. When no unit is left, a unit
+    that takes long is begun on an idle worker too; the first result counts, and the other worker goes. Idle workers go
+    when there are more of them than units at work.
 
     Args:
         spawn: Makes an actor with a method ``run(unit)``; called again after a death.
         units: What is to be done; small, picklable.
-        min_workers: This many are asked for even for fewer units.
-        max_workers: Never more than this.
+        how: How large the pool is.
         name: A unit's name, for events and errors.
-        on_event: Called with ``"worker lost"``, ``"unit requeued"`` and ``"worker joined"``.
+        on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"``, ``"unit set aside"`` and
+            ``"unit copied"``.
 
     Raises:
-        RuntimeError: When a unit was on a worker that died three times, or workers cannot start.
+        RuntimeError: When units were set aside (at the end, with their names), or workers cannot start.
         RayTaskError: When our own code fails in a worker.
     """
-    pool = _Pool(spawn, name, on_event)
-    queue = deque(units)
+    pool = _Pool(spawn, how, on_event, deque(_Unit(unit, name(unit)) for unit in units))
     try:
-        while queue or pool.running:
-            if queue:
-                pool.grow(max(min_workers, min(max_workers, len(queue) + len(pool.running))))
-            while queue and pool.idle:
-                pool.give(queue.popleft())
-            if not queue:
-                pool.release()
-            unit, result, done = pool.wait()
-            if done:
-                yield unit, result
-            elif unit is not None:
-                queue.appendleft(unit)
+        while pool.queue or pool.running:
+            pool.grow()
+            pool.give()
+            pool.copy_slow()
+            pool.release()
+            if found := pool.wait():
+                yield found
+        if pool.aside:
+            raise pool.failure()
     finally:
-        pool.release()
-        for actor, _ in pool.running.values():
-            ray.kill(actor)
+        pool.close()
 
 
+@dataclass(eq=False)
+class _Unit:
+    """A unit and its fate: worker deaths that it saw, and how many workers it is on."""
+
+    given: Any
+    name: str
+    deaths: int = 0
+    copies: int = 0
+    done: bool = False
+
+    @property
+    def may_be_copied(self) -> bool:
+        return self.copies == 1 and not self.deaths
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor that is ready, the units it was given, and since when it is at the first of them (time.monotonic)."""
+
+    actor: Any
+    units: list[_Unit] = field(default_factory=list)
+    since: float = 0.0
+
+
+@dataclass(eq=False)
 class _Pool:
-    """The workers of `run_elastic`: starting, idle, or at a unit."""
+    """The workers and units of `run_elastic`."""
 
-    def __init__(self, spawn: Callable[[], Any], name: Callable[[Any], str], on_event: Callable[..., None]) -> None:
-        self.spawn, self.name, self.on_event = spawn, name, on_event
-        self.starting: dict[Any, Any] = {}  # ready ref -> actor
-        self.running: dict[Any, tuple[Any, Any]] = {}  # result ref -> (actor, unit)
-        self.idle: list[Any] = []
-        self.deaths: Counter[str] = Counter()
-        self.failed_starts = 0
+    spawn: Callable[[], Any]
+    how: Elastic
+    on_event: Callable[..., None]
+    queue: deque[_Unit]
+    starting: dict[Any, Any] = field(default_factory=dict)  # ready ref -> actor
+    workers: list[_Worker] = field(default_factory=list)
+    running: dict[Any, tuple[_Worker, _Unit]] = field(default_factory=dict)  # by result ref
+    aside: list[tuple[_Unit, str]] = field(default_factory=list)  # with the reason of the last death
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))  # seconds of finished units
+    finished: int = 0
+    failed_starts: int = 0
 
-    def grow(self, wanted: int) -> None:
-        while len(self.starting) + len(self.running) + len(self.idle) < wanted:
+    def grow(self) -> None:
+        if not self.queue:
+            return
+        useful = len(self.queue) + sum(bool(w.units) for w in self.workers)
+        while len(self.starting) + len(self.workers) < min(self.how.max_workers, useful):
             actor = self.spawn()
             self.starting[actor.__ray_ready__.remote()] = actor
 
-    def give(self, unit: Any) -> None:
-        actor = self.idle.pop()
-        self.running[actor.run.remote(unit)] = (actor, unit)
+    def give(self) -> None:
+        """A unit for each idle worker, then units ahead.
+
+        Whoever was on a worker that died is alone on its next one, so that a death is the fault of no other unit.
+        Nothing is given ahead while such a unit waits, or no worker would come free for it; nor are the last units, as
+        many as there are workers, which are for those that come free first.
+        """
+        for worker in [w for w in self.workers if not w.units]:
+            if not self.queue:
+                return
+            self._hand(self.queue.popleft(), worker)
+        for level in range(1, self.how.ahead + 1):
+            for worker in [w for w in self.workers if len(w.units) == level and not w.units[0].deaths]:
+                if len(self.queue) <= len(self.workers) or self.queue[0].deaths:
+                    return
+                self._hand(self.queue.popleft(), worker)
+
+    def copy_slow(self) -> None:
+        """Begin the unit that is longest at work on an idle worker too, when it takes long and no other is left."""
+        idle = [w for w in self.workers if not w.units]
+        if self.queue or not idle or not self.durations:
+            return
+        begun = time.monotonic() - max(self.how.copy_after_s, SLOW * median(self.durations))
+        slow = [w for w in self.workers if w.units and w.units[0].may_be_copied and w.since < begun]
+        for worker, other in zip(sorted(slow, key=lambda w: w.since), idle, strict=False):
+            self._hand(worker.units[0], other)
+            self.on_event("unit copied", unit=worker.units[0].name)
+
+    def _hand(self, unit: _Unit, worker: _Worker) -> None:
+        if not worker.units:
+            worker.since = time.monotonic()
+        worker.units.append(unit)
+        unit.copies += 1
+        self.running[worker.actor.run.remote(unit.given)] = (worker, unit)
 
     def release(self) -> None:
-        """Let workers without a unit go."""
-        for actor in [*self.idle, *self.starting.values()]:
+        """Let workers go for which no unit is left; those stay that may take over one that is at work."""
+        if self.queue:
+            return
+        at_work = sum(unit.may_be_copied for _, unit in self.running.values())
+        for worker in [w for w in self.workers if not w.units][at_work:]:
+            self._give_back(worker)
+        for actor in self.starting.values():
             ray.kill(actor)
-        self.idle.clear()
         self.starting.clear()
 
-    def wait(self) -> tuple[Any, Any, bool]:
-        """What happens next: (unit, result, True), (unit, None, False) of one to do again, or (None, None, False)."""
-        ready, _ = ray.wait([*self.running, *self.starting], num_returns=1)
+    def _give_back(self, worker: _Worker) -> None:
+        """Let a worker go; a unit that only it had is to be done again, which is not the unit's fault."""
+        self.workers.remove(worker)
+        ray.kill(worker.actor)
+        for ref in [ref for ref, (there, _) in self.running.items() if there is worker]:
+            _, unit = self.running.pop(ref)
+            unit.copies -= 1
+            if not unit.done and not unit.copies:
+                self.queue.appendleft(unit)
+
+    def close(self) -> None:
+        for actor in [*self.starting.values(), *(w.actor for w in self.workers)]:
+            ray.kill(actor)
+
+    def wait(self) -> tuple[Any, Any] | None:
+        """What happens next; (unit, result) if it is the end of a unit."""
+        ready, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=TICK_SECONDS)
+        if not ready:
+            return None
         if ready[0] in self.starting:
             self._joined(ready[0])
-            return None, None, False
-        actor, unit = self.running.pop(ready[0])
+            return None
+        worker, unit = self.running.pop(ready[0])
+        worker.units.remove(unit)
+        unit.copies -= 1
         try:
             result = ray.get(ready[0])
         except DEATHS as error:
-            self._died(unit, error)
-            ray.kill(actor)  # it may only be unreachable: its late result must not race the new one
-            return unit, None, False
-        self.idle.append(actor)
-        return unit, result, True
+            self._died(worker, unit, error)
+            return None
+        self._finished(worker, unit)
+        return unit.given, result
+
+    def _finished(self, worker: _Worker, unit: _Unit) -> None:
+        now = time.monotonic()
+        self.durations.append(now - worker.since)
+        worker.since = now
+        unit.done = True
+        self.finished += 1
+        for other in [w for w in self.workers if unit in w.units]:
+            self._give_back(other)
 
     def _joined(self, ref: Any) -> None:
         actor = self.starting.pop(ref)
         try:
             ray.get(ref)
         except DEATHS as error:
-            self.failed_starts += 1
+            self.failed_starts += not _of_its_node(error)
             init_error = isinstance(error, RayActorError) and error.actor_init_failed
             if init_error or self.failed_starts >= MAX_DEATHS:
                 raise RuntimeError(f"workers cannot start: {error}") from error
             self.on_event("worker lost", reason=type(error).__name__)
             return
-        self.idle.append(actor)
+        self.workers.append(_Worker(actor))
         self.failed_starts = 0
-        self.on_event("worker joined", workers=len(self.running) + len(self.idle))
+        self.on_event("worker joined", workers=len(self.workers))
 
-    def _died(self, unit: Any, error: BaseException) -> None:
-        name = self.name(unit)
-        self.deaths[name] += 1
-        self.on_event("worker lost", reason=type(error).__name__)
-        if self.deaths[name] >= MAX_DEATHS:
-            raise RuntimeError(
-                f"{name} was on a worker that died {MAX_DEATHS} times ({type(error).__name__}); "
-                "see the worker's log for the cause (often too little memory for its batch)"
-            ) from error
-        self.on_event("unit requeued", unit=name, deaths=self.deaths[name])
+    def _died(self, worker: _Worker, unit: _Unit, error: BaseException) -> None:
+        if worker in self.workers:  # else another of its units told of it
+            self.workers.remove(worker)
+            ray.kill(worker.actor)  # it may only be unreachable: its late result must not race the new one
+            self.on_event("worker lost", reason=type(error).__name__)
+        if unit.done:
+            return
+        unit.deaths += 1
+        if unit.copies:
+            return
+        if unit.deaths < MAX_DEATHS:
+            self.queue.appendleft(unit)
+            self.on_event("unit requeued", unit=unit.name, deaths=unit.deaths)
+            return
+        self.aside.append((unit, _reason(error)))
+        self.on_event("unit set aside", unit=unit.name, deaths=unit.deaths, reason=_reason(error))
+        if len(self.aside) >= MAX_DEATHS and not self.finished:
+            raise self.failure()  # nothing is ever finished: it is not these units, and there may be thousands more
+
+    def failure(self) -> RuntimeError:
+        """What to raise of the units that were set aside."""
+        names = [unit.name for unit, _ in self.aside]
+        was = f"{names[0]} was" if len(names) == 1 else f"{len(names)} units ({', '.join(names)}) were each"
+        others = f"the other {self.finished} are finished" if self.finished else "none was finished"
+        return RuntimeError(
+            f"{was} on a worker that died {MAX_DEATHS} times; {others}. Last reason: {self.aside[-1][1]}; "
+            "see the worker's log for the cause (often too little memory for its batch)"
+        )
+
+
+def _of_its_node(error: BaseException) -> bool:
+    """Whether an actor went with its node, which says nothing about the actor."""
+    return "node has died" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    """A death in one line: its class, and Ray's sentence on it without the actor's numbers."""
+    text = " ".join(str(error).split())
+    start = max(text.rfind("The actor is dead because"), text.rfind("The actor died because"), 0)
+    return f"{type(error).__name__}: {text[start:][:300]}".removesuffix(".")

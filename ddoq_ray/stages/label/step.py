@@ -18,7 +18,7 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.core.labels import choose_codec, codec_class, make_codec
 from ddoq_ray.execution.networks import Networks
-from ddoq_ray.execution.pool import run_elastic
+from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
@@ -152,8 +152,7 @@ def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[in
         for unit, result in run_elastic(
             spawn,
             units,
-            min_workers=1,
-            max_workers=config.labels.workers,
+            Elastic("label", max_workers=config.labels.workers),
             name=lambda u: f"{u.labels}/{u.name} epochs {u.first}-{u.last - 1}",
             on_event=lambda event, **f: run.events.add(event, stage="label", **f),
         ):

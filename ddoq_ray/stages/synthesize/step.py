@@ -24,7 +24,7 @@ from ddoq_ray.config.schema import plain
 from ddoq_ray.core.rescaling import rescaled
 from ddoq_ray.data.image_set import NewImage, read_images, shard_record, write_images
 from ddoq_ray.data.samples import encode_png
-from ddoq_ray.execution.pool import run_elastic
+from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, device, pin_threads
 from ddoq_ray.stages.step import Ask, Step
@@ -221,8 +221,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
         for job, result in run_elastic(
             spawn,
             [job for job in jobs if job.name not in shards],
-            min_workers=config.synthesizer.min_workers,
-            max_workers=config.synthesizer.max_workers,
+            Elastic("synthesize", config.synthesizer.min_workers, config.synthesizer.max_workers),
             name=lambda job: job.name,
             on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
         ):
