@@ -17,7 +17,7 @@ from typing import IO, Any
 import fsspec
 
 from ddoq_ray.config.paths import plain_path
-from ddoq_ray.storage.transport import is_store_error, open_file, read_file, retried
+from ddoq_ray.storage.transport import is_store_error, open_file, read_file, read_range, retried
 
 TEMPORARY = ".tmp"
 
@@ -118,6 +118,16 @@ class Folder:
         """
         self._fs(name)
         return read_file(self.path(name))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file from `start` to before `end`; Raises as `read`."""
+        self._fs(name)
+        return read_range(self.path(name), start, end)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; Raises as `read`."""
+        fs, target = self._fs(name)
+        return int(retried(self.path(name), lambda: fs.size(target)))
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:

@@ -10,9 +10,9 @@ import pytest
 from ddoq_ray.data.pictures import encode_png
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
-from ddoq_ray.stages.synthesize.step import Job, _published
+from ddoq_ray.stages.synthesize.jobs import ClassRange, ImageUnit, Job
+from ddoq_ray.stages.synthesize.step import _published
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.records import ImageUnit
 
 NAMES = ["zero", "one", "two"]
 
@@ -58,7 +58,7 @@ def test_a_shard_that_an_earlier_run_published_is_counted_as_it_was(tmp_path: An
         name = f"{c:05d}-{k:04d}"
         facts = f'{{"centroid_id": {k}, "weight": 0.5, "prompt": "", "seed": 0}}'.encode()
         members += [(f"{name}.png", encode_png(made)), (f"{name}.cls", str(c).encode()), (f"{name}.json", facts)]
-    job = Job("", ImageUnit(0, (1, 1, 2), (0, 1, 0)), ())
+    job = Job("", ImageUnit(0, (ClassRange(1, 0, 2), ClassRange(2, 0, 1))), ())
     run = Folder(str(tmp_path))
     assert _published(run, [job]) == {}
     run.publish(f"{job.name}.tar", write_tar(members))
