@@ -162,6 +162,15 @@ class Folder:
         found = retried(self.path(pattern), lambda: fs.glob(target))
         return sorted(n.removeprefix(root) for n in found if not n.endswith(TEMPORARY))
 
+    def sizes(self, pattern: str) -> dict[str, int]:
+        """Bytes of each file that matches a glob, by its name as `names` has it; one listing."""
+        if self.local:
+            return {name: os.path.getsize(self.path(name)) for name in self.names(pattern)}
+        fs, target = self._fs(pattern)
+        root = fs._strip_protocol(self.uri).rstrip("/") + "/"
+        found = retried(self.path(pattern), lambda: fs.glob(target, detail=True))
+        return {n.removeprefix(root): int(found[n]["size"]) for n in sorted(found) if not n.endswith(TEMPORARY)}
+
     def remove(self, name: str = "") -> None:
         fs, target = self._fs(name)
         if fs.exists(target):

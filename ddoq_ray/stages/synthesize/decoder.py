@@ -18,6 +18,7 @@ from ddoq_ray.data.samples import encode_png
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.synthesize.constant_images import constant_facts
 from ddoq_ray.stages.synthesize.jobs import Job, judge_of
+from ddoq_ray.stages.synthesize.shard_records import publish_record
 from ddoq_ray.storage.codebook import LastRows
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import noise_of
@@ -85,8 +86,8 @@ class Decoder:
             NewImage(c, k, float(books[c].weights[k]), self.classes[c].prompt, self.seed, encode_png(picture), facts)
             for (c, k), picture, facts in zip(unit.keys, made.pictures, made.facts, strict=True)
         ]
-        record = write_images(self.run_folder / job.folder / "images", unit.name, images)
-        return record | constant_facts(zip(unit.keys, made.pictures, strict=True))
+        record = write_images(self.run_folder / Place(job.folder).images, unit.name, images)
+        return publish_record(self.run_folder, job, record | constant_facts(zip(unit.keys, made.pictures, strict=True)))
 
     def _sampling(self, codebook: Folder) -> Sampling:
         from ddoq_ray.models.priors.base import Sampling

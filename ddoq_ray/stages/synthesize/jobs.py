@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.codebook import open_parts
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place, image_shard
@@ -51,18 +52,28 @@ class ImageUnit:
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of work for a decoder: an image shard of the set in `folder`, and the codebook parts it needs."""
+    """One unit of work for a decoder: an image shard of the set in `folder`, and the codebook parts it needs.
+
+    Attributes:
+        identity: Digest of what the set follows from.
+    """
 
     folder: str
     unit: ImageUnit
     parts: tuple[str, ...]
+    identity: str = ""
 
     @property
     def name(self) -> str:
         return posixpath.join(Place(self.folder).images, self.unit.name)
 
+    @property
+    def made_from(self) -> str:
+        """Digest of what the shard's bytes follow from."""
+        return digest_of([self.identity, self.unit.index, self.unit.ranges])
 
-def image_jobs(run_folder: Folder, folder: str, shard_images: int) -> list[Job]:
+
+def image_jobs(run_folder: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
     names: list[str] = []
     classes, counts, holders = [], [], []
@@ -85,7 +96,7 @@ def image_jobs(run_folder: Folder, folder: str, shard_images: int) -> list[Job]:
         low, high = np.maximum(starts[a:b], first) - starts[a:b], np.minimum(ends[a:b], last) - starts[a:b]
         ranges = tuple(map(ClassRange, class_ids[a:b].tolist(), low.tolist(), high.tolist()))
         parts = tuple(names[part] for part in range(part_of[a], part_of[b - 1] + 1))
-        jobs.append(Job(folder, ImageUnit(i, ranges), parts))
+        jobs.append(Job(folder, ImageUnit(i, ranges), parts, identity))
     return jobs
 
 

@@ -7,28 +7,25 @@ is never made again.
 
 from __future__ import annotations
 
-import posixpath
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.data.image_set import read_images, shard_record
 from ddoq_ray.execution.pool import run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress
 from ddoq_ray.stages.step import Ask, Step
-from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
+from ddoq_ray.stages.synthesize.constant_images import check_constant
 from ddoq_ray.stages.synthesize.decoder import Decoder
 from ddoq_ray.stages.synthesize.jobs import Job, image_jobs, judge_of
+from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.storage.artifact import Artifact, digest_of
-from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.layout import IMAGE_SHARDS, Place
+from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import ClassInfo
 
 
@@ -74,7 +71,8 @@ def run(run: Run, steps: Sequence[Synthesize]) -> None:
     config, classes = run.config, run.data.classes
     facts = {step: step.identity(run) for step in steps}
     todo = [s for s in steps if s.artifact(run.dir).begin(facts[s], overwrite=config.overwrite) != "done"]
-    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, config.synthesizer.shard_images)]
+    size = config.synthesizer.shard_images
+    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, size, digest_of(facts[s]))]
     shards = _synthesized(run, jobs, classes) if todo else {}
     seconds = time.time() - start
     total = max(1, sum(s["images"] for s in shards.values()))
@@ -87,7 +85,7 @@ def run(run: Run, steps: Sequence[Synthesize]) -> None:
 def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) -> dict[str, dict[str, Any]]:
     """The records of all jobs, by their names, once the shards that were not there are made."""
     config, resources = run.config, run.config.cluster.decoder
-    shards = _published(run.dir, jobs)
+    shards = published(run.dir, jobs)
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
@@ -124,24 +122,3 @@ def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict
         environment=run.networks.environment,
     )
     run.events.add("stage finished", stage="synthesize", folder=step.at.root, images=images)
-
-
-def _published(run_folder: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """The records of the image shards, by their jobs' names, that an earlier, cut-off run published.
-
-    A set's folder is listed once: to ask an object store for each of 20,000 shards would take a quarter of an hour.
-    """
-    there = {
-        posixpath.join(images, name)
-        for images in {Place(job.folder).images for job in jobs}
-        for name in (run_folder / images).names(IMAGE_SHARDS)
-    }
-    return {job.name: _again(run_folder, job) for job in jobs if f"{job.name}.tar" in there}
-
-
-def _again(run_folder: Folder, job: Job) -> dict[str, Any]:
-    """The record of a published shard, by what is in it."""
-    name = f"{job.name}.tar"
-    pictures = (((i.class_id, i.centroid_id), np.asarray(i.picture)) for i in read_images([run_folder.path(name)]))
-    record = shard_record(job.unit.name, len(job.unit), run_folder.read(name))
-    return record | constant_facts(pictures)
