@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,7 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rescaling import rescaled
-from ddoq_ray.data.image_set import NewImage, write_images
-from ddoq_ray.data.samples import encode_png
+from ddoq_ray.data.image_set import EXTENSIONS, NewImage, encode_picture, write_images
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.synthesize.constant_images import constant_facts
 from ddoq_ray.stages.synthesize.jobs import Job, judge_of
@@ -27,6 +28,7 @@ from ddoq_ray.storage.records import ClassInfo, binary_rows
 
 if TYPE_CHECKING:
     from ddoq_ray.models.priors.base import Sampling
+    from ddoq_ray.models.synthesis import Asked
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,52 @@ class Decoder:
         self.run_folder = run_folder
         self.how, self.seed, self.classes = how, config.seed, classes
         self.rows: dict[str, LastRows] = {}  # of each set
+        # Of two units at a time, one has the prior. Both read from the same rows.
+        self.at_prior, self.at_rows = threading.Lock(), threading.Lock()
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Make and publish one image shard; publishing it twice gives the same bytes."""
+        """Make and publish one image shard; publishing it twice gives the same bytes.
+
+        A batch is encoded while the next one is made; another unit's call has the prior while this one publishes.
+        """
+        codebook = self.run_folder / Place(job.folder).codebook
+        books, sampling = self._books(job, codebook), self._sampling(codebook)
+        asked, all_centroids = self._asked(job, books), {c: b.centroids for c, b in books.items()}
+        with ThreadPoolExecutor(1, "encode") as thread:
+            with self.at_prior:
+                parts = [
+                    (made, thread.submit(self._encoded, made.pictures))
+                    for made in self.synthesizer.batches(asked, sampling, all_centroids)
+                ]
+            files = [data for _, encoded in parts for data in encoded.result()]
+        facts = [fact for made, _ in parts for fact in made.facts]
+        extension = EXTENSIONS[self.how.format]
+        images = [
+            NewImage(c, k, float(books[c].weights[k]), self.classes[c].prompt, self.seed, data, fact, extension)
+            for (c, k), data, fact in zip(job.unit.keys, files, facts, strict=True)
+        ]
+        record = write_images(self.run_folder / Place(job.folder).images, job.unit.name, images)
+        pictures = (picture for made, _ in parts for picture in made.pictures)
+        return publish_record(self.run_folder, job, record | constant_facts(zip(job.unit.keys, pictures, strict=True)))
+
+    def _books(self, job: Job, codebook: Folder) -> dict[int, ClassBook]:
+        with self.at_rows:
+            rows = self.rows.setdefault(job.folder, LastRows(codebook))
+            tables = rows.of([r.class_id for r in job.unit.ranges], job.parts)
+        return {c: ClassBook.of(table) for c, table in tables.items()}
+
+    def _asked(self, job: Job, books: dict[int, ClassBook]) -> Asked:
         from ddoq_ray.models.synthesis import Asked
 
-        unit = job.unit
-        codebook = self.run_folder / Place(job.folder).codebook
-        rows = self.rows.setdefault(job.folder, LastRows(codebook)).of([r.class_id for r in unit.ranges], job.parts)
-        books = {c: ClassBook.of(table) for c, table in rows.items()}
         centroids = {c: book.spread() if self.how.rescale else book.centroids for c, book in books.items()}
-        asked = Asked(
-            np.stack([centroids[c][k] for c, k in unit.keys]),
-            [self.classes[c] for c in unit.class_ids],
-            unit.centroid_ids,
+        return Asked(
+            np.stack([centroids[c][k] for c, k in job.unit.keys]),
+            [self.classes[c] for c in job.unit.class_ids],
+            job.unit.centroid_ids,
         )
-        made = self.synthesizer.pictures(asked, self._sampling(codebook), {c: b.centroids for c, b in books.items()})
-        images = [
-            NewImage(c, k, float(books[c].weights[k]), self.classes[c].prompt, self.seed, encode_png(picture), facts)
-            for (c, k), picture, facts in zip(unit.keys, made.pictures, made.facts, strict=True)
-        ]
-        record = write_images(self.run_folder / Place(job.folder).images, unit.name, images)
-        return publish_record(self.run_folder, job, record | constant_facts(zip(unit.keys, made.pictures, strict=True)))
+
+    def _encoded(self, pictures: npt.NDArray[np.uint8]) -> list[bytes]:
+        return [encode_picture(picture, self.how.format, self.how.quality) for picture in pictures]
 
     def _sampling(self, codebook: Folder) -> Sampling:
         from ddoq_ray.models.priors.base import Sampling

@@ -51,8 +51,8 @@ def published(run_folder: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, An
                 unfit.append(job.unit.name)
         if unfit:
             say(
-                f"synthesize {len(unfit):,} of the image shards in {images.uri} are made anew, first {unfit[0]}: they are "
-                "not what their records say"
+                f"synthesize {len(unfit):,} of the image shards in {images.uri} are made anew, first {unfit[0]}: they "
+                "are not what their records say"
             )
     return found
 

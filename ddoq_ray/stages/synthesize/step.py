@@ -47,6 +47,7 @@ class Synthesize(Step):
         idle = [k for k in ("guide_until", "guide_scale", "guide_pool") if own.start != "guided"]
         idle += ["strength"] if own.start in ("noise", "guided") else []
         idle += ["keep"] if own.candidates == 1 else []
+        idle += ["quality"] if own.format == "png" else []
         idle += ["judge"]  # its content counts, not its path: see `inputs`
         options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
         options |= config.prior.sampling
@@ -89,7 +90,8 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
-        options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+        # Two units: one is read, encoded and published while the other has the prior.
+        options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_concurrency=2)
         return options.remote(config, run.dir, classes)
 
     with Progress("synthesize", sum(len(j.unit) for j in jobs), "images") as progress:
