@@ -99,6 +99,11 @@ _RULES: tuple[Rule, ...] = (
         lambda c: c.synthesizer.start == "noise",
         _fixed("synthesizer.start=noise ignores the centroids"),
     ),
+    (
+        "synthesizer.quality",
+        lambda c: c.synthesizer.format == "png",
+        _fixed("synthesizer.format=png keeps every pixel as it is"),
+    ),
     ("labels.workers", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
     ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),

@@ -51,6 +51,10 @@ class SynthesizerConfig:
     image_size: int | None = option(
         None, "side of the stored images, in pixels; null: as the prior makes them (D4M stores its 512 px at 224)"
     )
+    format: Literal["png", "jpeg", "webp"] = option(
+        "png", "how images are stored; jpeg and webp take less room, and change the pixels"
+    )
+    quality: int = option(95, "format=jpeg, webp: 1 to 100, the more the better and the larger")
     shard_images: int = option(50, "images in one tar: the unit of work, and what a death costs")
     min_workers: int = option(1, "decoder actors to start with")
     max_workers: int = option(2, "decoder actors to grow to when there is room")
@@ -76,6 +80,7 @@ class SynthesizerConfig:
             self.image_size is None or self.image_size >= 1,
             f"synthesizer.image_size={self.image_size}: expected 1 or more, or null",
         )
+        require(1 <= self.quality <= 100, f"synthesizer.quality={self.quality}: expected 1 to 100")
         require(self.shard_images >= 1, f"synthesizer.shard_images={self.shard_images}: expected 1 or more")
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")
         require(

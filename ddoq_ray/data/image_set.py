@@ -1,26 +1,30 @@
 """A distilled dataset on disk, written and read back: images, labels and weights.
 
-The folder is a plain WebDataset (``<class_id>-<centroid_id>.{png,cls,json}``), so that the webdataset library and
-Hugging Face datasets read it too; this module is the short way.
+The folder is a plain WebDataset (``<class_id>-<centroid_id>.{png,cls,json}``, jpg or webp in the place of png), so that
+the webdataset library and Hugging Face datasets read it too; this module is the short way.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture
-from ddoq_ray.data.samples import decode_rgb, list_shards, to_square
+from ddoq_ray.data.samples import decode_rgb, encode_png, list_shards, to_square
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.transport import open_shard
+
+PictureFormat = Literal["png", "jpeg", "webp"]
+EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,41 @@ class DistilledImage:
 
 @dataclass(frozen=True)
 class NewImage:
-    """An image to write; `seed` is what its noise, or the draw of real images, came from, `facts` what else is told."""
+    """An image to write.
+
+    Attributes:
+        seed: What its noise, or the draw of real images, came from.
+        data: The encoded picture (`encode_picture`).
+        facts: What else is told.
+        extension: Of the picture's file.
+    """
 
     class_id: int
     centroid_id: int
     weight: float
     prompt: str
     seed: int
-    png: bytes
+    data: bytes
     facts: Mapping[str, float | int] = field(default_factory=dict)
+    extension: str = "png"
 
     @property
     def key(self) -> str:
         return f"{self.class_id:05d}-{self.centroid_id:04d}"
+
+
+def encode_picture(pixels: np.ndarray, form: PictureFormat = "png", quality: int = 95) -> bytes:
+    """A picture uint8 [H, W, 3] as a file.
+
+    Args:
+        quality: Of jpeg, whose colours keep their full resolution, and of webp: 1 to 100.
+    """
+    if form == "png":
+        return encode_png(pixels)
+    out = io.BytesIO()
+    options: dict[str, Any] = {"subsampling": 0} if form == "jpeg" else {"method": 4}
+    Image.fromarray(pixels).save(out, format=form, quality=quality, **options)
+    return out.getvalue()
 
 
 def write_images(images: Folder, name: str, made: Iterable[NewImage]) -> dict[str, Any]:
@@ -80,7 +106,7 @@ def write_images(images: Folder, name: str, made: Iterable[NewImage]) -> dict[st
             **image.facts,
         }
         members += [
-            (f"{image.key}.png", image.png),
+            (f"{image.key}.{image.extension}", image.data),
             (f"{image.key}.cls", str(image.class_id).encode()),
             (f"{image.key}.json", json.dumps(facts).encode()),
         ]

@@ -5,8 +5,8 @@ Shape suffixes: n images, M candidates, K centroids of a class, D = C h w values
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,15 @@ class Made:
     losses: Float32 | None = None
     kept: npt.NDArray[np.int64] | None = None
 
+    @staticmethod
+    def joined(parts: Sequence[Made]) -> Made:
+        """One after another; all with candidates, or none."""
+        pictures = np.concatenate([p.pictures for p in parts])
+        if any(p.losses is None for p in parts):
+            return Made(pictures)
+        losses, kept = (np.concatenate([getattr(p, name) for p in parts]) for name in ("losses", "kept"))
+        return Made(pictures, losses, kept)
+
     @property
     def facts(self) -> list[dict[str, float | int]]:
         """What each picture's sidecar says of its choice; nothing without candidates."""
@@ -107,18 +116,17 @@ class Synthesizer:
         Raises:
             ValueError: a centroid, or the image that is made of it, is not finite; it is named.
         """
-        parts = []
+        return Made.joined(list(self.batches(asked, how, codebooks)))
+
+    def batches(self, asked: Asked, how: Sampling, codebooks: Mapping[int, Float32] | None = None) -> Iterator[Made]:
+        """The parts of `pictures`, an inner batch each, one after another."""
         for first in range(0, len(asked), self.batch):
             rows = asked[first : first + self.batch]
             if self.candidates is None:
-                parts.append(Made(self._batch(rows, how, 0)))
+                made = Made(self._batch(rows, how, 0))
             else:
-                parts.append(self._best(rows, how, self.candidates, codebooks or {}))
-        pictures = self._sized(np.concatenate([p.pictures for p in parts]))
-        if self.candidates is None:
-            return Made(pictures)
-        losses, kept = (np.concatenate([getattr(p, name) for p in parts]) for name in ("losses", "kept"))
-        return Made(pictures, losses, kept)
+                made = self._best(rows, how, self.candidates, codebooks or {})
+            yield replace(made, pictures=self._sized(made.pictures))
 
     def _sized(self, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         if self.image_size == self.prior.image_size:

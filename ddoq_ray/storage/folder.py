@@ -17,7 +17,7 @@ from typing import IO, Any
 import fsspec
 
 from ddoq_ray.config.paths import plain_path
-from ddoq_ray.storage.transport import is_store_error, open_file, read_file, retried
+from ddoq_ray.storage.transport import is_store_error, open_file, read_file, read_range, retried
 
 TEMPORARY = ".tmp"
 
@@ -119,6 +119,16 @@ class Folder:
         self._fs(name)
         return read_file(self.path(name))
 
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file from `start` to before `end`; Raises as `read`."""
+        self._fs(name)
+        return read_range(self.path(name), start, end)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; Raises as `read`."""
+        fs, target = self._fs(name)
+        return int(retried(self.path(name), lambda: fs.size(target)))
+
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:
         """A file to read and seek in; Raises as `read`."""
@@ -151,6 +161,15 @@ class Folder:
         root = fs._strip_protocol(self.uri).rstrip("/") + "/"
         found = retried(self.path(pattern), lambda: fs.glob(target))
         return sorted(n.removeprefix(root) for n in found if not n.endswith(TEMPORARY))
+
+    def sizes(self, pattern: str) -> dict[str, int]:
+        """Bytes of each file that matches a glob, by its name as `names` has it; one listing."""
+        if self.local:
+            return {name: os.path.getsize(self.path(name)) for name in self.names(pattern)}
+        fs, target = self._fs(pattern)
+        root = fs._strip_protocol(self.uri).rstrip("/") + "/"
+        found = retried(self.path(pattern), lambda: fs.glob(target, detail=True))
+        return {n.removeprefix(root): int(found[n]["size"]) for n in sorted(found) if not n.endswith(TEMPORARY)}
 
     def remove(self, name: str = "") -> None:
         fs, target = self._fs(name)

@@ -57,11 +57,17 @@ SNAPSHOTS = "snapshots"
 
 HEAD = "head.safetensors"  # beside feature labels
 IMAGE_SHARDS = "images-*.tar"
+IMAGE_RECORDS = ".records"  # a file an image shard; hidden, since other libraries take a folder's files for data
 
 
 def image_shard(index: int) -> str:
     """An image shard's name, without its ending."""
     return f"images-{index:06d}"
+
+
+def image_record(name: str) -> str:
+    """What is published of an image shard after it."""
+    return f"{IMAGE_RECORDS}/{name}.json"
 
 
 def shard_name(index: int) -> str:

@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddoq_ray.storage.layout import image_shard
-
 
 class ClassCounts(Mapping[int, int]):
     """A read-only class_id -> count, in ascending order of class_id, in 12 bytes an entry.
@@ -366,20 +364,3 @@ def binary_rows(column: pa.ChunkedArray | pa.Array, dtype: str) -> np.ndarray:
     start = array.offset * width
     flat = np.frombuffer(array.buffers()[1], dtype="u1")[start : start + len(array) * width]
     return flat.view(dtype).reshape(len(array), width // np.dtype(dtype).itemsize)
-
-
-@dataclass(frozen=True)
-class ImageUnit:
-    """The unit of synthesis: one image shard, a fixed list of (class_id, centroid_id)."""
-
-    index: int
-    class_ids: tuple[int, ...]
-    centroid_ids: tuple[int, ...]
-
-    @property
-    def keys(self) -> list[tuple[int, int]]:
-        return list(zip(self.class_ids, self.centroid_ids, strict=True))
-
-    @property
-    def name(self) -> str:
-        return image_shard(self.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import torch
 from PIL import Image
 
 import ddoq_ray
-from ddoq_ray.data.image_set import NewImage, load_image_arrays, read_images, write_images
+from ddoq_ray.data.image_set import (
+    EXTENSIONS,
+    NewImage,
+    PictureFormat,
+    encode_picture,
+    load_image_arrays,
+    read_images,
+    write_images,
+)
 from ddoq_ray.data.samples import encode_png, to_square
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage.folder import Folder
@@ -56,8 +65,24 @@ def test_written_as_it_is_read_and_the_same_bytes_each_time(tmp_path: Path) -> N
     assert record == {"name": "images-000000", "images": 6, "bytes": len(tar), "sha256": digest}
     again = list(read_images([str(tmp_path / "images-000000.tar")]))
     assert [(i.key, i.class_id, i.centroid_id, i.weight, i.prompt, i.data) for i in again] == [
-        (i.key, i.class_id, i.centroid_id, i.weight, i.prompt, i.png) for i in made
+        (i.key, i.class_id, i.centroid_id, i.weight, i.prompt, i.data) for i in made
     ]
+
+
+@pytest.mark.parametrize(("form", "extension", "error"), [("png", "png", 0), ("jpeg", "jpg", 6), ("webp", "webp", 16)])
+def test_every_format_is_written_and_read_back(tmp_path: Path, form: PictureFormat, extension: str, error: int) -> None:
+    y, x = np.mgrid[:32, :32]
+    pixels = np.stack([y * 8, x * 8, 255 - y * 4 - x * 4], 2).astype(np.uint8)
+    data = encode_picture(pixels, form)
+    assert data == encode_picture(pixels, form) and EXTENSIONS[form] == extension
+    write_images(Folder(str(tmp_path)), "images-000000", [NewImage(0, 0, 1.0, "", 0, data, extension=extension)])
+    with tarfile.open(tmp_path / "images-000000.tar") as tar:
+        assert tar.getnames() == [f"00000-0000.{e}" for e in (extension, "cls", "json")]
+    image, label, weight = ddoq_ray.load(str(tmp_path))[0]
+    far = np.abs(image.permute(1, 2, 0).numpy().astype(int) - pixels)
+    assert far.max() <= error and (label, weight) == (0, 1.0)
+    if form != "png":
+        assert len(encode_picture(pixels, form, 30)) < len(data)
 
 
 def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:

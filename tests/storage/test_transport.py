@@ -268,7 +268,7 @@ def test_what_is_no_shard_is_read_through_faults_too(url: str, tmp_path: Path) -
     pixels = np.arange(2 * 16, dtype=np.uint8).reshape(2, 4, 4)
     made = [NewImage(0, k, 0.5, "p", 0, encode_png(np.full((8, 8), k, np.uint8))) for k in range(2)]
     write_images(Folder("memory://store"), "images-0", made)
-    table = pa.table({"image": [m.png for m in made], "label": [0, 1]})
+    table = pa.table({"image": [m.data for m in made], "label": [0, 1]})
     out = io.BytesIO()
     pq.write_table(table, out)
     for name, data in {
@@ -286,11 +286,11 @@ def test_what_is_no_shard_is_read_through_faults_too(url: str, tmp_path: Path) -
         return found
 
     images = faulty(lambda: list(read_images(["flaky://store/images-0.tar"])))
-    assert [i.data for i in images] == [m.png for m in made]
+    assert [i.data for i in images] == [m.data for m in made]
     assert faulty(lambda: len(Idx("flaky://store", None).survey().train.names)) == 2
     assert faulty(lambda: metadata._rows("flaky://store/metadata.csv")) == [{"file_name": "a.png", "label": "cat"}]
     assert faulty(lambda: list(table_columns.read_images("flaky://store/rows.parquet", "image"))) == [
-        m.png for m in made
+        m.data for m in made
     ]
     assert faulty(lambda: list(folders.read_files("flaky://store", ["metadata.csv"])))[0].data.startswith(b"file_name")
 

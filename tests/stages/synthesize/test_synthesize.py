@@ -7,12 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddoq_ray.data.pictures import encode_png
-from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.synthesize.constant_images import check_constant, constant_facts
-from ddoq_ray.stages.synthesize.step import Job, _published
-from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.records import ImageUnit
 
 NAMES = ["zero", "one", "two"]
 
@@ -49,18 +44,3 @@ def test_constant_images_are_told_with_the_first_of_them(capsys: pytest.CaptureF
 def test_a_set_of_constant_images_alone_is_refused() -> None:
     with pytest.raises(ValueError, match=r"all 2 images of the run .* class 0 \(zero\), centroid 0.*check prior\.path"):
         check_constant("the run", [shard((0, 0), images=1), shard((2, 0), images=1)], NAMES)
-
-
-def test_a_shard_that_an_earlier_run_published_is_counted_as_it_was(tmp_path: Any) -> None:
-    keys, pictures = [(1, 0), (1, 1), (2, 0)], [picture((1, 1, 1)), picture(colour=9), picture()]
-    members = []
-    for (c, k), made in zip(keys, pictures, strict=True):
-        name = f"{c:05d}-{k:04d}"
-        facts = f'{{"centroid_id": {k}, "weight": 0.5, "prompt": "", "seed": 0}}'.encode()
-        members += [(f"{name}.png", encode_png(made)), (f"{name}.cls", str(c).encode()), (f"{name}.json", facts)]
-    job = Job("", ImageUnit(0, (1, 1, 2), (0, 1, 0)), ())
-    run = Folder(str(tmp_path))
-    assert _published(run, [job]) == {}
-    run.publish(f"{job.name}.tar", write_tar(members))
-    found = _published(run, [job])[job.name]
-    assert (found["images"], found["constant"], found["first_constant"]) == (3, 2, [1, 1])
