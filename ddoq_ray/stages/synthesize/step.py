@@ -221,7 +221,13 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
         for job, result in run_elastic(
             spawn,
             [job for job in jobs if job.name not in shards],
-            Elastic("synthesize", config.synthesizer.min_workers, config.synthesizer.max_workers),
+            Elastic.of(
+                config.cluster,
+                "synthesize",
+                "decoder",
+                min_workers=config.synthesizer.min_workers,
+                max_workers=config.synthesizer.max_workers,
+            ),
             name=lambda job: job.name,
             on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
         ):
