@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ddoq_ray.config.cluster import ClusterConfig, WorkerResources
 from ddoq_ray.execution.session import may_grow
 from ddoq_ray.execution.waiting import Waiting
-from ddoq_ray.execution.workers import DEATHS
+from ddoq_ray.execution.workers import DEATHS, Progress
 
 MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
 SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
@@ -81,6 +81,7 @@ def run_elastic(
     *,
     name: Callable[[Any], str] = str,
     on_event: Callable[..., None] = lambda event, **facts: None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run every unit on some worker and yield (unit, result) as they finish, in any order.
 
@@ -97,6 +98,7 @@ def run_elastic(
         name: A unit's name, for events and errors.
         on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"``, ``"unit set aside"`` and
             ``"unit copied"``.
+        progress: Is told how many workers are ready.
 
     Raises:
         RuntimeError: When units were set aside (at the end, with their names), or workers cannot start.
@@ -107,6 +109,8 @@ def run_elastic(
     try:
         while pool.queue or pool.running:
             pool.grow()
+            if progress is not None:
+                progress.workers = len(pool.workers)
             if pool.begun():
                 pool.give()
             pool.copy_slow()

@@ -155,6 +155,7 @@ def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[in
             Elastic.of(config.cluster, "label", "teacher", max_workers=config.labels.workers),
             name=lambda u: f"{u.labels}/{u.name} epochs {u.first}-{u.last - 1}",
             on_event=lambda event, **f: run.events.add(event, stage="label", **f),
+            progress=progress,
         ):
             labels, size = made[of[unit.labels]]
             made[of[unit.labels]] = (labels + result["labels"], size + result["bytes"])

@@ -217,7 +217,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
         return options.remote(config, run.dir, classes)
 
     with Progress("synthesize", sum(len(j.unit.class_ids) for j in jobs), "images") as progress:
-        progress.advance(sum(s["images"] for s in shards.values()))
+        progress.already(sum(s["images"] for s in shards.values()))
         for job, result in run_elastic(
             spawn,
             [job for job in jobs if job.name not in shards],
@@ -230,6 +230,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
             ),
             name=lambda job: job.name,
             on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
+            progress=progress,
         ):
             shards[job.name] = result
             progress.advance(result["images"])
