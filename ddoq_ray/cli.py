@@ -11,7 +11,7 @@ import ddoq_ray
 from ddoq_ray.commands.sweep import configurations
 from ddoq_ray.commands.table import BY_NAME, named
 from ddoq_ray.execution import signals
-from ddoq_ray.execution.errors import user_error
+from ddoq_ray.execution.errors import NoWorkers, user_error
 from ddoq_ray.execution.streams import emit, open_all
 
 
@@ -27,7 +27,11 @@ class Line:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 2 for what the user can mend, 1 for a bug or a lost cluster, 128 + a signal."""
+    """Run a command; its exit code.
+
+    0, 2 for what the user can mend, 3 when the cluster never had room for a worker, 1 for a bug or a lost cluster,
+    128 + a signal.
+    """
     open_all()
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
@@ -85,6 +89,9 @@ def _in_words(args: list[str]) -> int:
             return 2
         if signals.received() is not None:  # a library's own error on the way out
             return _interrupted(again)
+        if isinstance(error, NoWorkers):
+            emit(f"ddoq-ray: error: {error}", sys.stderr)
+            return 3
         if words := _lost():
             emit(f"ddoq-ray: error: {words}", sys.stderr)
             return 1

@@ -20,7 +20,18 @@ from ddoq_ray.commands.table import BY_NAME, COMMANDS, RUN
 from ddoq_ray.config import STAGES
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import run_config
-from ddoq_ray.execution.errors import user_error
+from ddoq_ray.execution.errors import NoWorkers, user_error
+
+
+def test_a_cluster_without_room_is_exit_code_3_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(line: cli.Line) -> None:
+        raise NoWorkers("synthesize: no worker could be placed for 120 s")
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    assert cli.main(["synthesize"]) == 3
+    assert capsys.readouterr().err == "ddoq-ray: error: synthesize: no worker could be placed for 120 s\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

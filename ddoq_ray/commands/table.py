@@ -114,13 +114,14 @@ STAGE_COMMANDS = (
         "synthesize",
         "centroids to images, and the baselines' choices of real images",
         "seed ipc small_class baselines num_seeds dataset. prior. encoder.resize synthesizer. weights.scheme "
-        "cluster.address cluster.num_cpus cluster.threads cluster.decoder. cluster.reader.",
+        "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.decoder. "
+        "cluster.reader.",
     ),
     _stage(
         "label",
         "soft labels of seeded views of every image set, by the teacher",
         f"seed ipc baselines num_seeds dataset. prior. teacher. labels. weights.scheme {_VIEWS}"
-        "cluster.address cluster.num_cpus cluster.threads cluster.teacher.",
+        "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.teacher.",
     ),
     _stage(
         "train",

@@ -35,6 +35,11 @@ class ClusterConfig:
         "is set (as in a Ray job), else local",
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
+    wait_s: float = option(30.0, "after so long without a worker (or with fewer than its least) a pool says why")
+    give_up_s: float | None = option(
+        None,
+        "after so long without a worker the run ends; by default 120 on this machine's own Ray, never on a cluster",
+    )
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
     reader: WorkerResources = option(WorkerResources(0.5), "tasks that read and decode shards")
     encoder: WorkerResources = option(WorkerResources(0.2), "encoder actors")
@@ -50,6 +55,11 @@ class ClusterConfig:
             f"cluster.address={self.address}: expected local, auto or HOST:PORT",
         )
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
+        require(self.wait_s > 0, f"cluster.wait_s={self.wait_s}: expected more than 0 seconds")
+        require(
+            self.give_up_s is None or self.give_up_s > 0,
+            f"cluster.give_up_s={self.give_up_s}: expected more than 0 seconds, or null",
+        )
         require(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus={self.num_cpus}: expected 1 or more")
         for worker in ("reader", "encoder", "quantizer", "decoder", "teacher", "trainer", "evaluator"):
             for key in ("num_cpus", "num_gpus"):

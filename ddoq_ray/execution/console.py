@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from ddoq_ray.execution.streams import emit
 
 LINE_SECONDS = 10.0  # between two lines of an advance, at least
 SILENCE_SECONDS = 30.0  # without a word, at most
+MARKS, MARK_SECONDS = 32, 2.0  # the rate is that of the last marks, which lie so far apart at least
 
 # What is waited for, in words; empty when nothing is. The Ray session sets it.
 waits: list[Callable[[], str]] = []
@@ -51,24 +53,42 @@ class Progress(_Activity):
     """A bar on a terminal; elsewhere (a log, a Ray job) one line at most every ten seconds, and one at the end.
 
     When nothing advances it says by time how far it is and what is waited for.
+
+    Attributes:
+        done: Items that are finished, those that an earlier run finished among them.
+        workers: How many are ready; set by a pool, None for whatever has none.
     """
 
     def __init__(self, stage: str, total: int | None, unit: str) -> None:
         self.total, self.unit = total, unit
-        self.done = 0
+        self.done = self.before = 0
+        self.workers: int | None = None
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, desc=f"{stage:<10}", unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
         super().__init__(stage)
         self.last = self.moved = self.start
+        self.marks: deque[tuple[float, int]] = deque([(self.start, 0)], maxlen=MARKS)
+
+    def already(self, n: int) -> None:
+        """Count what an earlier run finished; it says nothing of this one's rate."""
+        self.done += n
+        self.before += n
+        self.marks = deque([(mark, done + n) for mark, done in self.marks], maxlen=MARKS)
+        if self.bar is not None:
+            self.bar.initial += n  # tqdm's rate leaves these out
+            self.bar.n += n
+            self.bar.refresh()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         if n:
             self.moved = time.monotonic()
+            if self.moved - self.marks[-1][0] >= MARK_SECONDS:
+                self.marks.append((self.moved, self.done))
         if self.bar is not None:
             if note or n:
-                self.bar.set_postfix_str(note, refresh=False)
+                self.bar.set_postfix_str(", ".join(filter(None, (self._workers(), note))), refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self._line(note)
@@ -77,9 +97,28 @@ class Progress(_Activity):
         self.last = time.monotonic()
         seconds = self.last - self.start
         of = f" of {self.total:,}" if self.total else ""
-        rate = f", {self.done / seconds:,.1f} a second" if seconds > 0.5 and self.done else ""
-        note = f" ({note})" if note else ""
-        say(f"{self.stage:<10} {self.done:,}{of} {self.unit}{rate}, {seconds:.0f} s{note}")
+        left = (self.total or 0) - self.done
+        rate = self.rate() if left > 0 else self._average(seconds)
+        parts = [
+            f"{self.done:,}{of} {self.unit}",
+            f"{rate:,.1f} a second" if rate >= 0.05 else f"{60 * rate:,.1f} a minute" if rate else "",
+            self._workers(),
+            f"{seconds:.0f} s",
+            f"{span(left / rate)} left" if rate and left > 0 else "",
+        ]
+        say(f"{self.stage:<10} {', '.join(filter(None, parts))}{f' ({note})' if note else ''}")
+
+    def rate(self) -> float:
+        """Items a second of late, up to now; 0 when that is not known. A pool that grows is not its own average."""
+        first, before = self.marks[0]
+        seconds = time.monotonic() - first
+        return (self.done - before) / seconds if seconds > 0.5 else 0.0
+
+    def _average(self, seconds: float) -> float:
+        return (self.done - self.before) / seconds if seconds > 0.5 else 0.0
+
+    def _workers(self) -> str:
+        return "" if self.workers is None else f"{self.workers} worker{'s' * (self.workers != 1)}"
 
     def counted(self) -> str:
         return f"{self.done:,}{f' of {self.total:,}' if self.total else ''} {self.unit}, "
@@ -104,6 +143,18 @@ class Progress(_Activity):
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close("stopped" if kind is not None else "")
+
+
+def span(seconds: float) -> str:
+    """A time to come, no more precise than an estimate is.
+
+    >>> span(42.4), span(95), span(4000), span(200_000)
+    ('42 s', '2 min', '1 h 07 min', '55 h 33 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 @contextmanager

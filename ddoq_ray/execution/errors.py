@@ -11,6 +11,10 @@ import re
 import traceback
 
 
+class NoWorkers(RuntimeError):
+    """No worker could be placed for as long as the run waits for one: the cluster lacks room, nothing is broken."""
+
+
 def cause_of(error: BaseException) -> BaseException:
     """What was raised in the worker; the error itself where it was raised here."""
     inner = getattr(error, "cause", None)

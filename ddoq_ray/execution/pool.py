@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,11 +15,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from ddoq_ray.execution.workers import DEATHS
+from ddoq_ray.config.cluster import ClusterConfig, WorkerResources
+from ddoq_ray.execution.session import may_grow
+from ddoq_ray.execution.waiting import Waiting
+from ddoq_ray.execution.workers import DEATHS, Progress
 
 MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
 SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
 REMEMBERED = 999  # finished units of which the median is taken
+OWN_GIVE_UP_SECONDS = 120.0  # without a worker on a Ray that no node will join
 TICK_SECONDS = 0.5  # between two looks when nothing happens
 
 
@@ -29,12 +33,17 @@ class Elastic:
 
     Attributes:
         stage: Whose pool it is, in words.
-        min_workers: This many are asked for, if there are as many units.
+        min_workers: So many are ready before units are given, as far as there are units for them; after `wait_s` it is
+            said what is missing, and those that are there begin.
         max_workers: Never more than this.
         ahead: Units that a worker is given before it has finished its present one, so that it can fetch and publish
             beside its GPU's work: its actor has ``max_concurrency`` of one more, and a lock of its own around what must
             not overlap.
         copy_after_s: No unit is begun on a second worker before this time.
+        room: What each worker asks of one node, by Ray's names.
+        key: The configuration's group that says so.
+        wait_s: After so long without a worker it is said why.
+        give_up_s: After so long without a worker the run ends; None: never.
     """
 
     stage: str
@@ -42,6 +51,30 @@ class Elastic:
     max_workers: int = 1
     ahead: int = 0
     copy_after_s: float = 10.0
+    room: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    key: str = ""
+    wait_s: float = 30.0
+    give_up_s: float | None = None
+
+    @staticmethod
+    def of(
+        cluster: ClusterConfig, stage: str, worker: str, *, min_workers: int = 1, max_workers: int, ahead: int = 0
+    ) -> Elastic:
+        """A pool of workers that ask for what ``cluster.<worker>`` says."""
+        asked: WorkerResources = getattr(cluster, worker)
+        give_up = cluster.give_up_s
+        if give_up is None and not may_grow():
+            give_up = OWN_GIVE_UP_SECONDS
+        return Elastic(
+            stage,
+            min_workers,
+            max_workers,
+            ahead,
+            room={"CPU": asked.num_cpus, "GPU": asked.num_gpus},
+            key=f"cluster.{worker}",
+            wait_s=cluster.wait_s,
+            give_up_s=give_up,
+        )
 
 
 def run_elastic(
@@ -51,6 +84,7 @@ def run_elastic(
     *,
     name: Callable[[Any], str] = str,
     on_event: Callable[..., None] = lambda event, **facts: None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run every unit on some worker and yield (unit, result) as they finish, in any order.
 
@@ -67,16 +101,21 @@ def run_elastic(
         name: A unit's name, for events and errors.
         on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"``, ``"unit set aside"`` and
             ``"unit copied"``.
+        progress: Is told how many workers are ready.
 
     Raises:
         RuntimeError: When units were set aside (at the end, with their names), or workers cannot start.
+        NoWorkers: When there was no room for any worker for `give_up_s`.
         RayTaskError: When our own code fails in a worker.
     """
     pool = _Pool(spawn, how, on_event, deque(_Unit(unit, name(unit)) for unit in units))
     try:
         while pool.queue or pool.running:
             pool.grow()
-            pool.give()
+            if progress is not None:
+                progress.workers = len(pool.workers)
+            if pool.begun():
+                pool.give()
             pool.copy_slow()
             pool.release()
             if found := pool.wait():
@@ -126,6 +165,22 @@ class _Pool:
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))  # seconds of finished units
     finished: int = 0
     failed_starts: int = 0
+
+    def __post_init__(self) -> None:
+        how = self.how
+        self.least = min(how.min_workers, how.max_workers, len(self.queue))  # ready before units are given
+        self.start = time.monotonic()
+        self.waiting = Waiting(how.stage, how.room, how.key, how.wait_s, how.give_up_s)
+
+    def begun(self) -> bool:
+        """Whether units are given by now: as many workers as there should be are ready, or have been waited for."""
+        ready = len(self.workers)
+        if ready < self.least and ready and time.monotonic() - self.start >= self.how.wait_s:
+            self.waiting.few(ready, self.least)
+            self.least = 0
+        if ready >= self.least:
+            self.least = 0  # it is a matter of the beginning only
+        return not self.least
 
     def grow(self) -> None:
         if not self.queue:
@@ -197,6 +252,7 @@ class _Pool:
 
     def wait(self) -> tuple[Any, Any] | None:
         """What happens next; (unit, result) if it is the end of a unit."""
+        self.waiting.look(len(self.workers))
         ready, _ = ray.wait([*self.starting, *self.running], num_returns=1, timeout=TICK_SECONDS)
         if not ready:
             return None

@@ -238,6 +238,11 @@ def _spoken_of() -> Iterator[None]:
 
 def pending() -> str:
     """What Ray has no room for at this moment, and what is free: `waits for 0.5 CPU, 0.4 free`; empty when nothing."""
+    return waiting_words(demands(), ray.available_resources())
+
+
+def demands() -> dict[tuple[tuple[str, float], ...], int]:
+    """What Ray has no room for at this moment: shape (resources by name, sorted) -> how many."""
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
     state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
@@ -247,7 +252,7 @@ def pending() -> str:
     for gang in state.pending_gang_resource_requests:
         for request in gang.requests:
             _count(asked, request.resources_bundle, 1)
-    return waiting_words(asked, ray.available_resources())
+    return asked
 
 
 def _count(asked: dict[tuple[tuple[str, float], ...], int], bundle: Any, count: int) -> None:

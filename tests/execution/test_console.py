@@ -39,6 +39,26 @@ def test_a_still_line_says_by_time_what_is_waited_for(
     assert any(x.endswith(": at work") for x in lines)
 
 
+def test_a_line_says_rate_workers_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of late, not on average: 100 images in the first 1000 s, then 10 a second; what was there before is no rate."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Progress("synthesize", 50_000, "images") as line:
+        line.already(20_000)
+        now[0] = 1000.0
+        line.workers = 1
+        line.advance(100)
+        line.workers = 3
+        for second in range(1001, 1101):
+            now[0] = float(second)
+            line.advance(10)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "synthesize 20,100 of 50,000 images, 0.1 a second, 1 worker, 1000 s, 83 h 03 min left"
+    assert told[-2] == "synthesize 21,100 of 50,000 images, 10.0 a second, 3 workers, 1100 s, 48 min left"
+
+
 def test_words_that_fail_leave_a_line_all_the_same(
     soon: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

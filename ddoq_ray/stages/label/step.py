@@ -152,9 +152,10 @@ def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[in
         for unit, result in run_elastic(
             spawn,
             units,
-            Elastic("label", max_workers=config.labels.workers),
+            Elastic.of(config.cluster, "label", "teacher", max_workers=config.labels.workers),
             name=lambda u: f"{u.labels}/{u.name} epochs {u.first}-{u.last - 1}",
             on_event=lambda event, **f: run.events.add(event, stage="label", **f),
+            progress=progress,
         ):
             labels, size = made[of[unit.labels]]
             made[of[unit.labels]] = (labels + result["labels"], size + result["bytes"])

@@ -95,13 +95,21 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
         return options.remote(config, run.dir, classes)
 
     with Progress("synthesize", sum(len(j.unit) for j in jobs), "images") as progress:
-        progress.advance(sum(s["images"] for s in shards.values()))
+        progress.already(sum(s["images"] for s in shards.values()))
         for job, result in run_elastic(
             spawn,
             [job for job in jobs if job.name not in shards],
-            Elastic("synthesize", config.synthesizer.min_workers, config.synthesizer.max_workers, ahead=1),
+            Elastic.of(
+                config.cluster,
+                "synthesize",
+                "decoder",
+                min_workers=config.synthesizer.min_workers,
+                max_workers=config.synthesizer.max_workers,
+                ahead=1,
+            ),
             name=lambda job: job.name,
             on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
+            progress=progress,
         ):
             shards[job.name] = result
             progress.advance(result["images"])
