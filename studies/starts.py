@@ -157,6 +157,8 @@ def main() -> None:
     for ipc in asked.ipc:
         for case in cases(ipc, asked.candidates):
             facts = about | {"ipc": ipc} | case.facts
+            if case.method == "random":
+                del facts["prior"]  # it has no part in these rows
             if asked.only and not any(word in json.dumps(case.facts) for word in asked.only):
                 continue
             rule, finished = protocol(ipc, asked.epochs), Finished(asked.work / "rows.jsonl", facts)
