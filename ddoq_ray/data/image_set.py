@@ -29,7 +29,12 @@ EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "we
 
 @dataclass(frozen=True)
 class DistilledImage:
-    """One image of a distilled set; `weight` is the mass of its Voronoi cell and sums to 1 in a class."""
+    """One image of a distilled set.
+
+    Attributes:
+        weight: The mass of its Voronoi cell; sums to 1 in a class.
+        attempt: How often it was made anew.
+    """
 
     key: str
     class_id: int
@@ -38,6 +43,7 @@ class DistilledImage:
     prompt: str
     data: bytes
     shard: str = ""
+    attempt: int = 0
 
     @property
     def picture(self) -> Image.Image:
@@ -164,7 +170,9 @@ def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
     number, weight = int(facts["centroid_id"]), float(facts["weight"])
     if not 0 <= weight <= 1:  # false for NaN too
         raise ValueError(f"{shard}: {key}.json has weight {weight}; expected the mass of a Voronoi cell, 0 to 1")
-    return DistilledImage(key, class_id, number, weight, facts.get("prompt", ""), picture, shard)
+    return DistilledImage(
+        key, class_id, number, weight, facts.get("prompt", ""), picture, shard, facts.get("attempt", 0)
+    )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Synthesize(Step):
         idle = [k for k in ("guide_until", "guide_scale", "guide_pool") if own.start != "guided"]
         idle += ["strength"] if own.start in ("noise", "guided") else []
         idle += ["keep"] if own.candidates == 1 else []
+        idle += ["retries"] if own.noiseless else []
         idle += ["quality"] if own.format == "png" else []
         idle += ["judge"]  # its content counts, not its path: see `inputs`
         options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
