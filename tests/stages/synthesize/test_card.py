@@ -58,9 +58,9 @@ def test_the_head_is_a_hubs_and_the_table_has_the_facts() -> None:
     assert card.data.license == "unknown" and card.data.size_categories == ["n<1K"]
     assert card.data.to_dict()["configs"][0]["data_files"] == [{"split": "train", "path": "images-*.tar"}]
     for row in (
-        "| method | `ddoq` |", "| prior | my-prior (`0123abcd`) |", "| teacher | my-teacher |", 
-        "| images a class | 2 |", "| classes | 3 |", "| images | 6, in 2 tars |", "| side | 16 px, stored as png |", "| seed | 7 |",
-        "| digest | `ff00` |", "| 1 | dog \\| wolf |", "optimal quantization of each class",
+        "| method | `ddoq` |", "| prior | my-prior (`0123abcd`) |", "| teacher | my-teacher |",
+        "| images a class | 2 |", "| classes | 3 |", "| images | 6, in 2 tars |", "| side | 16 px, stored as png |",
+        "| seed | 7 |", "| digest | `ff00` |", "| 1 | dog \\| wolf |", "optimal quantization of each class",
     ):  # fmt: skip
         assert row.lower() in text.lower(), row
     assert "| teacher | none |" in dataset_card(dataclasses.replace(FACTS, teacher=None))
