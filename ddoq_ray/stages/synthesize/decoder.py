@@ -114,7 +114,9 @@ class Decoder:
         )
 
     def _encoded(self, pictures: npt.NDArray[np.uint8]) -> list[bytes]:
-        return [encode_picture(picture, self.how.format, self.how.quality) for picture in pictures]
+        form = self.how.format
+        quality = {} if form == "png" else {"quality": self.how.quality}
+        return [encode_picture(picture, form, **quality) for picture in pictures]
 
     def _sampling(self, codebook: Folder) -> Sampling:
         from ddoq_ray.models.priors.base import Sampling
