@@ -100,6 +100,11 @@ _RULES: tuple[Rule, ...] = (
         _fixed("synthesizer.start=noise ignores the centroids"),
     ),
     (
+        "synthesizer.retries",
+        lambda c: c.synthesizer.noiseless,
+        _fixed("synthesizer.strength=0 adds no noise that could be other"),
+    ),
+    (
         "synthesizer.quality",
         lambda c: c.synthesizer.format == "png",
         _fixed("synthesizer.format=png keeps every pixel as it is"),

@@ -41,6 +41,9 @@ class SynthesizerConfig:
         "latent is nearest to this centroid",
     )
     judge: str | None = option(None, "classifier that chooses among candidates, as teacher.path; null = the teacher")
+    retries: int = option(
+        2, "how often an image of one colour, or of NaN or infinite values, is made anew from other noise"
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "the arithmetic of denoiser and decoder")
     channels_last: bool = option(False, "channels innermost, which convolutions in half precision want")
     compile: bool = option(False, "run the denoiser through torch.compile")
@@ -80,6 +83,7 @@ class SynthesizerConfig:
             self.image_size is None or self.image_size >= 1,
             f"synthesizer.image_size={self.image_size}: expected 1 or more, or null",
         )
+        require(self.retries >= 0, f"synthesizer.retries={self.retries}: expected 0 or more")
         require(1 <= self.quality <= 100, f"synthesizer.quality={self.quality}: expected 1 to 100")
         require(self.shard_images >= 1, f"synthesizer.shard_images={self.shard_images}: expected 1 or more")
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")
@@ -87,6 +91,11 @@ class SynthesizerConfig:
             self.max_workers >= self.min_workers,
             f"synthesizer.max_workers={self.max_workers} is below synthesizer.min_workers={self.min_workers}",
         )
+
+    @property
+    def noiseless(self) -> bool:
+        """Whether centroids are decoded as they are: there is no noise that could be other."""
+        return self.strength == 0 and self.start not in ("noise", "guided")
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -6,21 +6,25 @@ the webdataset library and Hugging Face datasets read it too; this module is the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture
 from ddoq_ray.data.samples import decode_rgb, encode_png, list_shards, to_square
+from ddoq_ray.data.tar_headers import Header
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.local_copies import local_copies
 from ddoq_ray.storage.transport import open_shard
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -29,7 +33,12 @@ EXTENSIONS: dict[PictureFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "we
 
 @dataclass(frozen=True)
 class DistilledImage:
-    """One image of a distilled set; `weight` is the mass of its Voronoi cell and sums to 1 in a class."""
+    """One image of a distilled set.
+
+    Attributes:
+        weight: The mass of its Voronoi cell; sums to 1 in a class.
+        attempt: How often it was made anew.
+    """
 
     key: str
     class_id: int
@@ -38,6 +47,7 @@ class DistilledImage:
     prompt: str
     data: bytes
     shard: str = ""
+    attempt: int = 0
 
     @property
     def picture(self) -> Image.Image:
@@ -127,26 +137,46 @@ def read_images(shards: list[str]) -> Iterator[DistilledImage]:
         ValueError: When a shard is not one that `synthesize` (or a baseline) wrote.
     """
     for shard in shards:
-        try:
+        with _naming(shard):
             yield from _read_shard(shard)
-        except tarfile.ReadError as error:
-            raise ValueError(f"{shard}: {error}; expected a whole tar of images, made by synthesize") from error
+
+
+@contextlib.contextmanager
+def _naming(shard: str) -> Iterator[None]:
+    """What is no tar is told by its shard's name."""
+    try:
+        yield
+    except tarfile.ReadError as error:
+        raise ValueError(f"{shard}: {error}; expected a whole tar of images, made by synthesize") from error
 
 
 def _read_shard(shard: str) -> Iterator[DistilledImage]:
-    with open_shard(shard) as f, tarfile.open(fileobj=f, mode="r:") as tar:
+    with open_shard(shard) as f:
+        for image, _, _ in _samples(shard, f):
+            yield image
+
+
+def _samples(shard: str, file: IO[bytes], *, pictures: bool = True) -> Iterator[tuple[DistilledImage, int, int]]:
+    """The images of a tar, with the first byte of each one's members and the one after the last.
+
+    Args:
+        pictures: Whether `data` is read; empty otherwise.
+    """
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
         members: dict[str, bytes] = {}
-        key = ""
+        key, start = "", 0
         for info in tar:
             stem, _, extension = info.name.partition(".")
             if stem != key and members:
-                yield _image(shard, key, members)
+                yield _image(shard, key, members), start, info.offset
                 members = {}
+            if not members:
+                start = info.offset
             key = stem
-            member = tar.extractfile(info)
+            member = tar.extractfile(info) if pictures or extension in ("cls", "json") else None
             members[extension] = member.read() if member else b""
         if members:
-            yield _image(shard, key, members)
+            yield _image(shard, key, members), start, tar.offset
 
 
 def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
@@ -164,7 +194,9 @@ def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
     number, weight = int(facts["centroid_id"]), float(facts["weight"])
     if not 0 <= weight <= 1:  # false for NaN too
         raise ValueError(f"{shard}: {key}.json has weight {weight}; expected the mass of a Voronoi cell, 0 to 1")
-    return DistilledImage(key, class_id, number, weight, facts.get("prompt", ""), picture, shard)
+    return DistilledImage(
+        key, class_id, number, weight, facts.get("prompt", ""), picture, shard, facts.get("attempt", 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -228,39 +260,76 @@ def _squares(pictures: list[np.ndarray | None], side: int) -> list[np.ndarray | 
 
 
 class DistilledDataset:
-    """A torch map-style dataset of (image, label, weight).
+    """A torch map-style dataset of (image, label, weight), for any number of DataLoader's workers.
 
     `image` is a uint8 tensor [3, H, W] (or what `transform` makes of the PIL picture), `label` the class_id,
     `weight` K times the mass of the image's Voronoi cell: mean 1 in a class, ready to multiply a loss
-    (Algorithm 4, line 3).
+    (Algorithm 4, line 3). Images are read from their tars as they are asked for: what is held, and pickled for a
+    worker, is some 40 bytes an image. Shards of a store are copied to this machine's disk first.
+
+    Attributes:
+        shards: The tars, as they were given.
+        class_ids: int64 [N].
+        weights: float64 [N], masses of the Voronoi cells, which sum to 1 in a class; a sampler that draws by them draws
+            every class as often as any other.
+        ipc: class_id -> its images.
     """
 
-    def __init__(self, shards: list[str], transform: Callable[[Any], Any] | None = None) -> None:
-        self.items = list(read_images(shards))
-        self.transform = transform
-        per_class: dict[int, int] = {}
-        for item in self.items:
-            per_class[item.class_id] = per_class.get(item.class_id, 0) + 1
-        self.ipc = per_class
+    def __init__(
+        self, shards: list[str], transform: Callable[[Any], Any] | None = None, cache: str | None = None
+    ) -> None:
+        """`cache`: a folder for copies of shards of a store; by default one that goes with the dataset."""
+        self.shards, self.transform = shards, transform
+        self._files, self._folder = local_copies(shards, cache)
+        columns: list[array[Any]] = [array(kind) for kind in "qdiqq"]
+        for number, (shard, file) in enumerate(zip(shards, self._files, strict=True)):
+            with _naming(shard), open(file, "rb") as f:
+                for image, start, end in _samples(shard, f, pictures=False):
+                    for column, value in zip(columns, (image.class_id, image.weight, number, start, end), strict=True):
+                        column.append(value)
+        self.class_ids, self.weights, self._number, self._start, self._end = map(np.array, columns)
+        found, counts = np.unique(self.class_ids, return_counts=True)
+        self.ipc: dict[int, int] = dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folder": None}  # the copies are the first one's to remove
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.class_ids)
+
+    def item(self, index: int) -> DistilledImage:
+        """An image with all that is known of it.
+
+        Raises:
+            ValueError: Its shard is no longer what it was.
+        """
+        shard, start = self.shards[self._number[index]], int(self._start[index])
+        with _naming(shard):
+            with open(self._files[self._number[index]], "rb") as f:
+                f.seek(start)
+                data = f.read(int(self._end[index]) - start)
+            for image, _, _ in _samples(shard, io.BytesIO(data)):
+                if (image.class_id, image.weight) == (self.class_ids[index], self.weights[index]):
+                    return image
+        raise ValueError(f"{shard} has changed since it was loaded; load the set again")
 
     def __getitem__(self, index: int) -> tuple[Any, int, float]:
         import torch
 
-        item = self.items[index]
+        item = self.item(index)
         picture = item.picture
         image = self.transform(picture) if self.transform else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return image, item.class_id, item.weight * self.ipc[item.class_id]
 
 
-def load(path: str, transform: Callable[[Any], Any] | None = None) -> DistilledDataset:
+def load(path: str, transform: Callable[[Any], Any] | None = None, cache: str | None = None) -> DistilledDataset:
     """Load a distilled dataset.
 
     Args:
         path: A run directory, its images/ folder, or a glob of image shards; local or a URL.
         transform: Applied to each PIL picture; by default it becomes a uint8 tensor [3, H, W].
+        cache: Of shards in a store: a folder for their copies, which the next `load` finds there. By default they are
+            removed with the dataset.
 
     Raises:
         ValueError: When there are no image shards.
@@ -268,4 +337,4 @@ def load(path: str, transform: Callable[[Any], Any] | None = None) -> DistilledD
     folder = Folder(path)
     if folder.names("images/*.tar"):
         path = folder.path("images")
-    return DistilledDataset(list_shards(path, key="path"), transform)
+    return DistilledDataset(list_shards(path, key="path"), transform, cache)

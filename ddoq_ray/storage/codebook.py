@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
 from ddoq_ray.storage.row_groups import DamagedGroup, file_digests, metadata_of, read_groups, span_of
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
+AT_ONCE = 8  # parts that are opened
 CHECK = "check"  # in a part's record: sha256 of the rest of it
 MEND = (
     "bring it back, or remove this part's two files and the manifest.json beside them and run the quantize stage "
@@ -133,8 +135,6 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
 def open_parts(codebook: Folder) -> Iterator[Part]:
     """The parts of a finished codebook, in the order of their classes; none of their centroids is read.
 
-    One after another, since the footers of 21,841 classes together would take 100 MB.
-
     Raises:
         ValueError: When one is gone or cut: what it held would be left out of everything that follows, without a word.
     """
@@ -143,10 +143,10 @@ def open_parts(codebook: Folder) -> Iterator[Part]:
         for name in (*codebook.names(layout.CODEBOOK_PARTS), *codebook.names(layout.CODEBOOK_RECORDS))
     }
     held = 0
-    for index in range(len(stems)):
-        part = Part(codebook, layout.codebook_part(index))
-        held += part.record.centroids
-        yield part
+    with ThreadPoolExecutor(AT_ONCE) as threads:  # a store takes a while for each of the three requests of a part
+        for part in threads.map(partial(Part, codebook), map(layout.codebook_part, range(len(stems)))):
+            held += part.record.centroids
+            yield part
     made = (Artifact(codebook, "quantize").manifest() or {}).get("centroids")
     if made is not None and held != made:
         raise ValueError(

@@ -56,6 +56,7 @@ CODEBOOK_RECORDS = "part-*.json"
 SNAPSHOTS = "snapshots"
 
 HEAD = "head.safetensors"  # beside feature labels
+CARD = "README.md"  # of a finished image set
 IMAGE_SHARDS = "images-*.tar"
 IMAGE_RECORDS = ".records"  # a file an image shard; hidden, since other libraries take a folder's files for data
 
@@ -132,6 +133,11 @@ class Place:
     @staticmethod
     def of_method(name: str, ipc: int) -> Place:
         return Place(posixpath.join(COMPARE, f"{name}-ipc{ipc}"))
+
+    @property
+    def method(self) -> str:
+        """The method whose parts it holds; empty for the run's own."""
+        return posixpath.basename(self.root).rpartition("-ipc")[0]
 
     def draw(self, index: int) -> Place:
         """The image set of one of a method's draws."""

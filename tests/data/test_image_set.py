@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+from support.counted_store import Counted, counted_store
 
 import ddoq_ray
 from ddoq_ray.data.image_set import (
@@ -90,7 +95,7 @@ def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:
         data = ddoq_ray.load(str(path))
         assert len(data) == 6
         keys = [(c, k) for c, weights in WEIGHTS.items() for k in range(len(weights))]
-        assert [(i.class_id, i.centroid_id) for i in data.items] == keys
+        assert [(i.class_id, i.centroid_id) for i in map(data.item, range(6))] == keys
 
 
 def test_items_are_image_label_and_weight_of_mean_one_in_a_class(run: Path) -> None:
@@ -101,7 +106,7 @@ def test_items_are_image_label_and_weight_of_mean_one_in_a_class(run: Path) -> N
     assert (label, round(weight, 12)) == (0, 0.9)  # 3 x 0.3
     for c in WEIGHTS:
         assert np.isclose(np.mean([w for _, label, w in data if label == c]), 1)
-    assert data.items[-1].prompt == "p4"
+    assert data.item(-1).prompt == "p4" and data.item(-1).key == "00004-0001"
 
 
 def test_transform_gets_the_picture_and_a_loader_batches(run: Path) -> None:
@@ -176,3 +181,89 @@ def test_what_is_no_distilled_set_says_so(tmp_path: Path) -> None:
         shard.write_bytes(body)
         with pytest.raises(ValueError, match=words):
             list(read_images([str(shard)]))
+
+
+class TestManyImages:
+    """A set of 24 MB in four tars."""
+
+    CLASSES, IPC, SIDE = 20, 20, 144
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        place, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+        for shard in range(4):
+            made = []
+            for c in range(shard * 5, shard * 5 + 5):
+                for k in range(self.IPC):
+                    pixels = rng.integers(0, 256, (self.SIDE, self.SIDE, 3), dtype=np.uint8)
+                    pixels[0, 0] = c, k, 0
+                    weight = (k + 1) / sum(range(1, self.IPC + 1))
+                    made.append(NewImage(c, k, weight, f"p{c}", 0, encode_png(pixels)))
+            write_images(Folder(str(place)), f"images-{shard:06d}", made)
+        return place
+
+    def test_workers_read_the_same_in_little_memory(self, folder: Path) -> None:
+        size = sum(p.stat().st_size for p in folder.glob("*.tar"))
+        assert size > 20e6
+        tracemalloc.start()
+        try:
+            data = ddoq_ray.load(str(folder))
+            held, peak = tracemalloc.get_traced_memory()
+            for i in range(0, len(data), 7):
+                data[i]
+            _, read = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 300_000 and peak < 2_000_000 and read < 3_000_000
+        assert len(pickle.dumps(data)) < 60 * len(data) + 2000
+        loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=2)
+        seen = [torch.stack([images[:, 0, 0, 0].long(), labels]) for images, labels, _ in loader]
+        seen_classes = torch.cat(seen, 1)
+        assert seen_classes[0].tolist() == seen_classes[1].tolist() == data.class_ids.tolist()
+
+    def test_weights_are_for_a_sampler(self, folder: Path) -> None:
+        data = ddoq_ray.load(str(folder))
+        assert data.weights.dtype == np.float64 and data.class_ids.dtype == np.int64
+        assert data.weights.shape == data.class_ids.shape == (len(data),)
+        assert np.allclose([data.weights[data.class_ids == c].sum() for c in range(self.CLASSES)], 1)
+        generator = torch.Generator().manual_seed(0)
+        sampler = torch.utils.data.WeightedRandomSampler(data.weights, 20_000, generator=generator)
+        drawn = np.bincount(np.fromiter(sampler, np.int64), minlength=len(data)) / 20_000
+        assert np.abs(drawn - data.weights / self.CLASSES).max() < 0.003
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=8, sampler=torch.utils.data.WeightedRandomSampler(data.weights, 8), num_workers=2
+        )
+        images, labels, weights = next(iter(loader))
+        assert images.shape == (8, 3, self.SIDE, self.SIDE) and labels.dtype == torch.int64
+        assert torch.allclose(weights, (images[:, 1, 0, 0].double() + 1) * self.IPC / 210)
+
+    def test_shards_of_a_store_are_copied_once(self, folder: Path, tmp_path: Path) -> None:
+        url = counted_store()
+        for path in folder.glob("*.tar"):
+            MemoryFileSystem().pipe_file(f"/store/images/{path.name}", path.read_bytes())
+        data = ddoq_ray.load(url)
+        size = sum(p.stat().st_size for p in folder.glob("*.tar"))
+        assert sum(Counted.read_of(".tar")) == size and data.shards[0].startswith("counted://")
+        plain = ddoq_ray.load(str(folder))
+        assert torch.equal(data[37][0], plain[37][0]) and data[37][1:] == plain[37][1:]
+        copies = Path(data._files[0]).parent
+        worker = pickle.loads(pickle.dumps(data))
+        del worker
+        loader = torch.utils.data.DataLoader(data, batch_size=200, num_workers=2)
+        assert [len(labels) for _, labels, _ in loader] == [200, 200]
+        assert len(list(copies.iterdir())) == 4 and sum(Counted.read_of(".tar")) == size
+        del data, loader
+        gc.collect()
+        assert not copies.exists()
+        for _ in range(2):
+            kept = ddoq_ray.load(url, cache=str(tmp_path / "cache"))
+            assert kept.item(399).prompt == "p19"
+        assert sum(Counted.read_of(".tar")) == 2 * size and len(list((tmp_path / "cache").iterdir())) == 4
+
+    def test_a_set_that_is_made_anew_meanwhile_is_told(self, folder: Path, tmp_path: Path) -> None:
+        tar = tmp_path / "images-000000.tar"
+        tar.write_bytes((folder / "images-000000.tar").read_bytes())
+        data = ddoq_ray.load(str(tmp_path))
+        tar.write_bytes((folder / "images-000001.tar").read_bytes())
+        with pytest.raises(ValueError, match=r"images-000000\.tar.*(load the set again|made by synthesize)"):
+            data[50]

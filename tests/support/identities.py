@@ -72,6 +72,10 @@ DECLARED = {
         "protocol.val_crop",
     ): "how the teacher is checked; what it does to stored pictures is in the identity",
     ("label", "teacher.min_top1"): "when the teacher is refused",
+    **{
+        ("synthesize", f"dataset.{key}"): "a word in the card, which is no part of the set"
+        for key in ("torchvision", "path", "source")
+    },
     ("train", "synthesizer.shard_images"): "how images lie in files",
     ("train", "weights.scheme"): "which methods there are; a student's own scheme is in its identity",
     ("prepare", "ipc"): "classes that are too small are told of",

@@ -1,4 +1,4 @@
-"""Synthesized images that are one constant colour: counted, told, and refused where a set holds nothing else.
+"""Synthesized images that are one constant colour: counted, named, refused where a set holds nothing else.
 
 A damaged prior often gives them (black, or the grey of a decoder that answers nothing), and each is a valid picture.
 """
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ddoq_ray.execution.workers import say
 
 Key = tuple[int, int]  # class_id, centroid_id
+NAMED = 5  # of them in a message, the first of a shard each
 
 
 def constant_facts(pictures: Iterable[tuple[Key, npt.NDArray[np.uint8]]]) -> dict[str, Any]:
@@ -33,20 +34,22 @@ def check_constant(place: str, shards: Sequence[dict[str, Any]], classes: Sequen
     Raises:
         ValueError: When all of them are.
     """
-    images, constant = (sum(s[key] for s in shards) for key in ("images", "constant"))
-    first = next((s["first_constant"] for s in shards if s["constant"]), None)
-    if first is None:
-        return {"constant": 0, "first_constant": None}
-    which = f"class {first[0]} ({classes[first[0]]}), centroid {first[1]}"
+    images, constant, retried = (sum(s.get(key, 0) for s in shards) for key in ("images", "constant", "retried"))
+    if retried:
+        say(f"synthesize {retried:,} of {images:,} images of {place} were made anew from other noise")
+    named = [s["first_constant"] for s in shards if s["constant"]]
+    if not named:
+        return {"constant": 0, "first_constant": None, "retried": retried}
+    which = "; ".join(f"class {c} ({classes[c]}), centroid {k}" for c, k in named[:NAMED])
     if constant == images:
         raise ValueError(
-            f"synthesize: all {images:,} images of {place} are one constant colour each, the first that of {which}; "
+            f"synthesize: all {images:,} images of {place} are one constant colour each, such as {which}; "
             "the prior cannot make images of these centroids: check prior.path (its decoder's weights, its "
             "scaling_factor and the scheduler's settings), or lower synthesizer.strength and synthesizer.guidance; "
             "then go on with overwrite=true"
         )
     say(
-        f"synthesize {constant:,} of {images:,} images of {place} are one constant colour, the first that of {which}; "
+        f"synthesize {constant:,} of {images:,} images of {place} are one constant colour, such as {which}; "
         "check them, and the prior"
     )
-    return {"constant": constant, "first_constant": first}
+    return {"constant": constant, "first_constant": named[0], "retried": retried}

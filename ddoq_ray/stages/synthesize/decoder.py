@@ -64,7 +64,7 @@ class Decoder:
         if judge is not None:
             candidates = Candidates(how.candidates, load_classifier(judge, device()), how.keep)
         prior = load_prior(config.prior.given, device=device(), **config.prior.loading, **how.loading)
-        self.synthesizer = Synthesizer(prior, config.seed, how.batch, candidates, how.image_size)
+        self.synthesizer = Synthesizer(prior, config.seed, how.batch, candidates, how.image_size, how.retries)
         self.run_folder = run_folder
         self.how, self.seed, self.classes = how, config.seed, classes
         self.rows: dict[str, LastRows] = {}  # of each set
@@ -94,7 +94,8 @@ class Decoder:
         ]
         record = write_images(self.run_folder / Place(job.folder).images, job.unit.name, images)
         pictures = (picture for made, _ in parts for picture in made.pictures)
-        return publish_record(self.run_folder, job, record | constant_facts(zip(job.unit.keys, pictures, strict=True)))
+        record |= constant_facts(zip(job.unit.keys, pictures, strict=True))
+        return publish_record(self.run_folder, job, record | {"retried": sum("attempt" in fact for fact in facts)})
 
     def _books(self, job: Job, codebook: Folder) -> dict[int, ClassBook]:
         with self.at_rows:
@@ -113,7 +114,9 @@ class Decoder:
         )
 
     def _encoded(self, pictures: npt.NDArray[np.uint8]) -> list[bytes]:
-        return [encode_picture(picture, self.how.format, self.how.quality) for picture in pictures]
+        form = self.how.format
+        quality = {} if form == "png" else {"quality": self.how.quality}
+        return [encode_picture(picture, form, **quality) for picture in pictures]
 
     def _sampling(self, codebook: Folder) -> Sampling:
         from ddoq_ray.models.priors.base import Sampling

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ddoq_ray.data.image_set import read_images, shard_record
 from ddoq_ray.execution.workers import say
@@ -74,7 +75,14 @@ def _records(images: Folder) -> dict[str, dict[str, Any]]:
 
 def _read(run_folder: Folder, job: Job) -> dict[str, Any]:
     """The record of a published shard, by what is in it."""
-    name = f"{job.name}.tar"
-    pictures = (((i.class_id, i.centroid_id), np.asarray(i.picture)) for i in read_images([run_folder.path(name)]))
+    name, retried = f"{job.name}.tar", 0
+
+    def pictures() -> Iterator[tuple[tuple[int, int], npt.NDArray[np.uint8]]]:
+        nonlocal retried
+        for image in read_images([run_folder.path(name)]):
+            retried += image.attempt > 0
+            yield (image.class_id, image.centroid_id), np.asarray(image.picture)
+
+    facts = constant_facts(pictures())
     record = shard_record(job.unit.name, len(job.unit), run_folder.read(name))
-    return record | constant_facts(pictures)
+    return record | facts | {"retried": retried}

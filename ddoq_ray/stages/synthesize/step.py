@@ -16,17 +16,21 @@ from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
+from ddoq_ray.data.image_set import EXTENSIONS
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress
 from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.stages.synthesize.card import CardFacts, dataset_card, title_of
 from ddoq_ray.stages.synthesize.constant_images import check_constant
 from ddoq_ray.stages.synthesize.decoder import Decoder
 from ddoq_ray.stages.synthesize.jobs import Job, image_jobs, judge_of
 from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.storage.artifact import Artifact, digest_of
-from ddoq_ray.storage.layout import Place
+from ddoq_ray.storage.layout import CARD, Place
 from ddoq_ray.storage.records import ClassInfo
+
+OWN = "ddoq"  # the method of the run's own set: others that share it differ by its weights in the loss alone
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Synthesize(Step):
         idle = [k for k in ("guide_until", "guide_scale", "guide_pool") if own.start != "guided"]
         idle += ["strength"] if own.start in ("noise", "guided") else []
         idle += ["keep"] if own.candidates == 1 else []
+        idle += ["retries"] if own.noiseless else []
         idle += ["quality"] if own.format == "png" else []
         idle += ["judge"]  # its content counts, not its path: see `inputs`
         options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
@@ -119,6 +124,8 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
 def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict[str, Any]], seconds: float) -> None:
     images = sum(s["images"] for s in shards)
     constant = check_constant(step.at.root or "the run", shards, [c.prompt for c in run.data.classes])
+    digest = digest_of([s["sha256"] for s in shards])
+    (run.dir / step.place).publish(CARD, _card(run, step, shards, digest).encode())
     step.artifact(run.dir).finish(
         facts,
         seconds=round(seconds, 3),
@@ -127,7 +134,28 @@ def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict
         bytes=sum(s["bytes"] for s in shards),
         shards=shards,
         **constant,
-        digest=digest_of([s["sha256"] for s in shards]),
+        digest=digest,
         environment=run.networks.environment,
     )
     run.events.add("stage finished", stage="synthesize", folder=step.at.root, images=images)
+
+
+def _card(run: Run, step: Synthesize, shards: list[dict[str, Any]], digest: str) -> str:
+    config, networks = run.config, run.networks
+    return dataset_card(
+        CardFacts(
+            name=config.dataset.title,
+            method=step.at.method or OWN,
+            prior=title_of(config.prior.given),
+            prior_id=networks.prior_id,
+            teacher=config.teacher.title if networks.teacher_id else None,
+            ipc=config.ipc,
+            images=sum(s["images"] for s in shards),
+            shards=len(shards),
+            side=config.synthesizer.image_size or networks.image_size,
+            extension=EXTENSIONS[config.synthesizer.format],
+            digest=digest,
+            classes=[c.prompt for c in run.data.classes],
+            seed=config.seed,
+        )
+    )

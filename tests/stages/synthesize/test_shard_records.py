@@ -28,8 +28,8 @@ def picture(c: int, k: int) -> np.ndarray:
 def publish(run: Folder, job: Job, record: bool = True) -> dict[str, Any]:
     """As a decoder does; without the record: cut off between the two."""
     pictures = {key: picture(*key) for key in job.unit.keys}
-    images = [NewImage(c, k, 0.5, "", 0, encode_png(p)) for (c, k), p in pictures.items()]
-    made = write_images(run / "images", job.unit.name, images) | constant_facts(pictures.items())
+    images = [NewImage(c, k, 0.5, "", 0, encode_png(p), {"attempt": 1} if k else {}) for (c, k), p in pictures.items()]
+    made = write_images(run / "images", job.unit.name, images) | constant_facts(pictures.items()) | {"retried": 1}
     return publish_record(run, job, made) if record else made
 
 
@@ -47,6 +47,7 @@ def test_finished_shards_are_known_without_being_opened(run: Folder, capsys: pyt
     assert Counted.read_of(".tar") == [] and len(Counted.read_of(".json")) == 3 and Counted.listings == 2
     assert made[JOBS[1].name] | {"bytes": 0, "sha256": ""} == {
         "name": "images-000001", "images": 3, "bytes": 0, "sha256": "", "constant": 2, "first_constant": [1, 0],
+        "retried": 1,
     }  # fmt: skip
     assert not capsys.readouterr().err
 

@@ -34,7 +34,7 @@ def test_a_constant_image_has_one_colour_and_one_other_value_makes_it_a_picture(
 
 def test_constant_images_are_told_with_the_first_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     facts = check_constant("compare/d4m", [shard(), shard((1, 3), (2, 0))], NAMES)
-    assert facts == {"constant": 2, "first_constant": [1, 3]}
+    assert facts == {"constant": 2, "first_constant": [1, 3], "retried": 0}
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert all(w in said for w in ("2 of 8 images of compare/d4m", "class 1 (one), centroid 3", "prior"))
