@@ -239,7 +239,7 @@ def test_cap_gives_as_many_centroids_as_images(run_dir: Path) -> None:
     assert {c: (len(n), sum(n)) for c, n in counted.items()} == {0: (5, 8), 1: (5, 8), 2: (4, 4)}
     data = ddoq_ray.load(str(run_dir))
     assert data.ipc == {0: 5, 1: 5, 2: 4}
-    assert np.isclose(sum(i.weight for i in data.items), 3)
+    assert np.isclose(data.weights.sum(), 3)
 
 
 def test_drop_leaves_the_class_out(corpus: Path, run_dir: Path, tmp_path: Path) -> None:
