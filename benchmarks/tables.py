@@ -91,11 +91,29 @@ def winners(rows: Sequence[Row]) -> dict[str, str]:
     return {"winners": markdown(head, [[str(k), *(_ratio(rows, k, *column) for column in columns)] for k in KS])}
 
 
+def starts(rows: Sequence[Row]) -> dict[str, str]:
+    """Top-1 of students by how centroids became images, with the number of seeds."""
+    keys = ("strength", "guide_until", "guide_scale", "guide_pool")
+
+    def settings(row: Row) -> str:
+        told = [f"{key} {row[key]:g}" for key in keys if key in row] + (["rescaled"] if row["rescale"] else [])
+        return ", ".join(told) or "-"
+
+    lines = [
+        [str(row["ipc"]), f"`{row['method']}`", row.get("start", "-"), settings(row), str(row["candidates"]),
+         f"{row['top1_mean']:.1f}" + ("" if row["top1_std"] is None else f" +- {row['top1_std']:.1f}"),
+         str(row["seeds"])]
+        for row in rows
+    ]  # fmt: skip
+    return {"starts": markdown(["IPC", "method", "start", "settings", "candidates", "top-1", "seeds"], lines)}
+
+
 # Page, result file, and what makes the page's tables from its rows, by name.
 SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),
     ("README.md", "benchmarks/results/quantize.json", quantizers),
     ("docs/adr/0008-corrected-winner.md", "benchmarks/results/quantize.json", winners),
+    ("docs/synthesis.md", "studies/results/starts.json", starts),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 
