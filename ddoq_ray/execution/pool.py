@@ -23,6 +23,7 @@ from ddoq_ray.execution.workers import DEATHS, Progress
 MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
 SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
 REMEMBERED = 999  # finished units of which the median is taken
+IDLE_SECONDS = 5.0  # a worker that was idle for longer is asked whether it is there before it is given a unit
 OWN_GIVE_UP_SECONDS = 120.0  # without a worker on a Ray that no node will join
 TICK_SECONDS = 0.5  # between two looks when nothing happens
 
@@ -143,11 +144,17 @@ class _Unit:
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor that is ready, the units it was given, and since when it is at the first of them (time.monotonic)."""
+    """An actor, and the units it was given.
+
+    Attributes:
+        since: When it began the first of its units, or became idle (time.monotonic).
+        seen: Whether it was ever ready.
+    """
 
     actor: Any
     units: list[_Unit] = field(default_factory=list)
     since: float = 0.0
+    seen: bool = False
 
 
 @dataclass(eq=False)
@@ -158,7 +165,7 @@ class _Pool:
     how: Elastic
     on_event: Callable[..., None]
     queue: deque[_Unit]
-    starting: dict[Any, Any] = field(default_factory=dict)  # ready ref -> actor
+    starting: dict[Any, _Worker] = field(default_factory=dict)  # by the ref of its being ready
     workers: list[_Worker] = field(default_factory=list)
     running: dict[Any, tuple[_Worker, _Unit]] = field(default_factory=dict)  # by result ref
     aside: list[tuple[_Unit, str]] = field(default_factory=list)  # with the reason of the last death
@@ -187,8 +194,10 @@ class _Pool:
             return
         useful = len(self.queue) + sum(bool(w.units) for w in self.workers)
         while len(self.starting) + len(self.workers) < min(self.how.max_workers, useful):
-            actor = self.spawn()
-            self.starting[actor.__ray_ready__.remote()] = actor
+            self._ask(_Worker(self.spawn()))
+
+    def _ask(self, worker: _Worker) -> None:
+        self.starting[worker.actor.__ray_ready__.remote()] = worker
 
     def give(self) -> None:
         """A unit for each idle worker, then units ahead.
@@ -197,10 +206,15 @@ class _Pool:
         Nothing is given ahead while such a unit waits, or no worker would come free for it; nor are the last units, as
         many as there are workers, which are for those that come free first.
         """
+        stale = time.monotonic() - IDLE_SECONDS
         for worker in [w for w in self.workers if not w.units]:
             if not self.queue:
                 return
-            self._hand(self.queue.popleft(), worker)
+            if worker.since < stale:  # nobody would have heard of its death, and a unit would be counted for it
+                self.workers.remove(worker)
+                self._ask(worker)
+            else:
+                self._hand(self.queue.popleft(), worker)
         for level in range(1, self.how.ahead + 1):
             for worker in [w for w in self.workers if len(w.units) == level and not w.units[0].deaths]:
                 if len(self.queue) <= len(self.workers) or self.queue[0].deaths:
@@ -232,8 +246,8 @@ class _Pool:
         at_work = sum(unit.may_be_copied for _, unit in self.running.values())
         for worker in [w for w in self.workers if not w.units][at_work:]:
             self._give_back(worker)
-        for actor in self.starting.values():
-            ray.kill(actor)
+        for worker in self.starting.values():
+            ray.kill(worker.actor)
         self.starting.clear()
 
     def _give_back(self, worker: _Worker) -> None:
@@ -247,8 +261,8 @@ class _Pool:
                 self.queue.appendleft(unit)
 
     def close(self) -> None:
-        for actor in [*self.starting.values(), *(w.actor for w in self.workers)]:
-            ray.kill(actor)
+        for worker in [*self.starting.values(), *self.workers]:
+            ray.kill(worker.actor)
 
     def wait(self) -> tuple[Any, Any] | None:
         """What happens next; (unit, result) if it is the end of a unit."""
@@ -280,7 +294,7 @@ class _Pool:
             self._give_back(other)
 
     def _joined(self, ref: Any) -> None:
-        actor = self.starting.pop(ref)
+        worker = self.starting.pop(ref)
         try:
             ray.get(ref)
         except DEATHS as error:
@@ -290,9 +304,12 @@ class _Pool:
                 raise RuntimeError(f"workers cannot start: {error}") from error
             self.on_event("worker lost", reason=type(error).__name__)
             return
-        self.workers.append(_Worker(actor))
+        worker.since = time.monotonic()
+        self.workers.append(worker)
         self.failed_starts = 0
-        self.on_event("worker joined", workers=len(self.workers))
+        if not worker.seen:
+            worker.seen = True
+            self.on_event("worker joined", workers=len(self.workers))
 
     def _died(self, worker: _Worker, unit: _Unit, error: BaseException) -> None:
         if worker in self.workers:  # else another of its units told of it

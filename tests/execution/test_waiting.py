@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import ray
 
 from ddoq_ray.config.cluster import ClusterConfig, WorkerResources
+from ddoq_ray.execution import pool
 from ddoq_ray.execution.errors import NoWorkers
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.waiting import _of_report, scaling_words
@@ -61,12 +63,30 @@ class TestWaiting:
         assert events[:2] == ["worker joined"] * 2 and sorted(events[2:]) == ["1", "2", "3"]
 
     def test_the_least_is_waited_for_so_long_and_no_longer(self, capsys: pytest.CaptureFixture[str]) -> None:
-        how = Elastic("decode", min_workers=3, max_workers=3, wait_s=3)
+        how = Elastic("decode", min_workers=3, max_workers=3, wait_s=6)
         assert sorted(run_elastic(Echo.remote, [1, 2, 3], how)) == [(1, 1), (2, 2), (3, 3)]
         told = capsys.readouterr().err
-        assert (
-            "2 of 3 workers are ready after 3 s: a worker asks for 1 CPU on one node; the cluster has 2 CPU (0" in told
+        assert re.search(
+            r"[12] of 3 workers are ready after 6 s: a worker asks for 1 CPU on one node; .* 2 CPU \(", told
         )
+
+    def test_an_idle_worker_that_died_costs_no_unit_a_death(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One of two workers is lost while a third is waited for, so at no unit; none is handed to it."""
+        monkeypatch.setattr(pool, "IDLE_SECONDS", 0.5)
+        actors, events = [], []
+
+        def spawn() -> Any:
+            actors.append(Echo.options(num_cpus=1 if len(actors) < 2 else 2).remote())  # no room for the third
+            return actors[-1]
+
+        def on_event(event: str, **facts: Any) -> None:
+            events.append(event)
+            if events == ["worker joined"] * 2:
+                ray.kill(actors[0])
+
+        how = Elastic("decode", min_workers=3, max_workers=3, wait_s=10)
+        assert sorted(run_elastic(spawn, [1, 2, 3], how, on_event=on_event)) == [(1, 1), (2, 2), (3, 3)]
+        assert events.count("worker lost") == 1 and "unit requeued" not in events
 
     def test_more_workers_than_units_are_not_waited_for(self) -> None:
         start = time.monotonic()
