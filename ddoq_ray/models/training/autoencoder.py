@@ -5,8 +5,6 @@ Shape suffixes: B batch, S image size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -14,17 +12,19 @@ from torch import Tensor, nn
 
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.features import FeatureLevels
-from ddoq_ray.models.training.averaging import Average
+from ddoq_ray.models.training.averaging import Average, Resumable
 from ddoq_ray.models.training.course import arithmetic, generator_of
 
 
-class AutoencoderTraining:
+class AutoencoderTraining(Resumable):
     """An AutoencoderKL under training: pixels, KL, and, with a teacher, what the teacher sees.
 
     Attributes:
         network: the autoencoder; what is trained of it is `trained`.
         trained: the whole network, or its decoder alone, so that latents stay what they are.
     """
+
+    network: AutoencoderKL
 
     def __init__(
         self,
@@ -83,20 +83,6 @@ class AutoencoderTraining:
         """The network with its averaged weights, in eval mode."""
         self.average.apply()
         return self.network.eval().requires_grad_(False)
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.restore(state["average"])
 
 
 def build_autoencoder(size: int, config: PriorTraining) -> AutoencoderKL:

@@ -1,9 +1,10 @@
-"""Exponential averages of weights: what is saved of a network that was trained with a noisy loss."""
+"""A network under training with the running average of its weights, which is what is saved of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +53,31 @@ class Average:
         """Take averages from a checkpoint."""
         for mine, saved in zip(self.values, values, strict=True):
             mine.copy_(saved)
+
+
+class Resumable:
+    """What a checkpoint holds of a training.
+
+    Attributes:
+        network: under training.
+        optimizer: of its parameters.
+        average: of its weights.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.restore(state["average"])

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.training.autoencoder import descend
-from ddoq_ray.models.training.averaging import Average
+from ddoq_ray.models.training.averaging import Average, Resumable
 from ddoq_ray.models.training.course import arithmetic, generator_of
 
 # diffusers' classes have no types: a UNet2DModel or a DiTTransformer2DModel.
 Denoiser: TypeAlias = nn.Module
 
 
-class DenoiserTraining:
+class DenoiserTraining(Resumable):
     """A class-conditional denoiser under training: DDPM's loss, labels dropped for classifier-free guidance.
 
     Attributes:
@@ -85,20 +85,6 @@ class DenoiserTraining:
         """The network with its averaged weights."""
         self.average.apply()
         return self.network
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.restore(state["average"])
 
 
 def build_denoiser(latent_shape: tuple[int, int, int], num_classes: int, config: PriorTraining) -> Denoiser:
