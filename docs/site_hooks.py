@@ -31,8 +31,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def keys_page() -> str:
     """Every command with its keys, in the words of `--help`."""
-    parts = ["# Keys", "", "What `ddoq-ray --help` prints, and `ddoq-ray COMMAND --help` of the commands that have keys of their "
-             "own.", "", "## ddoq-ray", "", "```text", help_text().rstrip(), "```"]  # fmt: skip
+    said = "What `ddoq-ray --help` prints, and `ddoq-ray COMMAND --help` of the commands that have keys of their own."
+    parts = ["# Keys", "", said, "", "## ddoq-ray", "", "```text", help_text().rstrip(), "```"]
     for command in COMMANDS:
         if command is not RUN and not command.reads:
             parts += ["", f"## ddoq-ray {command.name}", "", "```text", command_help(command).rstrip(), "```"]
