@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ddoq_ray.commands.table import COMMANDS
 
@@ -32,3 +34,16 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(word in keys for word in ("synthesizer.guide_until", "training.autoencoder_share", "dataset.heldout"))
     assert all(command.name in keys for command in COMMANDS)
     assert (tmp_path / "site/studies/results/theory-weights.svg").exists()
+
+
+def test_the_tutorial_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its blocks, one after another; they hold assertions of their own."""
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/tutorial.md").read_text(), re.S)
+    threads = torch.get_num_threads()
+    names: dict[str, Any] = {"__name__": "tutorial"}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/tutorial.md", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(blocks) >= 4 and "real digits, from fifty images" in capsys.readouterr().out
