@@ -87,7 +87,7 @@ def shrink(config: RunConfig, asks: Sequence[Ask]) -> tuple[RunConfig, list[str]
             before = config.synthesizer.max_workers
             low = min(config.synthesizer.min_workers, count)
             config = _with(config, "synthesizer", min_workers=low, max_workers=count)
-        elif ask.pool == "labels.workers" and config.labels.mode != "online":
+        elif ask.pool == "labels.workers" and config.labels.stored:
             before = config.labels.workers
             config = _with(config, "labels", workers=count)
         elif ask.pool == "quantizer.num_shards":

@@ -19,6 +19,8 @@ from ddoq_ray.data.pictures import encode_png
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation
+from ddoq_ray.stages.train.ranks import Ranks
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
@@ -57,7 +59,7 @@ def small_job(folder: Path, *keys: str, codec: str = "logits", size: int = 8) ->
     )  # fmt: skip
     row = Cell("ddoq", 4, "s", size, "t", "p", 0, "images", "labels", "uniform", Place())
     validation = Validation((run.path("val.tar"),), (6,), CLASSES, 1.0)
-    return Job(run, config, ((row, {"row": 0}),), (), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
+    return Job(run, config, ((row, {"row": 0}),), Real(), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
 
 
 def _labels(labels: Folder, name: str) -> None:
@@ -75,3 +77,13 @@ def _labels(labels: Folder, name: str) -> None:
         labels.publish(f"epoch-{epoch:04d}/images-000000.parquet", out.getvalue())
     labels.publish("head.safetensors", safetensors.torch.save(dict(head.state_dict())))
     Artifact(labels, "label").finish({}, codec=name, shards=[{"name": "images-000000", "images": IMAGES}])
+
+
+class Apart(Ranks):
+    """One of several ranks whose collectives are left out."""
+
+    def most(self, value: int) -> int:
+        return value
+
+    def share_buffers(self, model: Any) -> None:
+        pass

@@ -78,14 +78,14 @@ class Label(Step):
         return manifest
 
     def asks(self, config: RunConfig) -> list[Ask]:
-        count = 1 if config.labels.mode == "online" else config.labels.workers
+        count = config.labels.workers if config.labels.stored else 1
         return [Ask.of(config, "teacher", "teacher", count, "labels.workers")]
 
 
 def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None) -> None:
     """Check the teacher, then label every image set.
 
-    With `labels.mode=online` only the check is done; the teacher labels while students train.
+    With `labels.mode=online` or `hard` only the check is done: nothing is stored.
 
     Args:
         teacher: What the check of this run found, where it was done before.
@@ -101,7 +101,7 @@ def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None)
         step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite)
     made = dict.fromkeys(todo, (0, 0))
     codec = codec_name(run.config, run.networks)
-    if codec != "online":
+    if run.config.labels.stored:
         made |= _label(run, todo, codec)
     seconds = time.time() - start
     total = max(1, sum(n for n, _ in made.values()))

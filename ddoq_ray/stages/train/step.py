@@ -25,6 +25,7 @@ from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # torch: not in a driver that trains nothing
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
 RAY_TRAIN = "train"  # Ray Train's own folder in students/
+# Keys of cluster.trainer that change a student's bytes.
+ARITHMETIC = ("workers", "min_workers", "max_workers", "precision", "channels_last", "compile", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class Train(Step):
             "student": plain(config.student),
             "resize": config.encoder.resize,
             "protocol": {k: v for k, v in plain(config.protocol).items() if k != "name"},
-            "across_classes": config.weights.across_classes,
+            "weights": {k: v for k, v in plain(config.weights).items() if k != "scheme"},
+            "hard_labels": config.labels.mode == "hard",
             "seed": config.seed,
-            "workers": config.cluster.trainer.workers,
+            "trainer": {key: getattr(config.cluster.trainer, key) for key in ARITHMETIC},
             "scheme": self.cell.scheme,
             "student_seed": self.cell.seed,
         }
@@ -112,7 +116,7 @@ def run(run: Run, steps: Sequence[Train]) -> None:
             run=run.dir,
             config=config,
             rows=tuple(todo),
-            train_urls=tuple(data.train_urls),
+            real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train)),
             validation=Validation.of(config, data),
             teacher_index=columns,
             class_counts=tuple(counts[c.class_id] for c in data.classes),
