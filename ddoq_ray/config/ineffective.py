@@ -109,8 +109,10 @@ _RULES: tuple[Rule, ...] = (
         lambda c: c.synthesizer.format == "png",
         _fixed("synthesizer.format=png keeps every pixel as it is"),
     ),
-    ("labels.workers", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
-    ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
+    *(
+        (f"labels.{key}", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels"))
+        for key in ("workers", "file_mb", "file_labels")
+    ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
     (

@@ -1,4 +1,4 @@
-"""What a training worker holds: one image set at a time, and the soft labels of its epochs."""
+"""What a training worker holds: one image set at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.labels import codec_class, make_codec
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import read_labels
 from ddoq_ray.storage.quarantine import Refusal
-
-KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
 
 
 @dataclass(frozen=True)
@@ -80,64 +75,3 @@ class Sets:
             )
         per_class = np.bincount(class_ids, minlength=self.num_classes)
         return Set(torch.from_numpy(pixels).to(self.device), class_ids, 1.0 / per_class[class_ids], len(bad))
-
-
-class SoftLabels:
-    """Stored labels: read an epoch at a time, decoded where the student is."""
-
-    def __init__(self, run: Folder, outputs: int, device: Any) -> None:
-        self.run, self.outputs, self.device = run, outputs, device
-        self._read: dict[tuple[str, int], npt.NDArray[np.uint8]] = {}
-        self._decoders: dict[str, tuple[Any, Any]] = {}
-
-    def read(self, folder: str, epoch: int) -> npt.NDArray[np.uint8]:
-        """uint8 [N, nbytes] of an epoch; kept while there is room, since the next seed of the set asks for it again."""
-        if any(name != folder for name, _ in self._read):
-            self._read.clear()
-        key = (folder, epoch)
-        if key in self._read:
-            return self._read[key]
-        found = read_labels(self.run / folder, epoch)
-        if found.nbytes + sum(kept.nbytes for kept in self._read.values()) <= KEPT_BYTES:
-            self._read[key] = found
-        return found
-
-    def decode(self, folder: str, packed: npt.NDArray[np.uint8]) -> Any:
-        """float32 [B, C] logits on the device, by what is stored beside the labels: no teacher is needed."""
-        import torch
-
-        if folder not in self._decoders:
-            self._decoders[folder] = self._decoder(self.run / folder)
-        codec, head = self._decoders[folder]
-        with torch.no_grad():
-            return codec.decode(packed, head, device=self.device)
-
-    def _decoder(self, labels: Folder) -> tuple[Any, Any]:
-        codec = Artifact(labels, "label").require()["codec"]
-        if not codec_class(codec).packs_features:
-            return make_codec(codec, self.outputs, None), None
-        head = load_head(labels, self.device)
-        return make_codec(codec, head.out_features, head.in_features), head
-
-
-def load_head(labels: Folder, device: Any) -> Any:
-    """The linear head that was saved with the features: that of the teacher that made them, wherever it is now.
-
-    Raises:
-        ValueError: It is missing or damaged.
-    """
-    import safetensors.numpy
-    import torch
-
-    mend = f"remove {labels.path(layout.MANIFEST)} and run the label stage again, which writes it"
-    try:
-        found = safetensors.numpy.load(labels.read(layout.HEAD))
-        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
-        classes, features = tensors["weight"].shape
-    except FileNotFoundError:
-        raise ValueError(f"{labels.path(layout.HEAD)} is missing, which feature labels need; {mend}") from None
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{labels.path(layout.HEAD)} is damaged ({error}); {mend}") from None
-    head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
-    head.load_state_dict(tensors)
-    return head.requires_grad_(False)

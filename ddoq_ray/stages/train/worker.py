@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.data.soft_labels import SoftLabels
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, load_scored
 from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.ranks import Ranks
-from ddoq_ray.stages.train.sets import Sets, SoftLabels
+from ddoq_ray.stages.train.sets import Sets
 from ddoq_ray.stages.train.state import Student
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
@@ -60,7 +61,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = False
         self.columns = torch.tensor(job.teacher_index, device=self.device)
         self.sets = Sets(job.run, job.config, len(job.teacher_index), self.device)
-        self.labels = SoftLabels(job.run, job.outputs, self.device)
+        self._labels: tuple[str, SoftLabels] | None = None
         self.teacher: Classifier | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
@@ -151,8 +152,11 @@ class Trainer:
         """The teacher's answers to the views of the epoch that comes: stored ones, or those of the teacher itself."""
         labels = student.row.labels
         if labels is not None:
-            packed = self.labels.read(labels, student.epoch)
-            return lambda _, index: self.labels.decode(labels, packed[index])
+            if self._labels is None or self._labels[0] != labels:
+                self._labels = (labels, SoftLabels(self.job.run / labels))
+            stored = self._labels[1]
+            packed = stored.epoch(student.epoch)
+            return lambda _, index: stored.decode(packed[index], self.device)
         from ddoq_ray.models.classifiers import load_classifier
         from ddoq_ray.models.training.student import teacher_targets
 
