@@ -40,8 +40,8 @@ def shrunk(
     Raises:
         ValueError: shapes that do not fit, an empty cell, or a distortion that is negative or not finite.
 
-    Source: Efron & Morris, JASA 1973 (James-Stein as empirical Bayes, unequal variances); tau as in DerSimonian & Laird,
-    Controlled Clinical Trials 1986.
+    Source: Efron & Morris, JASA 1973 (James-Stein as empirical Bayes, unequal variances); tau as in DerSimonian &
+    Laird, Controlled Clinical Trials 1986.
 
     Differences from it: the noise is of the class's total variance, not of the variance within cells, since members
     of a cell were chosen for being near; and tau is at least `LEAST_REAL` of the spread between centroids.

@@ -1,4 +1,4 @@
-"""Shrunk centroids: the formula on known values, invariances, and what they are for: latents that were not quantized."""
+"""Shrunk centroids: the formula on known values, invariances, and latents that were not quantized."""
 
 from __future__ import annotations
 
@@ -76,9 +76,14 @@ def test_latents_that_were_not_quantized_are_nearer(k: int) -> None:
 
 @pytest.mark.parametrize(
     ("c", "m", "d"),
-    [(np.ones((2, 3)), np.array([1]), 1.0), (np.ones((2, 3)), np.array([1, 0]), 1.0),
-     (np.ones((2, 3)), np.array([1, 1]), np.nan), (np.ones((2, 3)), np.array([1, 1]), -1.0), (np.ones(3), np.ones(3), 1.0)],
-)  # fmt: skip
+    [
+        (np.ones((2, 3)), np.array([1]), 1.0),
+        (np.ones((2, 3)), np.array([1, 0]), 1.0),
+        (np.ones((2, 3)), np.array([1, 1]), np.nan),
+        (np.ones((2, 3)), np.array([1, 1]), -1.0),
+        (np.ones(3), np.ones(3), 1.0),
+    ],
+)
 def test_what_is_no_codebook_is_refused(c: np.ndarray, m: np.ndarray, d: float) -> None:
     with pytest.raises(ValueError, match="expected"):
         shrunk(c, m, d)

@@ -71,9 +71,7 @@ def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, togeth
     return exact_algorithm(n, dim, k, together=together, **limits)
 
 
-def exact_codebooks(
-    found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool = False
-) -> Iterator[Codebook]:
+def exact_codebooks(found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool = False) -> Iterator[Codebook]:
     """A codebook for each class's centroids, in order, with exact Voronoi counts from one pass over the log.
 
     Args:
