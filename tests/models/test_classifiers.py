@@ -120,7 +120,7 @@ def test_a_network_by_import_path(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=match):
             build_classifier(path, 4, 16)
     save_classifier(model, tmp_path / "saved")
-    with pytest.raises(ValueError, match="names code to be imported"):
+    with pytest.raises(ValueError, match="names code to import"):
         load_classifier(tmp_path / "saved")
 
 
