@@ -21,11 +21,12 @@ class LabelsConfig:
         "images' classes, by cross-entropy",
     )
     workers: int = option(2, "teacher actors")
-    epochs_per_unit: int = option(50, "epochs of one image shard labelled in one unit of work")
+    file_mb: int = option(128, "largest size of a label file: a range of epochs of a range of images")
+    file_labels: int = option(262_144, "most labels in a file, which is a unit of work for a teacher")
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, f"labels.workers={self.workers}: expected 1 or more")
-        require(self.epochs_per_unit >= 1, f"labels.epochs_per_unit={self.epochs_per_unit}: expected 1 or more")
+        for key in ("workers", "file_mb", "file_labels"):
+            require(getattr(self, key) >= 1, f"labels.{key}={getattr(self, key)}: expected 1 or more")
 
     @property
     def stored(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,34 +13,38 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
-from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
 from ddoq_ray.stages.label.autoencoder_check import LEAST, PIXELS, sample_of
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import write_labels
+from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
+from ddoq_ray.storage.label_log import Making, write_labels
 
 TORCHVISION = "torchvision:"
 
 
 @dataclass(frozen=True)
 class LabelUnit:
-    """Epochs first..last-1 of one image shard: rows offset..offset+images-1 of the set.
+    """One file of labels.
 
     Attributes:
-        set: Folder of the image set, relative to the run directory.
-        labels: Folder of its labels.
-        name: The image shard.
+        labels: Folder of the labels, relative to the run directory.
+        file: Which of them.
+        grid: All of them.
+        made_from: Digest of what they are made from.
+        images: The set, for `Teacher.images_of`.
     """
 
-    set: str
     labels: str
-    name: str
-    offset: int
-    images: int
-    first: int
-    last: int
+    file: LabelFile
+    grid: LabelGrid
+    made_from: str
+    images: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.labels}: {self.file}"
 
 
 @dataclass(frozen=True)
@@ -91,24 +96,26 @@ class Teacher:
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
-        """Label one unit: one file an epoch."""
-        labels = self.run_folder / unit.labels
-        ids = np.arange(unit.offset, unit.offset + unit.images)
-        total = 0
-        for epoch in range(unit.first, unit.last):
-            rows = self.labeller.labels(self._images(unit.set), ids, epoch)
-            total += write_labels(labels, unit.name, epoch, ids, rows, self.labeller.codec.name)
-        return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
+        """Label one unit."""
+        images = self._images_of(unit)
+        stored = (images.shape[0], images.shape[2], images.shape[3])
 
-    def _images(self, folder: str) -> Any:
+        def answer(epoch: int, first: int, end: int) -> tuple[npt.NDArray[np.uint8], bytes]:
+            return self.labeller.labels(images, np.arange(first, end), epoch)
+
+        making = Making(unit.grid, self.labeller.codec.name, unit.made_from, stored)
+        size = write_labels(self.run_folder / unit.labels, unit.file, making, answer)
+        return {"labels": unit.file.labels, "bytes": size}
+
+    def _images_of(self, unit: LabelUnit) -> Any:
+        """uint8 [N, 3, H, W] on the device: on the CPU the pages that all actors of the node share."""
         import torch
 
-        if self._set is None or self._set[0] != folder:
-            images = self.run_folder / folder
-            shards = [images.path(n) for n in images.names(layout.IMAGE_SHARDS)]
-            size = self.config.student.image_size
-            arrays = load_image_arrays(shards, size, self.config.protocol.stored_side(size))
-            self._set = (folder, torch.from_numpy(arrays.images).to(self.device))
+        if self._set is None or self._set[0] != unit.labels:
+            self._set = None  # the old one goes first
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                self._set = (unit.labels, torch.from_numpy(unit.images.array()).to(self.device))
         return self._set[1]
 
     def save_head(self, labels: str) -> None:

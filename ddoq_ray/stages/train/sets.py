@@ -1,19 +1,17 @@
-"""What a training worker holds: one image set at a time, and the soft labels of its epochs."""
+"""What a training worker holds: one image set at a time."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.labels import codec_class, make_codec
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.data.pixel_rows import (
     FileRows,
@@ -33,13 +31,11 @@ from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import read_labels
 from ddoq_ray.storage.quarantine import Refusal
 
 if TYPE_CHECKING:  # torch: only in the worker
     from ddoq_ray.models.training.images import Images
 
-KEPT_BYTES = 2 << 30  # of labels of past epochs: all 300 of a large set would be hundreds of gigabytes
 LOOK_SECONDS = 0.5  # between two looks for the file that the node's first worker writes
 
 
@@ -177,77 +173,3 @@ class Sets:
         if isinstance(rows, MemoryRows) and (where == "device" or device.type == "cpu"):
             return Resident(torch.from_numpy(rows.array).to(device))
         return Gathered(rows, device)
-
-
-class SoftLabels:
-    """Stored labels: read an epoch at a time and one ahead, decoded where the student is."""
-
-    def __init__(self, run: Folder, outputs: int, device: Any) -> None:
-        self.run, self.outputs, self.device = run, outputs, device
-        self._read: dict[tuple[str, int], npt.NDArray[np.uint8]] = {}
-        self._decoders: dict[str, tuple[Any, Any]] = {}
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[str, int], Future[npt.NDArray[np.uint8]]] | None = None
-
-    def read(self, folder: str, epoch: int, *, ahead: bool = False) -> npt.NDArray[np.uint8]:
-        """uint8 [N, nbytes] of an epoch; kept while there is room, since the next seed of the set asks for it again.
-
-        Args:
-            ahead: Begin to read the epoch after it.
-        """
-        if any(name != folder for name, _ in self._read):
-            self._read.clear()
-        key = (folder, epoch)
-        found = self._read[key] if key in self._read else self._fresh(key)
-        if key not in self._read and found.nbytes + sum(kept.nbytes for kept in self._read.values()) <= KEPT_BYTES:
-            self._read[key] = found
-        after = (folder, epoch + 1)
-        if ahead and after not in self._read:
-            self._ahead = (after, self._thread.submit(read_labels, self.run / folder, epoch + 1))
-        return found
-
-    def _fresh(self, key: tuple[str, int]) -> npt.NDArray[np.uint8]:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == key:
-            return ahead[1].result()
-        return read_labels(self.run / key[0], key[1])
-
-    def decode(self, folder: str, packed: Any) -> Any:
-        """float32 [B, C] logits on the device, by what is stored beside the labels: no teacher is needed."""
-        import torch
-
-        if folder not in self._decoders:
-            self._decoders[folder] = self._decoder(self.run / folder)
-        codec, head = self._decoders[folder]
-        with torch.no_grad():
-            return codec.decode(packed, head, device=self.device)
-
-    def _decoder(self, labels: Folder) -> tuple[Any, Any]:
-        codec = Artifact(labels, "label").require()["codec"]
-        if not codec_class(codec).packs_features:
-            return make_codec(codec, self.outputs, None), None
-        head = load_head(labels, self.device)
-        return make_codec(codec, head.out_features, head.in_features), head
-
-
-def load_head(labels: Folder, device: Any) -> Any:
-    """The linear head that was saved with the features: that of the teacher that made them, wherever it is now.
-
-    Raises:
-        ValueError: It is missing or damaged.
-    """
-    import safetensors.numpy
-    import torch
-
-    mend = f"remove {labels.path(layout.MANIFEST)} and run the label stage again, which writes it"
-    try:
-        found = safetensors.numpy.load(labels.read(layout.HEAD))
-        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
-        classes, features = tensors["weight"].shape
-    except FileNotFoundError:
-        raise ValueError(f"{labels.path(layout.HEAD)} is missing, which feature labels need; {mend}") from None
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{labels.path(layout.HEAD)} is damaged ({error}); {mend}") from None
-    head = torch.nn.Linear(features, classes, bias="bias" in tensors, device=device)
-    head.load_state_dict(tensors)
-    return head.requires_grad_(False)

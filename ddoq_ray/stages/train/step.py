@@ -21,6 +21,7 @@ from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
 from ddoq_ray.stages.label.step import Label, check_scored
+from ddoq_ray.stages.label.stored_check import check_stored
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
@@ -114,6 +115,13 @@ def run(run: Run, steps: Sequence[Train]) -> None:
         if step.artifact(run.dir).begin(facts, overwrite=config.overwrite) != "done":
             todo.append((step.cell, facts))
     if todo:
+        left = {cell for cell, _ in todo}
+        learnt = [s for s in steps if s.cell in left and s.source is not None]
+        check_stored(
+            run,
+            {s.source.place: s.source for s in learnt if s.source is not None}.values(),
+            {s.labels.place: s.labels for s in learnt if s.labels is not None}.values(),
+        )
         counts = data.counts
         job = Job(
             run=run.dir,

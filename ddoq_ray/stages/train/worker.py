@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.data.soft_labels import SoftLabels
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, load_scored
 from ddoq_ray.stages.train import state as train_state
 from ddoq_ray.stages.train.memory import Room, room_here
 from ddoq_ray.stages.train.ranks import Ranks
-from ddoq_ray.stages.train.sets import Real, Sets, SoftLabels
+from ddoq_ray.stages.train.sets import Real, Sets
 from ddoq_ray.stages.train.state import Student
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
@@ -64,7 +65,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = False
         self.columns = torch.tensor(job.teacher_index, device=self.device)
         self.sets = Sets(job.run, job.config, len(job.teacher_index), ranks, room or Room(), job.group)
-        self.labels = SoftLabels(job.run, job.outputs, self.device)
+        self._labels: tuple[str, SoftLabels] | None = None
         self.teacher: Classifier | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
@@ -165,8 +166,11 @@ class Trainer:
             return HardTargets(on_device(outputs, self.device), self.job.outputs)
         labels = student.row.labels
         if labels is not None:
-            packed = self.labels.read(labels, student.epoch, ahead=student.epoch + 1 < student.epochs)
-            return StoredTargets(lambda index: self.labels.decode(labels, on_device(packed[index], self.device)))
+            if self._labels is None or self._labels[0] != labels:
+                self._labels = (labels, SoftLabels(self.job.run / labels))
+            stored = self._labels[1]
+            packed = stored.epoch(student.epoch)
+            return StoredTargets(lambda index: stored.decode(packed[index], self.device))
         if self.teacher is None:
             path = self.config.teacher.path
             assert path is not None, "a student has no stored labels, and there is no teacher"

@@ -19,6 +19,7 @@ from ray.train import ControllerError, WorkerGroupError
 from support.students import EPOCHS, IMAGES, Apart, small_job
 
 from ddoq_ray.core.labels import make_codec
+from ddoq_ray.data.soft_labels import SoftLabels, load_head
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
@@ -28,7 +29,7 @@ from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 from ddoq_ray.stages.train.memory import Room
 from ddoq_ray.stages.train.ranks import Ranks
-from ddoq_ray.stages.train.sets import Real, SoftLabels, load_head
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Trainer
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
@@ -155,16 +156,18 @@ def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_pat
     keys = ("teacher.path=/nowhere/at/all",)
     assert not trained(tmp_path, *keys, codec="features")["diverged"]
     labels = Folder(str(tmp_path / "labels"))
-    packed = SoftLabels(Folder(str(tmp_path)), 2, "cpu")
-    rows = packed.read("labels", 1)
-    head = load_head(labels, "cpu")
-    torch.testing.assert_close(packed.decode("labels", rows), make_codec("features", 2, 6).decode(rows, head))
-    labels.publish("head.safetensors", b"damaged")
+    stored = SoftLabels(labels)
+    rows = stored.epoch(1)[np.arange(IMAGES)]
+    head = load_head(labels, stored.store.manifest["head"], "cpu")
+    torch.testing.assert_close(stored.decode(rows, "cpu"), make_codec("features", 2, 6).decode(rows, head))
+    data = bytearray(labels.read("head.safetensors"))
+    data[-1] ^= 1
+    labels.publish("head.safetensors", bytes(data))
     with pytest.raises(ValueError, match=r"head\.safetensors is damaged.*label stage"):
-        load_head(labels, "cpu")
+        SoftLabels(labels).decode(rows, "cpu")
     labels.remove("head.safetensors")
     with pytest.raises(ValueError, match=r"head\.safetensors is missing.*label stage"):
-        load_head(labels, "cpu")
+        SoftLabels(labels).decode(rows, "cpu")
 
 
 def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:

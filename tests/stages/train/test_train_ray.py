@@ -113,10 +113,10 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
 
     (row, facts) = job.rows[0]
-    job.run.remove("labels/epoch-0002")
+    job.run.remove("labels/labels-000001.parquet")
     again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"^\S*epoch-0002/images-000000\.parquet is missing"):
+    with pytest.raises(ValueError, match=r"^\S*labels-000001\.parquet is missing, with the labels of epochs 2 to 3"):
         train._fit(run, [again])
     assert time.monotonic() - start < 60
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said
