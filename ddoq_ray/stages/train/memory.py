@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
+from ddoq_ray.config.cluster import TrainerResources
+
 GB = 10**9
 PART = 0.5  # of what is free: beside the images are students, validation images, other actors
 
@@ -63,8 +65,11 @@ class Room:
         return folder
 
 
-def room_here(scratch: str | None) -> Room:
-    """What this worker of Ray Train finds; Ray's own figure of memory knows the limits of containers."""
+def room_here(trainer: TrainerResources) -> Room:
+    """What this worker of Ray Train finds; Ray's own figure of memory knows the limits of containers.
+
+    Groups that train side by side may all be on this node.
+    """
     import ray
     from ray.train import get_context
 
@@ -73,7 +78,7 @@ def room_here(scratch: str | None) -> Room:
     context = get_context()
     return Room(
         host=host,
-        sharing=context.get_local_world_size(),
+        sharing=context.get_local_world_size() * trainer.groups,
         first=context.get_local_rank() == 0,
-        scratch=scratch or "",
+        scratch=trainer.scratch or "",
     )

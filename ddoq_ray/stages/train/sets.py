@@ -67,7 +67,12 @@ class Real:
 class Sets:
     """The image set of the current row, decoded once: rows of a set follow one another."""
 
-    def __init__(self, run: Folder, config: RunConfig, num_classes: int, ranks: Ranks, room: Room) -> None:
+    # One worker's seat: what it reads, and where it is.
+    def __init__(
+        self, run: Folder, config: RunConfig, num_classes: int, ranks: Ranks, room: Room, group: int = 0
+    ) -> None:
+        """`group`: of those that are trained side by side, each of which has files of its own."""
+        self.group = group
         self.run, self.config, self.num_classes, self.ranks, self.room = run, config, num_classes, ranks, room
         self._held: tuple[str | None, Set] | None = None
         self._file: str | None = None
@@ -150,7 +155,7 @@ class Sets:
         """Of what `fill` makes, one file a node: written by the node's first worker, whole before others see it."""
         n, channels, height, width = shape
         nbytes = n * channels * height * width
-        name = f"ddoq_ray-{digest_of([self.run.uri, repr(key)])[:16]}.pixels"
+        name = f"ddoq_ray-{digest_of([self.run.uri, self.group, repr(key)])[:16]}.pixels"
         self._file = path = os.path.join(self.room.folder(0), name)
         while not self.room.first and not os.path.exists(record_of(path)):
             time.sleep(LOOK_SECONDS)

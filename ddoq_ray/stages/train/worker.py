@@ -37,7 +37,7 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training worker is told; small and picklable."""
+    """All that the training workers of a group are told; small and picklable."""
 
     run: Folder
     config: RunConfig
@@ -47,6 +47,7 @@ class Job:
     teacher_index: tuple[int, ...]
     class_counts: tuple[int, ...]
     outputs: int
+    group: int = 0
 
 
 class Trainer:
@@ -63,7 +64,7 @@ class Trainer:
         torch.set_num_threads(self.how.threads)
         torch.backends.cudnn.benchmark = False
         self.columns = torch.tensor(job.teacher_index, device=self.device)
-        self.sets = Sets(job.run, job.config, len(job.teacher_index), ranks, room or Room())
+        self.sets = Sets(job.run, job.config, len(job.teacher_index), ranks, room or Room(), job.group)
         self._labels: tuple[str, SoftLabels] | None = None
         self.teacher: Classifier | None = None
         self._val: tuple[Tensor, Tensor] | None = None
@@ -226,4 +227,4 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     context, job = get_context(), settings["job"]
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
-    Trainer(job, ranks, room=room_here(job.config.cluster.trainer.scratch)).all_rows()
+    Trainer(job, ranks, room=room_here(job.config.cluster.trainer)).all_rows()
