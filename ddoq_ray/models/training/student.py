@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,33 +24,10 @@ from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_order
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import for_teacher
+from ddoq_ray.models.training.ranks import Alone, Ranks
 
 # Of views float32 [b, 3, S, S] and the images int64 [b] that they are of: the teacher's logits float32 [b, C].
 Targets = Callable[[Tensor, Int64], Tensor]
-
-
-class Ranks(Protocol):
-    """The place of this process among those that train one student together."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world(self) -> int: ...
-
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over the ranks: the same float on each."""
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process trains the student."""
-
-    rank: int = 0
-    world: int = 1
-
-    def mean(self, value: Tensor) -> float:
-        return float(value)
 
 
 @dataclass

@@ -9,9 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import ray.train
+from typing import Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
@@ -24,17 +22,11 @@ from ddoq_ray.stages.label.step import Label, check_scored
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
-from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.fitting import MAX_DEATHS, RAY_TRAIN, fit
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
-
-if TYPE_CHECKING:  # torch: not in a driver that trains nothing
-    from ray.train.torch import TorchTrainer
-
-MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
-RAY_TRAIN = "train"  # Ray Train's own folder in students/
 
 
 @dataclass(frozen=True)
@@ -164,55 +156,17 @@ def _fit(run: Run, job: Job) -> None:
             while not stop.wait(1.0):
                 look()
 
+        def lost(reason: str, deaths: int) -> None:
+            run.events.add("worker lost", stage="train", reason=reason, deaths=deaths)
+            say(f"train      a worker was lost ({deaths} of at most {MAX_DEATHS}); its students go on elsewhere")
+
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_through_deaths(run, students, job)
+            fit(train_loop, {"job": job}, run.config.cluster.trainer, students.uri, lost)
         finally:
             stop.set()
             watcher.join()
             look()
     # Its checkpoints are of rows that are published now; the next run's would stand beside them.
     (students / RAY_TRAIN).remove()
-
-
-def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
-    """Fit; after a death once more, from the last checkpoint. Ray Train itself would try any exception again.
-
-    Raises:
-        ValueError: A worker's, in its own words.
-    """
-    for deaths in range(MAX_DEATHS + 1):
-        try:
-            _trainer(run.config, students, job).fit()
-            return
-        except ray.train.TrainingFailedError as error:
-            told = own_words(error)
-            if told is not None:
-                raise ValueError(told) from None
-            if deaths == MAX_DEATHS or not worth_retrying(error, run.config.cluster.trainer.workers):
-                raise
-            run.events.add("worker lost", stage="train", reason=type(error).__name__, deaths=deaths + 1)
-            say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
-
-
-def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
-    from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
-
-    resources = config.cluster.trainer
-    return TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.num_gpus > 0,
-            resources_per_worker={"CPU": resources.num_cpus}
-            | ({"GPU": resources.num_gpus} if resources.num_gpus else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=RAY_TRAIN,
-            storage_path=students.uri,
-            failure_config=ray.train.FailureConfig(max_failures=0),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
