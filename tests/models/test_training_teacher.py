@@ -1,4 +1,4 @@
-"""A teacher's training: stopped and taken up, by time, with mixed images; and weights that others trained."""
+"""A teacher's training: stopped and taken up, by time, with mixed images."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,18 +84,7 @@ def train_teacher(
     }  # fmt: skip
     phases = Phases(Checkpoints(out.folder, identity, overwrite=out.overwrite), config.checkpoint_every, on_progress)
     phases.open()
-    made = _Training(model, config)
-    passes = Passes(len(order), config.batch, (config.seed, "teacher"))
-
-    def step(number: int, rate: float) -> dict[str, float]:
-        rows = order[passes.rows(number)]
-        return made.step(data.images[rows], data.class_ids[rows], number, rate)
-
-    seconds = None if config.minutes is None else 60 * config.minutes
-    steps = max(2, config.epochs * len(order) // min(config.batch, len(order)))
-    phases.run("teacher", made, step, phases.course("teacher", steps, seconds), config.lr, warm_up=_WARM_UP)
-    made.average.apply()
-    model.eval()
+    _train(model, data, order, config, phases)
     record: dict[str, Any] = {
         **identity,
         "images": len(order),
@@ -109,6 +99,24 @@ def train_teacher(
     save_classifier(model, out.folder, extra={"training": record}, dtype=config.dtype, overwrite=out.overwrite)
     phases.checkpoints.remove()
     return record
+
+
+def _train(
+    model: Classifier, data: TrainingSet, order: npt.NDArray[np.int64], config: TeacherTraining, phases: Phases
+) -> None:
+    """Train to the end, and leave the weights that are saved."""
+    made = _Training(model, config)
+    passes = Passes(len(order), config.batch, (config.seed, "teacher"))
+
+    def step(number: int, rate: float) -> dict[str, float]:
+        rows = order[passes.rows(number)]
+        return made.step(data.images[rows], data.class_ids[rows], number, rate)
+
+    seconds = None if config.minutes is None else 60 * config.minutes
+    steps = max(2, config.epochs * len(order) // min(config.batch, len(order)))
+    phases.run("teacher", made, step, phases.course("teacher", steps, seconds), config.lr, warm_up=_WARM_UP)
+    made.average.apply()
+    model.eval()
 
 
 def _moments(images: np.ndarray) -> Normalisation:
