@@ -206,7 +206,7 @@ def plan_heldout(w: World) -> None:
 def plan_labels(w: World) -> None:
     step = of_kind(label.Label, steps(w.config))[0]
     run = run_of(w)
-    grid = step.grid(run, label.codec_name(run.config, run.networks))
+    grid = step.grid(run)
     assert len(label._units(run, step, grid)) == max(0, grid.files - LABELLED)
 
 

@@ -19,7 +19,7 @@ from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.cells import label_key
-from ddoq_ray.stages.label.step import Label, codec_name
+from ddoq_ray.stages.label.step import Label
 from ddoq_ray.stages.quantize.step import Quantizers
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage.artifact import Artifact, digest_of
@@ -115,7 +115,7 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
     step = Label(Synthesize(Place()), Place(), label_key(config))
     told = Run(config, run, Data(run, (), (), ()), networks, Events(run))
     record = dataclasses.asdict(LabelRecord(digest_of(step.identity(told)), 0, [], [], [], []))
-    for file in islice(step.grid(told, codec_name(config, networks)).all(), LABELLED):
+    for file in islice(step.grid(told).all(), LABELLED):
         put(labels, file.name)
         put(labels, file.record, json.dumps(record | {CHECK: digest_of(record)}).encode())
     return World(run, config, listed, infos, infos[: -(-shards // 20)], networks, exact)

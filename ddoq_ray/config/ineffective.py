@@ -109,6 +109,7 @@ _RULES: tuple[Rule, ...] = (
         lambda c: c.synthesizer.format == "png",
         _fixed("synthesizer.format=png keeps every pixel as it is"),
     ),
+    ("labels.budget", lambda c: c.labels.mode != "auto", _fixed("labels.mode names the codec")),
     *(
         (
             f"labels.{key}",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ddoq_ray.config.schema import option, require
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
 def resized_side(size: int, crop: float) -> int:
@@ -15,10 +19,13 @@ def resized_side(size: int, crop: float) -> int:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    mode: Literal["auto", "logits", "features", "online", "hard"] = option(
+    mode: Literal["auto", "logits", "features", "logits_int8", "online", "hard"] = option(
         "auto",
         "auto: the smaller of logits and features; online: the teacher labels while the student trains; hard: the "
         "images' classes, by cross-entropy",
+    )
+    budget: str | None = option(
+        None, "most bytes of one image set's labels, such as 2GB: the most exact codec that fits; null: no bound"
     )
     workers: int = option(2, "teacher actors")
     file_mb: int = option(128, "largest size of a label file: a range of epochs of a range of images")
@@ -27,6 +34,16 @@ class LabelsConfig:
     def __post_init__(self) -> None:
         for key in ("workers", "file_mb", "file_labels"):
             require(getattr(self, key) >= 1, f"labels.{key}={getattr(self, key)}: expected 1 or more")
+        require(
+            self.budget is None or _SIZE.fullmatch(self.budget) is not None,
+            f"labels.budget={self.budget}: expected a size such as 500MB or 2.5GB",
+        )
+
+    @property
+    def budget_bytes(self) -> float | None:
+        """`budget` as a number."""
+        found = None if self.budget is None else _SIZE.fullmatch(self.budget)
+        return None if found is None else float(found[1]) * 1000 ** _UNITS.index(found[2])
 
     @property
     def stored(self) -> bool:

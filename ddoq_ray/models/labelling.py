@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.label_cost import relative_kl
+from ddoq_ray.core.labels import codec_sizes, make_codec
 from ddoq_ray.core.views.params import Int64, ViewSpec, view_params
-from ddoq_ray.core.views.render import render
+from ddoq_ray.core.views.render import batch_views, render
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.protocol_views import view_spec as view_spec
 
@@ -37,7 +38,7 @@ class Labeller:
 
         Args:
             teacher: In eval mode.
-            codec: "logits" or "features".
+            codec: A name in `CODECS`.
             spec: What views look like.
             seed: Of the views.
             batch: Views of an inner batch; another gives some answers other last bits.
@@ -62,6 +63,27 @@ class Labeller:
         parts = (index[first : first + self.batch] for first in range(0, len(index), self.batch))
         rows, params = zip(*(self._inner(images, part, epoch) for part in parts), strict=True)
         return np.concatenate(rows), b"".join(params)
+
+    def codec_costs(self, images: torch.Tensor, index: Int64, temperature: float) -> dict[str, dict[str, float]]:
+        """What each codec costs on views of some images: name -> bytes a label, `kl` in nats and `relative` to what
+        the labels tell (`relative_kl`).
+
+        Args:
+            images: As for `labels`.
+            index: int64 [n].
+            temperature: Of the loss.
+        """
+        head, costs = self.teacher.head, {}
+        pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], self.teacher.image_size)
+        with torch.inference_mode():
+            features = torch.cat([self.teacher.features(part) for part in pixels.split(self.batch)])
+            logits = head(features)
+            for name, nbytes in codec_sizes(self.teacher.num_classes, head.in_features).items():
+                codec = make_codec(name, self.teacher.num_classes, head.in_features)
+                packed = codec.encode(features if codec.packs_features else logits)
+                kl, relative = relative_kl(logits, codec.decode(packed, head, logits.device), temperature)
+                costs[name] = {"nbytes": nbytes, "kl": kl, "relative": relative}
+        return costs
 
     def _inner(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
         stored = (images.shape[0], images.shape[2], images.shape[3])

@@ -80,6 +80,7 @@ class LabelsManifest(Manifest):
 
     Attributes:
         files: How many hold them.
+        codec_costs: `Labeller.codec_costs`, where the codec rounds more than fp16 does.
         head: sha256 of the teacher's head, which lies beside labels of features.
         grid: How labels lie in the files (`LabelGrid`).
         views: What was labelled: a `ViewSpec` with its seed, and `stored`, [N, H, W] of the images it is cut from.
@@ -95,6 +96,7 @@ class LabelsManifest(Manifest):
     grid: NotRequired[dict[str, int]]
     views: NotRequired[dict[str, Any]]
     head: NotRequired[str]
+    codec_costs: NotRequired[dict[str, dict[str, float]]]
 
 
 class StudentManifest(Manifest):

@@ -66,6 +66,7 @@ DECLARED = {
     ("heldout", "seed"): "the same",
     ("quantize", "encoder.chunk_samples"): "memory that is planned for readers",
     ("label", "labels.mode"): "the codec that it chooses is in the facts",
+    ("label", "labels.budget"): "the same",
     (
         "label",
         "protocol.val_crop",

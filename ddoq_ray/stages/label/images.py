@@ -23,30 +23,23 @@ class SharedImages:
     until `release`. What is sent is the reference; Ray decodes them again should their node be lost.
     """
 
-    def __init__(self, decode: Callable[[], Any]) -> None:
-        self._decode = decode
-        self._ref: Any = None
+    def __init__(self, decode: Callable[[], Any] | None, ref: Any = None) -> None:
+        self._decode, self._ref = decode, ref
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._ref is None:
+            assert self._decode is not None
             self._ref = self._decode()
-        return _Sent, (self._ref,)
+        return SharedImages, (None, self._ref)
+
+    def array(self) -> np.ndarray:
+        """The pixels, where they were sent to: read-only memory that all processes of the node share."""
+        pixels: np.ndarray = ray.get(self._ref)
+        return pixels
 
     def release(self) -> None:
         """Let Ray drop them."""
         self._ref = None
-
-
-class _Sent:
-    """What a worker gets of `SharedImages`."""
-
-    def __init__(self, ref: Any) -> None:
-        self._ref = ref
-
-    def array(self) -> np.ndarray:
-        """The pixels, read-only memory that all processes of the node share."""
-        pixels: np.ndarray = ray.get(self._ref)
-        return pixels
 
 
 def shared_images(images: Folder, shards: Sequence[ImageShard], size: int, side: int) -> SharedImages:

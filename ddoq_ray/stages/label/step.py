@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,15 +16,16 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.core.labels import choose_codec, codec_class, make_codec
+from ddoq_ray.core.labels import choose_codec, codec_class, codec_sizes, make_codec
 from ddoq_ray.core.sizing import in_bytes
+from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
-from ddoq_ray.stages.label.images import shared_images
+from ddoq_ray.stages.label.images import SharedImages, shared_images
 from ddoq_ray.stages.label.teacher import LabelUnit, spawner
 from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.select.step import Select
@@ -39,10 +40,27 @@ from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
 FILES = "files"  # in an identity: how labels lie in files
 
 
-def codec_name(config: RunConfig, networks: Networks) -> str:
-    if config.labels.mode == "auto":
-        return choose_codec(networks.teacher_outputs, networks.feature_dim)
-    return config.labels.mode
+def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
+    """The codec of the labels of a set of `images`: a function of counts, so that no teacher is needed to know it.
+
+    Raises:
+        ValueError: No codec is as small as `labels.budget` asks for.
+    """
+    mode, budget = config.labels.mode, config.labels.budget_bytes
+    if mode != "auto":
+        return mode
+    outputs, features = networks.teacher_outputs, networks.feature_dim
+    labels = images * config.protocol.epochs_for(images)
+    try:
+        return choose_codec(outputs, features, None if budget is None else budget / labels)
+    except ValueError:
+        sizes = {name: in_bytes(n * labels) for name, n in codec_sizes(outputs, features).items()}
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"labels.budget={config.labels.budget} is too small for {labels:,} labels of {images:,} images ({told}): "
+            "raise it, take fewer epochs (protocol.epochs), or let the teacher label while students train "
+            "(labels.mode=online)"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -77,15 +95,21 @@ class Label(Step):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         images = self.images(run)["digest"]
-        return {"images": images, "teacher": run.networks.teacher_id, "codec": codec_name(run.config, run.networks)}
+        return {"images": images, "teacher": run.networks.teacher_id, "codec": self.codec(run)}
 
-    def grid(self, run: Run, codec: str) -> LabelGrid:
+    def codec(self, run: Run) -> str:
+        return codec_name(run.config, run.networks, self.count(run))
+
+    def count(self, run: Run) -> int:
+        """Images of the set."""
+        return sum(shard["images"] for shard in self.images(run)["shards"])
+
+    def grid(self, run: Run) -> LabelGrid:
         """The files of its labels."""
-        config = run.config
-        images = sum(shard["images"] for shard in self.images(run)["shards"])
+        config, images = run.config, self.count(run)
         return LabelGrid.of(
             (images, config.protocol.epochs_for(images)),
-            make_codec(codec, run.networks.teacher_outputs, run.networks.feature_dim).nbytes,
+            make_codec(self.codec(run), run.networks.teacher_outputs, run.networks.feature_dim).nbytes,
             batch=config.teacher.batch,
             file_bytes=config.labels.file_mb << 20,
             file_labels=config.labels.file_labels,
@@ -117,9 +141,9 @@ def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None)
     teacher = teacher or check_teacher(run)
     for step in todo:
         step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite)
-    codec = codec_name(run.config, run.networks)
-    grids = {step: step.grid(run, codec) for step in todo} if run.config.labels.stored else {}
-    made = _label(run, grids, codec) if grids else dict.fromkeys(todo, 0)
+    grids = {step: step.grid(run) for step in todo} if run.config.labels.stored else {}
+    cost = _say_codecs(run, grids) if grids else {}
+    made = _label(run, grids) if grids else dict.fromkeys(todo, 0)
     seconds = time.time() - start
     total = max(1, sum(made.values()))
     for step in todo:
@@ -129,14 +153,14 @@ def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None)
             seconds=round(seconds * made[step] / total, 3),
             items=made[step],
             unit="views",
-            codec=codec,
+            codec=step.codec(run),
             outputs=run.networks.teacher_outputs,
             teacher_index=list(teacher_columns(run.data)),
             teacher=teacher,
             # Not of how they lie in files: the labels are the same.
             digest=digest_of({k: v for k, v in facts[step].items() if k != FILES}),
             environment=run.networks.environment,
-            **(_stored(run, step, grids[step]) if grids else {"bytes": 0}),
+            **(_stored(run, step, grids[step]) | cost if grids else {"bytes": 0}),
         )
     run.events.add("stage finished", stage="label", views=total)
 
@@ -168,14 +192,40 @@ def check_scored(run: Run, label: LabelsManifest) -> None:
     check_refused(run.config, run.dir, facts["images"], facts.get("refused", 0), facts.get("reasons", ""))
 
 
-def _label(run: Run, grids: Mapping[Label, LabelGrid], codec: str) -> dict[Label, int]:
+def _say_codecs(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[str, Any]:
+    """What will be stored, before it is made, and what that costs; the cost of codecs that round, for manifests."""
+    codecs = sorted({step.codec(run) for step in grids})
+    total, files, labels = (
+        sum(getattr(grid, what) for grid in grids.values()) for what in ("bytes", "files", "labels")
+    )
+    sizes = codec_sizes(run.networks.teacher_outputs, run.networks.feature_dim)
+    told = ", ".join(f"{name} {nbytes}" for name, nbytes in sizes.items())
+    say(
+        f"label      codec {' and '.join(codecs)} (bytes a label: {told}): {labels:,} labels of {len(grids)} image "
+        f"set{'s' * (len(grids) > 1)} are {in_bytes(total)} in {files:,} file{'s' * (files != 1)}"
+    )
+    if codecs == ["logits"]:
+        return {}  # fp16: nothing to measure
+    step, actor = next(iter(grids)), spawner(run.config, run.dir)()
+    try:
+        costs: dict[str, dict[str, float]] = ray.get(actor.codec_costs.remote(_images(run, step)))
+    except ray.exceptions.RayTaskError as error:
+        raise plain_error(error) from None
+    finally:
+        ray.kill(actor)
+    words = "; ".join(f"{name} {cost['kl']:.2g} nats, {cost['relative']:.2g} of it" for name, cost in costs.items())
+    say(f"label      KL of labels as stored to the teacher's, and as a share of what they tell: {words}")
+    return {"codec_costs": costs}
+
+
+def _label(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[Label, int]:
     """Label the sets on an elastic pool: step -> labels that were made."""
     config = run.config
-    _say_size(grids.values(), codec)
-    spawn = spawner(config, run.dir, codec)
-    if codec_class(codec).packs_features:
+    spawn = spawner(config, run.dir)
+    with_heads = [step.place for step in grids if codec_class(step.codec(run)).packs_features]
+    if with_heads:
         actor = spawn()
-        ray.get([actor.save_head.remote(step.place) for step in grids])
+        ray.get([actor.save_head.remote(place) for place in with_heads])
         ray.kill(actor)
     units = [unit for step, grid in grids.items() for unit in _units(run, step, grid)]
     of = {step.place: step for step in grids}
@@ -198,22 +248,15 @@ def _label(run: Run, grids: Mapping[Label, LabelGrid], codec: str) -> dict[Label
     return made
 
 
-def _say_size(grids: Collection[LabelGrid], codec: str) -> None:
-    """What will be stored, before it is made."""
-    total, files, labels = (sum(getattr(grid, what) for grid in grids) for what in ("bytes", "files", "labels"))
-    sets = f"{len(grids)} image sets" if len(grids) > 1 else "the image set"
-    say(
-        f"label      codec {codec}: {next(iter(grids)).nbytes} bytes a label, {labels:,} labels of {sets} are "
-        f"{in_bytes(total)} in {files:,} file{'s' * (files != 1)}"
-    )
+def _images(run: Run, step: Label) -> SharedImages:
+    size = run.config.student.image_size
+    shards, side = step.images(run)["shards"], run.config.protocol.stored_side(size)
+    return shared_images(run.dir / step.at.images, shards, size, side)
 
 
 def _units(run: Run, step: Label, grid: LabelGrid) -> list[LabelUnit]:
     """The files that are not there yet."""
-    config, made_from = run.config, digest_of(step.identity(run))
+    made_from, codec, images = digest_of(step.identity(run)), step.codec(run), _images(run, step)
     there = finished_files(run.dir / step.place, grid, made_from)
-    size = config.student.image_size
-    images = shared_images(
-        run.dir / step.at.images, step.images(run)["shards"], size, config.protocol.stored_side(size)
-    )
-    return [LabelUnit(step.place, file, grid, made_from, images) for file in grid.all() if file.index not in there]
+    left = (file for file in grid.all() if file.index not in there)
+    return [LabelUnit(step.place, codec, file, grid, made_from, images) for file in left]

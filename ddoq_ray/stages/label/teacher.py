@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,17 @@ from ddoq_ray.config.training import ProtocolConfig
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
 from ddoq_ray.stages.label.autoencoder_check import LEAST, PIXELS, sample_of
+from ddoq_ray.stages.label.images import SharedImages
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
 from ddoq_ray.storage.label_log import Making, write_labels
 
+if TYPE_CHECKING:  # torch: only in the actor
+    from ddoq_ray.models.labelling import Labeller
+
 TORCHVISION = "torchvision:"
+COST_VIEWS = 256  # of which it is measured what codecs cost
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,19 @@ class LabelUnit:
 
     Attributes:
         labels: Folder of the labels, relative to the run directory.
+        codec: What packs them.
         file: Which of them.
         grid: All of them.
         made_from: Digest of what they are made from.
-        images: The set, for `Teacher.images_of`.
+        images: The set.
     """
 
     labels: str
+    codec: str
     file: LabelFile
     grid: LabelGrid
     made_from: str
-    images: Any
+    images: SharedImages
 
     @property
     def name(self) -> str:
@@ -83,39 +90,50 @@ def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
 class Teacher:
     """Holds the teacher, and one image set at a time."""
 
-    def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
+    def __init__(self, path: str, run: Folder, config: RunConfig) -> None:
         from ddoq_ray.models.classifiers import load_classifier  # torch: only in the actor
-        from ddoq_ray.models.labelling import Labeller, view_spec
 
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
         self.path, self.run_folder, self.config = path, run, config
-        spec = view_spec(config.protocol, config.student.image_size)
-        self.labeller = Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
         """Label one unit."""
-        images = self._images_of(unit)
+        labeller = self._labeller(unit.codec)
+        images = self._images_of(unit.labels, unit.images)
         stored = (images.shape[0], images.shape[2], images.shape[3])
 
         def answer(epoch: int, first: int, end: int) -> tuple[npt.NDArray[np.uint8], bytes]:
-            return self.labeller.labels(images, np.arange(first, end), epoch)
+            return labeller.labels(images, np.arange(first, end), epoch)
 
-        making = Making(unit.grid, self.labeller.codec.name, unit.made_from, stored)
+        making = Making(unit.grid, unit.codec, unit.made_from, stored)
         size = write_labels(self.run_folder / unit.labels, unit.file, making, answer)
         return {"labels": unit.file.labels, "bytes": size}
 
-    def _images_of(self, unit: LabelUnit) -> Any:
+    def _labeller(self, codec: str) -> Labeller:
+        from ddoq_ray.models.labelling import Labeller, view_spec
+
+        config = self.config
+        spec = view_spec(config.protocol, config.student.image_size)
+        return Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
+
+    def codec_costs(self, images: SharedImages) -> dict[str, dict[str, float]]:
+        """`Labeller.codec_costs` on views of images that lie evenly in a set."""
+        pixels = self._images_of("", images)
+        index = np.unique(np.linspace(0, len(pixels) - 1, COST_VIEWS).astype(np.int64))
+        return self._labeller("logits").codec_costs(pixels, index, self.config.protocol.temperature)
+
+    def _images_of(self, name: str, images: SharedImages) -> Any:
         """uint8 [N, 3, H, W] on the device: on the CPU the pages that all actors of the node share."""
         import torch
 
-        if self._set is None or self._set[0] != unit.labels:
+        if self._set is None or self._set[0] != name:
             self._set = None  # the old one goes first
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                self._set = (unit.labels, torch.from_numpy(unit.images.array()).to(self.device))
+                self._set = (name, torch.from_numpy(images.array()).to(self.device))
         return self._set[1]
 
     def save_head(self, labels: str) -> None:
@@ -200,14 +218,12 @@ def _in_batches(
 _actor = ray.remote(Teacher)
 
 
-def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Callable[[], Any]:
+def spawner(config: RunConfig, run_folder: Folder) -> Callable[[], Any]:
     """What makes a teacher actor."""
     resources, path = config.cluster.teacher, config.teacher.path
     assert path is not None, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
-        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            path, run_folder, config, codec
-        )
+        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(path, run_folder, config)
 
     return spawn

@@ -264,7 +264,7 @@ def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             # Within bounds Ray Train starts with what is there, and anew from the last checkpoint when nodes come or go
-            num_workers=resources.workers if bounds == (None, None) else bounds,
+            num_workers=resources.workers if bounds == (None, None) else bounds,  # type: ignore[arg-type]
             use_gpu=resources.num_gpus > 0,
             resources_per_worker={"CPU": resources.num_cpus}
             | ({"GPU": resources.num_gpus} if resources.num_gpus else {}),
