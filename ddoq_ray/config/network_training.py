@@ -156,6 +156,16 @@ class TeacherTraining:
     min_scale: float = option(0.5, "smallest crop area of a view")
     flip: bool = option(True, "flip views left to right at random")
     cutmix: bool = option(False, "paste a box of another image's view into each view")
+    mixup: float = option(0.0, "alpha of MixUp, which mixes each view with another one of its batch; 0 = none")
+    augment: str = option(
+        "none", "torchvision's augmentation of each image before its view: randaugment, trivialaugment"
+    )
+    ema: float = option(0.0, "decay of the averaged weights, which are the ones saved; 0 = the last ones")
+    minutes: float | None = option(
+        None, "train for this long instead of for a number of epochs; the bytes then depend on the machine's speed"
+    )
+    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    checkpoint_every: int = option(500, "steps between checkpoints, from which a stopped training goes on")
     dtype: str = option("float16", "of the saved weights: float32 or float16")
 
     def __post_init__(self) -> None:
@@ -171,6 +181,23 @@ class TeacherTraining:
         require(
             self.dtype in ("float32", "float16"),
             f"teacher training: dtype must be float32 or float16, got {self.dtype!r}",
+        )
+        require(
+            self.augment in ("none", "randaugment", "trivialaugment"),
+            f"teacher training: augment must be none, randaugment or trivialaugment, got {self.augment!r}",
+        )
+        require(
+            self.precision in ("float32", "bfloat16"),
+            f"teacher training: precision must be float32 or bfloat16, got {self.precision!r}",
+        )
+        require(self.mixup >= 0, f"teacher training: mixup must be 0 or more, got {self.mixup}")
+        require(0 <= self.ema < 1, f"teacher training: ema must lie in [0, 1), got {self.ema}")
+        require(
+            self.minutes is None or self.minutes > 0, f"teacher training: minutes must be positive, got {self.minutes}"
+        )
+        require(
+            self.checkpoint_every >= 1,
+            f"teacher training: checkpoint_every must be positive, got {self.checkpoint_every}",
         )
 
 

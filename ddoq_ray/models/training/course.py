@@ -20,6 +20,8 @@ import torch
 
 from ddoq_ray.core.rng import philox
 
+WARM_UP = 0.05  # share of a course
+
 
 @dataclass
 class Course:
@@ -64,7 +66,7 @@ class Course:
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "spent": self.spent}
 
-    def rate(self, peak: float, warm_up: float = 0.05) -> float:
+    def rate(self, peak: float, warm_up: float = WARM_UP) -> float:
         """The learning rate now: up to `peak` by half a cosine over the share `warm_up`, then down to zero by another.
 
         By steps it is the rate of the step's middle, so that the last one is not zero.
@@ -132,25 +134,3 @@ def compiled(functions: Sequence[Callable[..., Any]], wanted: bool) -> tuple[Cal
             "needs a C++ compiler, on a GPU Triton; leave the key out"
         ) from error
     return tuple(torch.compile(function, dynamic=False) for function in functions)
-
-
-def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
-    """`steps` index batches from endless shuffled passes over n rows; never smaller than min(n, batch)."""
-    batch = min(n, batch)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:batch]
-        order = order[batch:]
-
-
-def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_up: float) -> Any:
-    """A cosine up to `lr` over the share `warm_up` of the steps, then down to about zero; momentum stays.
-
-    OneCycleLR divides by zero where the warm-up is exactly one step (20 steps at 0.05), so it is a little longer there.
-    """
-    share = 1.5 * warm_up if warm_up * steps == 1.0 else warm_up
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=share, cycle_momentum=False
-    )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddoq_ray.models.training.checkpoints import Checkpoints
-from ddoq_ray.models.training.course import Course
+from ddoq_ray.models.training.course import WARM_UP, Course
 from ddoq_ray.models.training.data import Progress
 from ddoq_ray.models.training.ranks import Ranks
 
@@ -70,6 +70,7 @@ class Phases:
         step: Callable[[int, float], dict[str, float]],
         course: Course,
         peak: float,
+        warm_up: float = WARM_UP,
     ) -> None:
         """Run a phase to its end.
 
@@ -79,6 +80,7 @@ class Phases:
             step: makes a step of a number at a learning rate, and gives its losses.
             course: of `course`.
             peak: the highest learning rate.
+            warm_up: share of the course in which it is reached.
 
         Raises:
             ValueError: a loss that is not finite.
@@ -89,7 +91,7 @@ class Phases:
             training.restore(begun["training"])
             running = dict(begun["losses"])
         for number in course:
-            losses = step(number, course.rate(peak))
+            losses = step(number, course.rate(peak, warm_up))
             if not all(np.isfinite(loss) for loss in losses.values()):
                 raise ValueError(
                     f"training: the {name}'s losses are {losses} at step {number}; lower its rate (now {peak:g})"
