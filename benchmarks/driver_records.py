@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,16 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.quantizer import QuantizerConfig
 from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution.networks import Networks
+from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.cells import label_key
+from ddoq_ray.stages.label.step import Label
 from ddoq_ray.stages.quantize.step import Quantizers
+from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import Account, part_classes, write_part
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_log import CHECK, LabelRecord
 from ddoq_ray.storage.latent_index import LatentIndex
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data
@@ -27,7 +34,7 @@ from ddoq_ray.storage.records import ChunkRecord, ClassCounts, ClassInfo, Codebo
 SHAPE = (4, 32, 32)  # of a latent at 256 px: 4,096 values, so that a codebook has 270 parts
 ACTORS = 8
 NODES = [64.0 * GIB] * 8
-LABELLED = 2  # epochs whose labels are there when the label stage resumes
+LABELLED = 2  # label files that are there when the label stage resumes
 
 
 @dataclasses.dataclass
@@ -99,15 +106,18 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
     data = run / "data"
     data.publish_json("source-classes.json", [c.to_json() for c in listed])
     Artifact(data, "prepare").finish({})
-    Artifact(run / "images", "synthesize").finish({}, digest="images")
     write_codebook(run / "codebook", classes, ipc, int(np.prod(SHAPE)))
     units = -(-classes * ipc // config.synthesizer.shard_images)
     shown = [{"name": f"images-{i:06d}", "images": config.synthesizer.shard_images} for i in range(units)]
+    Artifact(run / "images", "synthesize").finish({}, digest="images", shards=shown)
     labels = run / Place().labels(label_key(config))
-    Artifact(labels, "label").finish({}, digest="labels", shards=shown, items=classes * ipc)
-    for epoch in range(LABELLED):
-        for shard in shown:
-            put(labels, f"epoch-{epoch:04d}/{shard['name']}.parquet")
+    Artifact(labels, "label").finish({}, digest="labels", items=classes * ipc)
+    step = Label(Synthesize(Place()), Place(), label_key(config))
+    told = Run(config, run, Data(run, (), (), ()), networks, Events(run))
+    record = dataclasses.asdict(LabelRecord(digest_of(step.identity(told)), 0, [], [], [], []))
+    for file in islice(step.grid(told).all(), LABELLED):
+        put(labels, file.name)
+        put(labels, file.record, json.dumps(record | {CHECK: digest_of(record)}).encode())
     return World(run, config, listed, infos, infos[: -(-shards // 20)], networks, exact)
 
 

@@ -31,6 +31,7 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign, distortion, total_variation
 from ddoq_ray.core.gram_kmeans import gram_kmeans
 from ddoq_ray.core.rng import philox
+from ddoq_ray.core.shrinkage import shrunk
 
 Codebook = tuple[np.ndarray, np.ndarray | None]  # centroids; counts, None where the method has none
 COLUMNS = ["latents", "method", "k", "cpu_s", "over_floor", "distortion", "heldout_distortion", "weight_tv"]
@@ -62,6 +63,12 @@ def synthetic(n: int = 1300, shape: tuple[int, int, int] = (8, 16, 16), modes: i
 
 def gram(x: np.ndarray, k: int, seed: int) -> Codebook:
     return gram_kmeans(x, k, seed=seed, class_id=0)
+
+
+def gram_shrunk(x: np.ndarray, k: int, seed: int) -> Codebook:
+    """As `quantizer=gram quantizer.shrink=true` runs it, less the pass that makes the counts those of the new cells."""
+    centroids, counts = gram(x, k, seed)
+    return shrunk(centroids, counts, float(assign(x, centroids)[1].mean())), counts
 
 
 def clvq_corrected(x: np.ndarray, k: int, seed: int) -> Codebook:
@@ -113,6 +120,7 @@ def faiss(x: np.ndarray, k: int, seed: int) -> Codebook:
 
 METHODS: dict[str, Callable[[np.ndarray, int, int], Codebook]] = {
     "gram": gram,
+    "gram-shrunk": gram_shrunk,
     "clvq-corrected": clvq_corrected,
     "clvq-paper": clvq_paper,
     "d4m": d4m,

@@ -38,7 +38,6 @@ from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
-from ddoq_ray.stages.train.memory import check_full
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
@@ -197,7 +196,6 @@ def _steps(
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
         networks.check_batches(set_sizes(config, data.counts), config, known)
-        check_full(config, data)
     checked = teacher_check.check_early(run, labels) if "label" in wanted else None
     _publish_config(asked, run_dir, known.environment)
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.gram_kmeans import gram_kmeans
@@ -25,7 +26,8 @@ from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.encoding import Encoding, LatentEncoder
 from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.models.priors.base import Prior
-from ddoq_ray.models.training.student import StudentTraining, build_student, learning_rate, teacher_targets
+from ddoq_ray.models.training.images import Resident, Views
+from ddoq_ray.models.training.student import StudentTraining, TeacherTargets, build_student, learning_rate
 from ddoq_ray.storage.records import ClassInfo
 from studies.assets import ASSETS, CIFAR10
 
@@ -126,11 +128,19 @@ def chosen(train: Split, ipc: int, seed: int) -> Int64:
 
 
 def protocol(ipc: int, epochs: int | None = None) -> ProtocolConfig:
-    """configs/protocol/rded.yaml at an IPC."""
+    """configs/protocol/rded.yaml at an IPC, with a cosine that comes to 0."""
     keys = ["dataset.path=x", "dataset.val_path=y", "prior=autoencoder", "prior.path=x", "teacher.path=x",
             "student=convnet3", "student.image_size=32", "protocol=rded"]  # fmt: skip
-    made = replace(load_config(keys).protocol, batch=BATCHES[ipc])
+    made = replace(load_config(keys).protocol, batch=BATCHES[ipc], cosine_span=1.0)
     return made if epochs is None else replace(made, epochs=epochs)
+
+
+class QuickTeacher(TeacherTargets):
+    """In bfloat16, as the students are: half the time, and less than a seed's difference."""
+
+    def __call__(self, views: Views) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().__call__(views).float()
 
 
 def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolConfig, seed: int) -> float:
@@ -139,13 +149,10 @@ def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolCon
     model = build_student(student, len(CIFAR10), seed)
     weights = image_weights(distilled.weights, distilled.class_ids)
     training = StudentTraining(
-        model, model, torch.from_numpy(distilled.images), torch.from_numpy(weights.astype(np.float32)), rule,
-        view_spec(rule, SIZE), seed, view_seed=0,
+        model, model, Resident(torch.from_numpy(distilled.images)), torch.from_numpy(weights.astype(np.float32)), rule,
+        view_spec(rule, SIZE), seed, view_seed=0, how=TrainerResources(precision="bfloat16"),
     )  # fmt: skip
-    targets, epochs = teacher_targets(teacher), rule.epochs or 1
-    # A table has hundreds of students: half the time, and less than a seed's difference.
-    # Without the cache, which keeps weights as they were cast first for as long as the context lasts.
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        for epoch in range(epochs):
-            training.train_epoch(learning_rate(rule, epoch, epochs), targets)
+    targets, epochs = QuickTeacher(teacher), rule.epochs or 1
+    for epoch in range(epochs):
+        training.train_epoch(learning_rate(rule, epoch, epochs), targets)
     return float(top1_top5(model.eval(), torch.from_numpy(on.images), torch.from_numpy(on.class_ids))[0])

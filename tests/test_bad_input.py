@@ -270,7 +270,7 @@ def test_another_configuration_is_refused_by_both_values(corpus: Path, run_dir: 
 def test_a_teacher_of_other_classes_labels_nothing(corpus: Path, run_dir: Path) -> None:
     with refused(run_dir, "3 of 3 classes by another name", "'zero' are called 'two' in 100 %", "teacher_index"):
         go(run_dir, corpus, "small_class=cap", "teacher.min_top1=90", "stages=[label]")
-    assert not list(run_dir.glob("labels/*/epoch-*"))
+    assert not list(run_dir.glob("labels/*/labels-*"))
 
 
 def test_overwrite_makes_it_anew_from_the_other_data(corpus: Path, run_dir: Path) -> None:

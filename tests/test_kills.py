@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 def run(place: Path, stages: str) -> None:
     keys = [
         f"run_dir={place}", "ipc=2", "baselines=[d4m]", "num_seeds=2", "protocol.steps=40", "protocol.eval_every=10",
-        "synthesizer.shard_images=4", "labels.epochs_per_unit=2", "labels.workers=1", f"stages=[{stages}]",
+        "synthesizer.shard_images=4", "labels.file_labels=40", "labels.workers=1", f"stages=[{stages}]",
     ]  # fmt: skip
     pipeline.run(load_config(keys))
 
@@ -53,11 +53,11 @@ def test_a_killed_labeller(images: Path, calm: Path, tmp_path: Path) -> None:
     place = tmp_path / "run"
     shutil.copytree(images, place)
     work = InThread(lambda: run(place, "label"))
-    work.wait_for(lambda: list(place.rglob("epoch-*/*.parquet")))
+    work.wait_for(lambda: list(place.rglob("labels-*")))
     work.kill(ray._private.worker._global_node, "Teacher")
     work.join(240)
-    labels = content(place, "epoch-*/*.parquet")
-    assert len(labels) == 2 * 5 * 40 and labels == content(calm, "epoch-*/*.parquet")
+    labels = content(place, "labels-*")
+    assert len(labels) == 2 * 2 * 20 and labels == content(calm, "labels-*")
     assert {"worker lost", "unit requeued"} <= set(events(place, "label"))
 
 

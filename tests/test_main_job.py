@@ -28,7 +28,7 @@ from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.storage.at_rest import Seen
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import read_labels
+from ddoq_ray.storage.label_log import LabelStore
 
 LABELS = "labels/digits-teacher-digits-16px"  # teacher, protocol, what a student sees
 STUDENT = "students/convnet3-w32-digits-teacher-digits-16px"
@@ -38,7 +38,7 @@ SMALL = [
     "protocol.steps=12",
     "protocol.eval_every=12",
     "synthesizer.shard_images=8",
-    "labels.epochs_per_unit=5",
+    "labels.file_labels=100",
 ]
 
 
@@ -125,7 +125,7 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
     images = torch.from_numpy(arrays.images)
     teacher = load_classifier("shipped:digits-teacher")
     for epoch in (0, 11):
-        stored = LogitsCodec(10).decode(read_labels(Folder(str(run / LABELS)), epoch))
+        stored = LogitsCodec(10).decode(LabelStore(Folder(str(run / LABELS))).read(epoch))
         order = np.random.default_rng(epoch).permutation(20)
         pixels, _, _ = batch_views(images, order, view_spec(config.protocol, 16), config.seed, epoch)
         with torch.inference_mode():
@@ -133,10 +133,14 @@ def test_stored_labels_are_the_teachers_on_the_same_views(run: Path) -> None:
 
 
 def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
-    epochs = sorted((run / LABELS).glob("epoch-*"))
-    assert [p.name for p in epochs] == [f"epoch-{e:04d}" for e in range(12)]
-    table = pq.read_table(io.BytesIO((epochs[5] / "images-000001.parquet").read_bytes()))
-    assert table["image_id"].to_pylist() == list(range(8, 16)) and set(table["epoch"].to_pylist()) == {5}
+    """20 images in 12 epochs, five epochs a file at most: three files of four."""
+    files = sorted((run / LABELS).glob("labels-*.parquet"))
+    manifest = json.loads((run / LABELS / "manifest.json").read_text())
+    assert manifest["files"] == len(files) == 3 and manifest["items"] == 240
+    assert manifest["bytes"] == sum(f.stat().st_size for f in files)
+    table = pq.read_table(io.BytesIO(files[1].read_bytes()))
+    assert table["image_id"].to_pylist() == list(range(20)) * 4
+    assert table["epoch"].to_numpy().tolist() == np.repeat(range(4, 8), 20).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +296,7 @@ def test_online_labels_store_nothing_and_latents_need_not_be_kept(run: Path) -> 
     with pytest.raises(ValueError, match=r"latents\.keep=false"):
         pipeline.run(load_config(["ipc=1", f"run_dir={run}-3", f"latents.path={run}/latents", "stages=[quantize]"]))
     online = [*SMALL, f"run_dir={run}-2", "labels.mode=online", "overwrite=true", "baselines=[]", "num_seeds=1"]
-    online = [o for o in online if "epochs_per_unit" not in o]
+    online = [o for o in online if "file_labels" not in o]
     pipeline.run(load_config([*online, "stages=[label,train,evaluate]"]))
-    assert not list(Path(f"{run}-2/labels").glob("*/epoch-*"))
+    assert not list(Path(f"{run}-2/labels").glob("*/labels-*"))
     assert json.loads(Path(f"{run}-2/{STUDENT}-seed0/manifest.json").read_text())["train_images"] == 20

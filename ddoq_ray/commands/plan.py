@@ -15,7 +15,6 @@ import numpy as np
 from ddoq_ray import pipeline
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import ClvqConfig
-from ddoq_ray.core.labels import CODECS
 from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution import networks, places
 from ddoq_ray.execution.session import own_node
@@ -28,7 +27,6 @@ from ddoq_ray.stages.quantize.memory import log_readings, plan_memory
 from ddoq_ray.stages.quantize.step import Quantize, actors_parts
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
-from ddoq_ray.stages.train.memory import check_full
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.calibration import asked_of, default_file, rates_for, read_rates
@@ -109,7 +107,7 @@ def plan(config: RunConfig) -> Plan:
     _room(made, run_dir)
     with made.looking():
         _quantizers(made, config, data, known, wanted)
-    _workers(made, config, data, steps)
+    _workers(made, config, steps)
     _time(made, config, wanted, sizes)
     return made
 
@@ -157,8 +155,8 @@ def _bytes(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -
         if sum(each):
             made.written[name] = sum(each)
             made.say("bytes", f"{name:<10} {_size(sum(each))}" + (f" in {len(each)} sets" if len(each) > 1 else ""))
-    if "label" in of and config.labels.mode != "online":
-        by_codec = ", ".join(f"{codec} {_size(sizes.labels(codec))}" for codec in CODECS if codec != "online")
+    if "label" in of and config.labels.stored:
+        by_codec = ", ".join(f"{codec} {_size(sizes.labels(n))}" for codec, n in sizes.codec_bytes.items())
         made.say(
             "labels", f"{sizes.epochs:,} epochs of {sizes.centroids:,} images a set: {by_codec}; codec {sizes.codec}"
         )
@@ -223,7 +221,7 @@ def _quantizers(made: Plan, config: RunConfig, data: Data, known: networks.Netwo
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 
-def _workers(made: Plan, config: RunConfig, data: Data, steps: Sequence[Step]) -> None:
+def _workers(made: Plan, config: RunConfig, steps: Sequence[Step]) -> None:
     """What the stages hold at the same time; on this machine's own Ray, whether it fits."""
     for stage, asks in demands.table(config, steps).items():
         told = ", ".join(f"{a.count} {a.what}{'s' * (a.count > 1)} of {demands.in_words(a.room)}" for a in asks)
@@ -235,8 +233,6 @@ def _workers(made: Plan, config: RunConfig, data: Data, steps: Sequence[Step]) -
     with made.looking():
         _, words = demands.plan(config, steps, [node], may_grow=False)
         made.lines += words
-    with made.looking():
-        check_full(config, data, [node.get("memory", 0.0)])
 
 
 def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> None:
@@ -296,7 +292,7 @@ def _work(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> dict[str, _
     if made:
         denoised = {"denoise": made * run} if run else {}
         found["synthesize"] = _Work({"decode": made} | denoised, "decoder", own.max_workers)
-    if views and config.labels.mode != "online":
+    if views and config.labels.stored:
         found["label"] = _Work({"label": views}, "teacher", config.labels.workers)
     if trained:
         found["train"] = _Work({"train": trained}, "trainer", config.cluster.trainer.workers)

@@ -31,7 +31,7 @@ UNITS = {
     "quantize": ("parts", layout.CODEBOOK_RECORDS),
     "synthesize": ("image shards", layout.IMAGE_SHARDS),
     "select": ("image shards", layout.IMAGE_SHARDS),
-    "label": ("epochs", "epoch-*"),
+    "label": ("files", layout.LABEL_RECORDS),
 }
 
 

@@ -201,7 +201,6 @@ COMMANDS = (
         config="ddoq_ray.config.network_training:TrainPriorConfig",
         main="ddoq_ray.commands.train_prior:main",
         use="ddoq-ray train-prior [dataset=digits] out=FOLDER key=value ...",
-        goes_on=False,
         place="out",
     ),
     Command(
@@ -210,7 +209,6 @@ COMMANDS = (
         config="ddoq_ray.config.network_training:TuneDecoderConfig",
         main="ddoq_ray.commands.tune_decoder:main",
         use="ddoq-ray tune-decoder source=PRIOR perceptual=CLASSIFIER out=FOLDER key=value ...",
-        goes_on=False,
         place="out",
     ),
     Command(

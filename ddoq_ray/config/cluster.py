@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ddoq_ray.config.schema import option, require
 
@@ -16,12 +17,40 @@ class WorkerResources:
 @dataclass(frozen=True)
 class TrainerResources:
     workers: int = option(1, "DDP ranks")
+    min_workers: int | None = option(
+        None, "with max_workers: Ray Train's own elasticity, between so many ranks; null: `workers` at all times"
+    )
+    max_workers: int | None = option(None, "see min_workers")
+    groups: int = option(1, "students that are trained side by side, each by `workers` ranks of its own")
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "arithmetic of the student's forward and backward pass; weights and losses stay in float32"
+    )
+    channels_last: bool = option(
+        False, "keep the student's filters and pixels in the order that GPUs' tensor cores want"
+    )
+    compile: bool = option(False, "torch.compile of the student")
+    micro_batch: int = option(
+        0, "images of a forward pass of a rank, of which as many as protocol.batch needs make a step; 0 = all at once"
+    )
+    scratch: str | None = option(
+        None,
+        "folder on each node's own disk for images that fit neither a worker's device nor the node's memory; "
+        "null: the system's folder for temporary files",
+    )
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, f"cluster.trainer.workers={self.workers}: expected 1 or more")
+        for key in ("workers", "groups"):
+            require(getattr(self, key) >= 1, f"cluster.trainer.{key}={getattr(self, key)}: expected 1 or more")
+        require(self.micro_batch >= 0, f"cluster.trainer.micro_batch={self.micro_batch}: expected 0 or more")
+        require(
+            (self.min_workers is None) == (self.max_workers is None)
+            and (self.min_workers is None or 1 <= self.min_workers <= (self.max_workers or 0)),
+            f"cluster.trainer.min_workers={self.min_workers}, max_workers={self.max_workers}: give both, "
+            "1 <= min_workers <= max_workers, or neither",
+        )
         require(self.threads >= 1, f"cluster.trainer.threads={self.threads}: expected 1 or more")
 
 

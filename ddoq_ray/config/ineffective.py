@@ -109,8 +109,23 @@ _RULES: tuple[Rule, ...] = (
         lambda c: c.synthesizer.format == "png",
         _fixed("synthesizer.format=png keeps every pixel as it is"),
     ),
-    ("labels.workers", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
-    ("labels.epochs_per_unit", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels")),
+    ("labels.budget", lambda c: c.labels.mode != "auto", _fixed("labels.mode names the codec")),
+    *(
+        (
+            f"labels.{key}",
+            lambda c: not c.labels.stored,
+            lambda c: f"here: labels.mode={c.labels.mode} stores no labels; leave one of the two out",
+        )
+        for key in ("workers", "file_mb", "file_labels")
+    ),
+    *(
+        (f"protocol.{key}", lambda c: c.labels.mode == "hard", _fixed("labels.mode=hard takes no soft labels"))
+        for key in ("temperature", "direction")
+    ),
+    ("protocol.label_smoothing", lambda c: c.labels.mode != "hard", _fixed("labels.mode is not hard")),
+    ("protocol.momentum", lambda c: c.protocol.optimizer != "sgd", _fixed("protocol.optimizer is not sgd")),
+    ("protocol.cosine_span", lambda c: c.protocol.schedule != "cosine", _fixed("protocol.schedule is not cosine")),
+    ("weights.cutmix", lambda c: not c.protocol.cutmix, _fixed("protocol.cutmix=false pastes nothing")),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
     (

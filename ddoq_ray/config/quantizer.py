@@ -20,6 +20,9 @@ class QuantizerConfig:
     noise_level: float = option(
         0.0, "quantize latents noised to this level, as the paper does; 0 = clean, else equal to synthesizer.strength"
     )
+    shrink: bool = option(
+        False, "draw each centroid to the class mean by what its cell's size says of its noise: nearer to unseen images"
+    )
     snapshot_every: int = option(16, "shards consumed between two snapshots of an actor's open classes")
 
     def __post_init__(self) -> None:
@@ -28,8 +31,12 @@ class QuantizerConfig:
         require(self.snapshot_every >= 1, f"quantizer.snapshot_every={self.snapshot_every}: expected 1 or more")
 
     def identity(self) -> dict[str, Any]:
-        """The keys that change centroids; how many actors hold them does not."""
-        return {k: v for k, v in plain(self).items() if k not in ("num_shards", "snapshot_every")}
+        """The keys that change centroids; how many actors hold them does not.
+
+        `shrink` is named where it is on, so that codebooks that are older than the key stay what they are.
+        """
+        left_out = {"num_shards", "snapshot_every"} | (set() if self.shrink else {"shrink"})
+        return {k: v for k, v in plain(self).items() if k not in left_out}
 
 
 @dataclass(frozen=True)

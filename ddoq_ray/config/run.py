@@ -80,6 +80,11 @@ class RunConfig:
             "centroids of noised latents are denoised from the level they have; expected synthesizer.start=noised and "
             f"synthesizer.strength={level}",
         )
+        require(
+            not (self.quantizer.shrink and self.synthesizer.rescale),
+            "quantizer.shrink=true with synthesizer.rescale=true: one draws centroids to their class's mean, the other "
+            "moves them away from it; choose one",
+        )
 
     @property
     def folder(self) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ddoq_ray.config.schema import option, require
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
 def resized_side(size: int, crop: float) -> int:
@@ -15,15 +19,36 @@ def resized_side(size: int, crop: float) -> int:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    mode: Literal["auto", "logits", "features", "online"] = option(
-        "auto", "auto: the smaller of logits and features; online: the teacher labels while the student trains"
+    mode: Literal["auto", "logits", "features", "logits_int8", "online", "hard"] = option(
+        "auto",
+        "auto: the smaller of logits and features; online: the teacher labels while the student trains; hard: the "
+        "images' classes, by cross-entropy",
+    )
+    budget: str | None = option(
+        None, "most bytes of one image set's labels, such as 2GB: the most exact codec that fits; null: no bound"
     )
     workers: int = option(2, "teacher actors")
-    epochs_per_unit: int = option(50, "epochs of one image shard labelled in one unit of work")
+    file_mb: int = option(128, "largest size of a label file: a range of epochs of a range of images")
+    file_labels: int = option(262_144, "most labels in a file, which is a unit of work for a teacher")
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, f"labels.workers={self.workers}: expected 1 or more")
-        require(self.epochs_per_unit >= 1, f"labels.epochs_per_unit={self.epochs_per_unit}: expected 1 or more")
+        for key in ("workers", "file_mb", "file_labels"):
+            require(getattr(self, key) >= 1, f"labels.{key}={getattr(self, key)}: expected 1 or more")
+        require(
+            self.budget is None or _SIZE.fullmatch(self.budget) is not None,
+            f"labels.budget={self.budget}: expected a size such as 500MB or 2.5GB",
+        )
+
+    @property
+    def budget_bytes(self) -> float | None:
+        """`budget` as a number."""
+        found = None if self.budget is None else _SIZE.fullmatch(self.budget)
+        return None if found is None else float(found[1]) * 1000 ** _UNITS.index(found[2])
+
+    @property
+    def stored(self) -> bool:
+        """Whether labels are made before students train."""
+        return self.mode not in ("online", "hard")
 
 
 @dataclass(frozen=True)
@@ -33,6 +58,12 @@ class WeightsConfig:
     )
     across_classes: Literal["balanced", "empirical"] = option(
         "balanced", "balanced: every class counts the same; empirical: by its number of real images"
+    )
+    normalize: Literal["none", "class", "set"] = option(
+        "none", "none: as the scheme prints them; class: of mean 1 in each class; set: of mean 1 over the set"
+    )
+    cutmix: Literal["base", "mixed"] = option(
+        "base", "weight of a view with CutMix: base: that of its own image; mixed: of both images by their shares"
     )
 
 
@@ -58,11 +89,22 @@ class ProtocolConfig:
     batch: int = option(50, "images in one step, over all workers")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "optimizer")
     lr: float = option(5e-3, "learning rate")
+    momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(0.01, "weight decay; none on biases and norms")
+    decay_all: bool = option(False, "weight decay on biases and norms too")
+    ema: float = option(0.0, "decay of the student's averaged weights, which are then scored and published; 0 = none")
     schedule: Literal["cosine", "step", "constant"] = option("cosine", "learning rate over the epochs")
+    cosine_span: float = option(
+        1.0, "schedule=cosine comes to 0 after this multiple of the epochs: 2 ends at half the rate, as RDED's does"
+    )
     step_at: tuple[int, ...] = option((), "epochs at which schedule=step multiplies by step_factor")
     step_factor: float = option(0.25, "see step_at")
     temperature: float = option(4.0, "softmax temperature of teacher and student")
+    direction: Literal["teacher-student", "student-teacher"] = option(
+        "teacher-student",
+        "teacher-student: KL(teacher || student), as the released codes; student-teacher: as the paper prints it",
+    )
+    label_smoothing: float = option(0.0, "label smoothing of labels.mode=hard")
     min_scale: float = option(0.5, "smallest crop area of a view")
     flip: bool = option(False, "flip views left to right at random")
     cutmix: bool = option(True, "paste a box of another image's view into each view")
@@ -86,6 +128,13 @@ class ProtocolConfig:
         require(0 < self.lr <= 1e30, f"protocol.lr={self.lr}: expected more than 0, within what float32 can hold")
         require(self.weight_decay >= 0, f"protocol.weight_decay={self.weight_decay}: expected 0 or more")
         require(self.step_factor > 0, f"protocol.step_factor={self.step_factor}: expected more than 0")
+        require(0 <= self.momentum < 1, f"protocol.momentum={self.momentum}: expected 0 or more, below 1")
+        require(0 <= self.ema < 1, f"protocol.ema={self.ema}: expected 0 or more, below 1")
+        require(self.cosine_span >= 1, f"protocol.cosine_span={self.cosine_span}: expected 1 or more")
+        require(
+            0 <= self.label_smoothing < 1,
+            f"protocol.label_smoothing={self.label_smoothing}: expected 0 or more, below 1",
+        )
         require(self.eval_every >= 0, f"protocol.eval_every={self.eval_every}: expected 0 or more")
         require(self.temperature > 0, f"protocol.temperature={self.temperature}: expected more than 0")
         require(0 < self.min_scale <= 1, f"protocol.min_scale={self.min_scale}: expected above 0, at most 1")

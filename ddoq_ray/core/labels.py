@@ -1,6 +1,7 @@
 """Soft-label codecs: a teacher's output for a view in a fixed number of bytes.
 
 - `logits`: fp16, 2 C bytes. Exact to fp16 rounding.
+- `logits_int8`: uint8 with an affine scale for each row, C + 4 bytes. The coarsest, for a budget that asks for it.
 - `features`: the penultimate features as uint8 with an affine scale for each row, d + 4 bytes; the teacher's
   linear head is kept once beside them. At 1,000 classes 3.9 times smaller for a ResNet-18 (d = 512), and
   larger for a ResNet-50 (d = 2048), so the choice is by size.
@@ -143,12 +144,7 @@ class LogitsCodec:
 
 @dataclass(frozen=True)
 class FeaturesCodec:
-    """Penultimate features, affine-quantised row by row: fp16 scale, fp16 offset, then d bytes.
-
-    A feature is `offset + scale * byte`. The rounded fp16 offset and scale are what the bytes are computed
-    from, with the offset rounded down and the scale up, so nothing is clipped and no feature is off by more
-    than scale / 2 (about 1/510 of the row's range).
-    """
+    """Penultimate features, affine-quantised row by row (`_affine_bytes`): d + 4 bytes."""
 
     num_classes: int
     feature_dim: int
@@ -183,18 +179,7 @@ class FeaturesCodec:
         Raises:
             ValueError: another shape, or a value that is not finite or does not fit fp16.
         """
-        values = _checked(output, self.feature_dim, "features", "feature_dim").astype(np.float64)
-        down, up = np.float16(-np.inf), np.float16(np.inf)
-        low, high = values.min(axis=1), values.max(axis=1)
-        offset = low.astype(np.float16)
-        offset = np.where(offset > low, np.nextafter(offset, down), offset)
-        exact = (high - offset) / _LEVELS
-        scale = exact.astype(np.float16)
-        scale = np.where(scale < exact, np.nextafter(scale, up), scale)
-        step = np.where(scale > 0, scale, np.float16(1)).astype(np.float64)  # a constant row is all zeros
-        levels = np.rint((values - offset.astype(np.float64)[:, None]) / step[:, None]).astype(np.uint8)
-        affine = np.stack([scale, offset], axis=1).astype("<f2").view(np.uint8)
-        return np.concatenate([affine, levels], axis=1)
+        return _affine_bytes(_checked(output, self.feature_dim, "features", "feature_dim"))
 
     def features(self, packed: Packed | torch.Tensor) -> torch.Tensor:
         """Unpack features.
@@ -208,11 +193,7 @@ class FeaturesCodec:
         Raises:
             ValueError: another shape or dtype.
         """
-        import torch
-
-        rows = _as_torch(packed, self.nbytes)
-        affine = rows[:, :4].contiguous().view(torch.float16).float()
-        return affine[:, 1:] + affine[:, :1] * rows[:, 4:].float()
+        return _affine_values(_as_torch(packed, self.nbytes))
 
     def decode(
         self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
@@ -245,11 +226,46 @@ class FeaturesCodec:
             return torch.nn.functional.linear(features, head.weight.float(), bias).to(device)
 
 
-# Every codec by its name. Of codecs of one size `choose_codec` takes the first here.
+@dataclass(frozen=True)
+class Int8LogitsCodec:
+    """Logits, affine-quantised row by row (`_affine_bytes`): C + 4 bytes."""
+
+    num_classes: int
+    name: ClassVar[str] = "logits_int8"
+    packs_features: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, num_classes: int, feature_dim: int | None) -> Int8LogitsCodec:
+        """The codec of C classes; it asks for no features.
+
+        Raises:
+            ValueError: a number of classes below 1.
+        """
+        return cls(_counted(num_classes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a label."""
+        return self.num_classes + 4
+
+    def encode(self, output: torch.Tensor) -> Packed:
+        """uint8 [B, C + 4] of float [B, C] logits on any device; Raises as `LogitsCodec.encode`."""
+        return _affine_bytes(_checked(output, self.num_classes, "logits", "num_classes"))
+
+    def decode(
+        self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """float32 [B, C] logits, as `LogitsCodec.decode`."""
+        return _affine_values(_as_torch(packed, self.nbytes).to(device))
+
+
+# Every codec by its name, the most exact first.
 CODECS: dict[str, type[Codec]] = {
     "logits": LogitsCodec,
     "features": FeaturesCodec,
+    "logits_int8": Int8LogitsCodec,
 }
+_NEARLY_EXACT = ("logits", "features")  # of which the smaller is taken where nobody gives a budget
 
 
 def codec_class(name: str) -> type[Codec]:
@@ -275,19 +291,65 @@ def make_codec(name: str, num_classes: int, feature_dim: int | None) -> Codec:
     return codec_class(name).of(num_classes, feature_dim)
 
 
-def choose_codec(num_classes: int, feature_dim: int | None) -> str:
-    """Name of the smallest codec; `logits`, which is nearly exact, where sizes are equal or there is no linear
-    head.
+def choose_codec(num_classes: int, feature_dim: int | None, most: float | None = None) -> str:
+    """Name of the codec for a teacher of C classes.
 
     Args:
         num_classes: C.
         feature_dim: d, or None for a teacher without a linear head.
+        most: bytes that a label may take: the most exact codec within them. None: the smaller of `logits`, which is
+            nearly exact and taken where sizes are equal, and `features`.
+
+    Raises:
+        ValueError: no codec is as small as that.
 
     >>> choose_codec(1000, 512), choose_codec(1000, 2048), choose_codec(10, None)
     ('features', 'logits', 'logits')
+    >>> choose_codec(1000, 2048, 2000), choose_codec(1000, 2048, 1999), choose_codec(1000, 512, 600)
+    ('logits', 'logits_int8', 'features')
     """
+    sizes = codec_sizes(num_classes, feature_dim)
+    if most is None:
+        return min((name for name in _NEARLY_EXACT if name in sizes), key=sizes.__getitem__)
+    for name, nbytes in sizes.items():
+        if nbytes <= most:
+            return name
+    raise ValueError(f"a label takes at least {min(sizes.values())} bytes ({sizes}), and {most:.1f} are allowed")
+
+
+def codec_sizes(num_classes: int, feature_dim: int | None) -> dict[str, int]:
+    """Name -> bytes a label, of each codec that such a teacher can have; the most exact first."""
     usable = [codec for codec in CODECS.values() if feature_dim is not None or not codec.packs_features]
-    return min(usable, key=lambda codec: codec.of(num_classes, feature_dim).nbytes).name
+    return {codec.name: codec.of(num_classes, feature_dim).nbytes for codec in usable}
+
+
+def _affine_bytes(rows: npt.NDArray[np.float32]) -> Packed:
+    """uint8 [B, n + 4] of float32 [B, n]: fp16 scale, fp16 offset, then n bytes.
+
+    A value is `offset + scale * byte`. The rounded fp16 offset and scale are what the bytes are computed from, with the
+    offset rounded down and the scale up, so nothing is clipped and no value is off by more than scale / 2 (about 1/510
+    of the row's range).
+    """
+    values = rows.astype(np.float64)
+    down, up = np.float16(-np.inf), np.float16(np.inf)
+    low, high = values.min(axis=1), values.max(axis=1)
+    offset = low.astype(np.float16)
+    offset = np.where(offset > low, np.nextafter(offset, down), offset)
+    exact = (high - offset) / _LEVELS
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, up), scale)
+    step = np.where(scale > 0, scale, np.float16(1)).astype(np.float64)  # a constant row is all zeros
+    levels = np.rint((values - offset.astype(np.float64)[:, None]) / step[:, None]).astype(np.uint8)
+    affine = np.stack([scale, offset], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([affine, levels], axis=1)
+
+
+def _affine_values(rows: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_affine_bytes`: float32 [B, n] of uint8 [B, n + 4], on its device."""
+    import torch
+
+    affine = rows[:, :4].contiguous().view(torch.float16).float()
+    return affine[:, 1:] + affine[:, :1] * rows[:, 4:].float()
 
 
 def _counted(num_classes: int) -> int:

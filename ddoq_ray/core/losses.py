@@ -13,8 +13,11 @@ import torch.nn.functional as F
 SCHEMES = ("counts", "sqrt", "uniform")
 ACROSS = ("balanced", "empirical")
 NORMALIZE = ("batch", "weights")
+MEANS = ("none", "class", "set")
+DIRECTIONS = ("teacher-student", "student-teacher")
 
 
+# A loss and the ways in which the published ones differ.
 def weighted_kl(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -23,11 +26,12 @@ def weighted_kl(
     normalize: str = "batch",
     *,
     t_squared: bool = False,
+    direction: str = DIRECTIONS[0],
 ) -> torch.Tensor:
     """`sum_i w_i KL(softmax(teacher_i / T) || softmax(student_i / T)) / B`.
 
     Source: Algorithm 4, line 7. Differences from the paper: it prints KL(student || teacher); D4M's and FKD's
-    code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the order here.
+    code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the default here.
 
     Args:
         student_logits: float [B, C].
@@ -38,12 +42,13 @@ def weighted_kl(
             sum of weights, which removes that but ties an image's share to the images drawn with it.
         t_squared: multiply by T^2 (Hinton et al. 2015), which keeps the gradient's size as T grows. D4M and
             FKD do not.
+        direction: "teacher-student" as above; "student-teacher" is KL(student || teacher), as printed.
 
     Returns:
         float32 scalar; computed in float32 under autocast too.
 
     Raises:
-        ValueError: shapes that do not agree, temperature not above 0, or an unknown `normalize`.
+        ValueError: shapes that do not agree, temperature not above 0, or an unknown `normalize` or `direction`.
     """
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -54,7 +59,10 @@ def weighted_kl(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    loss = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    given, of = (log_student, log_teacher) if direction == DIRECTIONS[0] else (log_teacher, log_student)
+    loss = F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
     return _weighted(loss, weights, normalize) * (temperature**2 if t_squared else 1.0)
 
 
@@ -97,6 +105,7 @@ def image_weights(
     scheme: str = "counts",
     across: str = "balanced",
     class_mass: npt.NDArray[np.float64] | None = None,
+    normalize: str = "none",
 ) -> npt.NDArray[np.float64]:
     """Weight of each distilled image in the loss, from the companion weights of the codebook.
 
@@ -116,6 +125,8 @@ def image_weights(
         across: "balanced" or "empirical".
         class_mass: float64, indexed by class id, images (or share) of each class in the source data; needed
             by "empirical" only. Classes without images are left out and the rest renormalised.
+        normalize: "none" leaves them so; "class" makes their mean 1 in each class (before classes are made to
+            count by their mass); "set" makes their mean 1 over the set (after that).
 
     Returns:
         float64 [n].
@@ -131,6 +142,8 @@ def image_weights(
         raise ValueError(f"weight scheme must be one of {SCHEMES}, got {scheme!r}")
     if across not in ACROSS:
         raise ValueError(f"weights across classes must be one of {ACROSS}, got {across!r}")
+    if normalize not in MEANS:
+        raise ValueError(f"normalize must be one of {MEANS}, got {normalize!r}")
     weights = np.asarray(weights, dtype=np.float64)
     class_ids = np.asarray(class_ids, dtype=np.int64)
     if weights.ndim != 1 or weights.shape != class_ids.shape:
@@ -141,7 +154,11 @@ def image_weights(
     _check_shares(weights, present, position)
     share = size[position] * weights
     out = {"counts": share, "sqrt": np.sqrt(share), "uniform": np.ones_like(weights)}[scheme]
-    return out * _class_factors(present, class_mass)[position] if across == "empirical" else out
+    if normalize == "class":
+        out = out / (np.bincount(position, weights=out) / size)[position]
+    if across == "empirical":
+        out = out * _class_factors(present, class_mass)[position]
+    return out / out.mean() if normalize == "set" else out
 
 
 def _check_shares(

@@ -1,4 +1,4 @@
-"""What quantizing costs in memory, and which algorithm a class of a given size can have.
+"""Sizes in words; what quantizing costs in memory, and which algorithm a class of a given size can have.
 
 Shapes: N samples of a class, K centroids, D flattened latent dimension. All sizes are bytes.
 """
@@ -18,6 +18,19 @@ _BLOCKS = 48 << 20  # what `core` copies at one time of a matrix that may be as 
 CLASS_OVERHEAD = 6 << 10  # of one open class beside its rows: objects, array headers, squared norms
 
 Exact = Literal["gram", "faiss", "clvq"]
+
+
+def in_bytes(size: float) -> str:
+    """A size in words.
+
+    >>> in_bytes(999), in_bytes(7.74e9)
+    ('999 B', '7.7 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def clvq_bytes(n: npt.ArrayLike, k: int, dim: int, buffer: int) -> F64:

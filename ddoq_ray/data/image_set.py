@@ -13,6 +13,7 @@ import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -214,8 +215,11 @@ class ImageArrays:
     weights: np.ndarray
 
 
-def load_image_arrays(shards: list[str], size: int, side: int | None = None) -> ImageArrays:
-    """Decode a distilled set once: 3 x H x W bytes an image.
+Make = Callable[[tuple[int, ...]], np.ndarray]  # an array uint8 of a shape
+
+
+def load_image_arrays(shards: list[str], size: int, side: int | None = None, make: Make | None = None) -> ImageArrays:
+    """Decode a distilled set once: 3 x H x W bytes an image, and one picture beside them.
 
     Views are cut from what is stored, so that nothing is shrunk before it is cropped: pictures that are all of one size
     keep it, unless they are smaller than the views: then they are enlarged once, here. Where sizes differ, as those of
@@ -224,39 +228,46 @@ def load_image_arrays(shards: list[str], size: int, side: int | None = None) -> 
     Args:
         size: Side of the views that are cut.
         side: See above; by default `size`.
+        make: Makes the array uint8 of a shape that is filled, such as a mapped file; by default in memory.
 
     Raises:
         ValueError: When there is no image, or one cannot be read.
     """
-    pictures: list[np.ndarray | None] = []  # uint8 [H, W, 3]
     class_ids, weights = [], []
-    shape: tuple[int, int] | None = None  # of all, so far
-    square = size if side is None else side
-    for item in read_images(shards):
-        picture = item.picture
-        if not pictures:
-            shape = picture.size
-        elif shape is not None and shape != picture.size:
-            shape = None
-            pictures = _squares(pictures, square)  # those before: all of one size
-        pictures.append(np.asarray(picture) if shape is not None else to_square(picture, square))
-        class_ids.append(item.class_id)
-        weights.append(item.weight)
-    if not pictures:
+    for shard in shards:
+        with _naming(shard), open_shard(shard) as f:
+            for item, _, _ in _samples(shard, f, pictures=False):
+                class_ids.append(item.class_id)
+                weights.append(item.weight)
+    if not class_ids:
         raise ValueError(f"no image in {shards[:3]}; expected image shards made by synthesize")
-    if shape is not None and min(shape) < size:
-        pictures, shape = _squares(pictures, size), (size, size)
-    width, height = shape or (square, square)
-    images = np.empty((len(pictures), 3, height, width), np.uint8)
-    for i, kept in enumerate(pictures):
-        assert kept is not None
-        images[i] = kept.transpose(2, 0, 1)
-        pictures[i] = None  # else the set is in memory twice
+    make = make or partial(np.empty, dtype=np.uint8)
+    images = _filled(shards, len(class_ids), size, make)
+    if images is None:
+        images = _squares(shards, len(class_ids), size if side is None else side, make)
     return ImageArrays(images, np.asarray(class_ids, np.int64), np.asarray(weights, np.float64))
 
 
-def _squares(pictures: list[np.ndarray | None], side: int) -> list[np.ndarray | None]:
-    return [to_square(Image.fromarray(p), side) for p in pictures if p is not None]
+def _filled(shards: list[str], count: int, size: int, make: Make) -> np.ndarray | None:
+    """The pictures, all of one size, and enlarged to `size` where that is smaller; None where sizes differ."""
+    images, shape = np.empty(0, np.uint8), (0, 0)
+    for i, item in enumerate(read_images(shards)):
+        picture = item.picture
+        if i == 0:
+            shape = picture.size
+            width, height = shape if min(shape) >= size else (size, size)
+            images = make((count, 3, height, width))
+        if picture.size != shape:
+            return None
+        images[i] = (np.asarray(picture) if min(shape) >= size else to_square(picture, size)).transpose(2, 0, 1)
+    return images
+
+
+def _squares(shards: list[str], count: int, side: int, make: Make) -> np.ndarray:
+    images = make((count, 3, side, side))
+    for i, item in enumerate(read_images(shards)):
+        images[i] = to_square(item.picture, side).transpose(2, 0, 1)
+    return images
 
 
 class DistilledDataset:

@@ -6,7 +6,6 @@ Shape suffixes: B batch, C classes, d features, S image size.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,14 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
-from ddoq_ray.models.cifar_resnet import WIDTHS, CifarResNet
+from ddoq_ray.models.architectures import build_trunk, head_of, is_import_path, torchvision_model, without_head
 from ddoq_ray.models.folders import content_digest, published_folder, read_json, resolve_folder, write_json
 from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_pointers, fit_names, read_tensors
 
 CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _TORCHVISION_PREFIX = "torchvision:"
-_SMALL = re.compile(r"(convnet3|resnet18-small)(?:-w(\d+))?")
-_CIFAR = re.compile(r"resnet(\d+)-cifar")
-# torchvision families whose last linear layer is the head and whose output is one tensor.
-_FAMILIES = (
-    "alexnet", "convnext", "densenet", "efficientnet", "maxvit", "mnasnet", "mobilenet", "regnet", "resnet",
-    "resnext", "shufflenet", "swin", "vgg", "vit", "wide_resnet",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,59 +109,6 @@ class Classifier(nn.Module):
         }
 
 
-class _ConvNet3(nn.Module):
-    """ConvNet-3 of the dataset-condensation benchmark: three of conv 3x3, instance norm, ReLU, average pool.
-
-    Source: Zhao et al., Dataset Condensation with Gradient Matching (VICO-UoE/DatasetCondensation).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        blocks: list[nn.Module] = []
-        for i in range(3):
-            blocks += [
-                nn.Conv2d(3 if i == 0 else width, width, 3, padding=1),
-                # One group a channel is instance norm with a learned scale and offset.
-                nn.GroupNorm(width, width),
-                nn.ReLU(inplace=True),
-                nn.AvgPool2d(2),
-            ]
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x).flatten(1)
-
-
-class _SmallResNet18(nn.Module):
-    """ResNet-18 for small images: 3x3 stem of stride 1, no max-pool; parameter names as torchvision's."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        planes = width
-        for i in range(4):
-            out, stride = width * 2**i, 1 if i == 0 else 2
-            shortcut = None
-            if stride != 1:
-                shortcut = nn.Sequential(nn.Conv2d(planes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            self.add_module(
-                f"layer{i + 1}",
-                nn.Sequential(BasicBlock(planes, out, stride, shortcut), BasicBlock(out, out)),
-            )
-            planes = out
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        for i in range(4):
-            x = self.get_submodule(f"layer{i + 1}")(x)
-        return x.mean(dim=(2, 3))
-
-
 def build_classifier(
     arch: str,
     num_classes: int,
@@ -182,9 +120,8 @@ def build_classifier(
     """A freshly initialised classifier; the same weights for the same seed, the global generators untouched.
 
     Args:
-        arch: "convnet3" (width 128) or "convnet3-w<width>"; "resnet18-small" (width 64) or
-            "resnet18-small-w<width>"; "resnet<depth>-cifar" (depth 20, 32, 44, 56, 110); or a
-            torchvision classification model such as "resnet18", "swin_t".
+        arch: a name of `architectures.ARCHITECTURES`, such as "convnet3-w32", "resnet18-small", "resnet20-cifar"; a
+            torchvision classification model such as "resnet18", "swin_t"; or "module:name" of a callable.
         num_classes: C.
         image_size: S.
         normalisation: of the pixels.
@@ -198,7 +135,7 @@ def build_classifier(
         raise ValueError(f"classifier: num_classes must be positive, got {num_classes}")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        trunk, d = _build_trunk(arch, image_size)
+        trunk, d = build_trunk(arch, num_classes, image_size)
         head = nn.Linear(d, num_classes)
     return Classifier(arch, trunk, head, image_size=image_size, normalisation=normalisation, classes=classes)
 
@@ -208,44 +145,6 @@ def classifier_of(config: Mapping[str, Any]) -> Classifier:
     normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]))
     classes = config.get("classes")
     return build_classifier(config["arch"], config["num_classes"], config["image_size"], normalisation, classes=classes)
-
-
-def _build_trunk(arch: str, image_size: int) -> tuple[nn.Module, int]:
-    small, cifar = _SMALL.fullmatch(arch), _CIFAR.fullmatch(arch)
-    if cifar is not None:
-        return CifarResNet(int(cifar.group(1))), WIDTHS[-1]
-    if small is None:
-        return _torchvision_trunk(torchvision_model(arch))
-    name, width = small.group(1), small.group(2)
-    if image_size < 8:
-        raise ValueError(f"classifier: {arch} needs images of at least 8 px, got {image_size}")
-    if width is not None and int(width) < 1:
-        raise ValueError(f"classifier: a width must be positive, got {arch!r}")
-    if name == "convnet3":
-        w = int(width or 128)
-        return _ConvNet3(w), w * (image_size // 8) ** 2
-    w = int(width or 64)
-    return _SmallResNet18(w), 8 * w
-
-
-def torchvision_model(arch: str, weights: Any = None) -> nn.Module:
-    """The torchvision model `arch`; a ValueError when it is unknown or has no single linear head."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known or not arch.startswith(_FAMILIES):
-        families = [name for name in known if name.startswith(_FAMILIES)]
-        raise ValueError(
-            f"classifier: unknown architecture {arch!r}; expected convnet3[-w<width>], "
-            f"resnet18-small[-w<width>], resnet<depth>-cifar or one of torchvision's {families}"
-        )
-    return torchvision.models.get_model(arch, weights=weights)
-
-
-def _torchvision_trunk(model: nn.Module) -> tuple[nn.Module, int]:
-    """Cut the last linear layer off: the model then returns the features."""
-    name, head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Identity())
-    return model, head.in_features
 
 
 def save_classifier(
@@ -295,6 +194,11 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     absent = [key for key in ("arch", "num_classes", "image_size", "mean", "std") if key not in config]
     if absent:
         raise ValueError(f"classifier: {folder / CONFIG_JSON} lacks {absent}")
+    if is_import_path(str(config["arch"])):
+        raise ValueError(
+            f"classifier: {folder / CONFIG_JSON} names code to import ({config['arch']}), which a folder of weights "
+            "must not have run; a teacher is of one of the architectures that are known by name"
+        )
     check_not_pointers(folder, "classifier")
     file = _weights_file(folder)
     model = classifier_of(config)
@@ -328,8 +232,8 @@ def _torchvision_classifier(arch: str) -> Classifier:
     transforms = weights.transforms()
     crop = transforms.crop_size
     size = crop[0] if isinstance(crop, Sequence) else int(crop)
-    head = [m for m in source.modules() if isinstance(m, nn.Linear)][-1]
-    trunk, _ = _torchvision_trunk(source)
+    head = head_of(source)[1]
+    trunk, _ = without_head(source)
     names = weights.meta.get("categories")
     normalisation = Normalisation(tuple(transforms.mean), tuple(transforms.std))
     return Classifier(arch, trunk, head, image_size=size, normalisation=normalisation, classes=names)

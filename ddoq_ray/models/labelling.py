@@ -5,20 +5,18 @@ Shape suffixes: N images of a set, n of them, B inner batch, C outputs, H W stor
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddoq_ray.config.training import ProtocolConfig
-from ddoq_ray.core.labels import make_codec
-from ddoq_ray.core.views.params import Int64, ViewSpec
-from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.core.label_cost import relative_kl
+from ddoq_ray.core.labels import codec_sizes, make_codec
+from ddoq_ray.core.views.params import Int64, ViewSpec, view_params
+from ddoq_ray.core.views.render import batch_views, render
 from ddoq_ray.models.classifiers import Classifier
-
-
-def view_spec(protocol: ProtocolConfig, size: int) -> ViewSpec:
-    """The views of a protocol at `size` pixels; labels, students and the online teacher must agree on them."""
-    return ViewSpec(size=size, min_scale=protocol.min_scale, flip=protocol.flip, cutmix=protocol.cutmix)
+from ddoq_ray.models.protocol_views import view_spec as view_spec
 
 
 def for_teacher(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -40,7 +38,7 @@ class Labeller:
 
         Args:
             teacher: In eval mode.
-            codec: "logits" or "features".
+            codec: A name in `CODECS`.
             spec: What views look like.
             seed: Of the views.
             batch: Views of an inner batch; another gives some answers other last bits.
@@ -48,8 +46,8 @@ class Labeller:
         self.teacher, self.spec, self.seed, self.batch = teacher, spec, seed, batch
         self.codec = make_codec(codec, teacher.num_classes, teacher.head.in_features)
 
-    def labels(self, images: torch.Tensor, index: Int64, epoch: int) -> npt.NDArray[np.uint8]:
-        """Labels of the views of some images at an epoch.
+    def labels(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
+        """Labels of the views of some images at an epoch, and what those views are.
 
         Args:
             images: uint8 [N, 3, H, W], the whole set, on the teacher's device: partners of CutMix are from all of it.
@@ -57,17 +55,42 @@ class Labeller:
             epoch: The epoch.
 
         Returns:
-            uint8 [n, bytes of a label].
+            uint8 [n, bytes of a label]; `ViewParams.packed` of the views.
 
         Raises:
             ValueError: An answer is not finite, or does not fit the codec.
         """
         parts = (index[first : first + self.batch] for first in range(0, len(index), self.batch))
-        return np.concatenate([self._inner(images, part, epoch) for part in parts])
+        rows, params = zip(*(self._inner(images, part, epoch) for part in parts), strict=True)
+        return np.concatenate(rows), b"".join(params)
 
-    def _inner(self, images: torch.Tensor, index: Int64, epoch: int) -> npt.NDArray[np.uint8]:
-        pixels, _, _ = batch_views(images, index, self.spec, self.seed, epoch)
+    def codec_costs(self, images: torch.Tensor, index: Int64, temperature: float) -> dict[str, dict[str, float]]:
+        """What each codec costs on views of some images: name -> bytes a label, `kl` in nats and `relative` to what
+        the labels tell (`relative_kl`).
+
+        Args:
+            images: As for `labels`.
+            index: int64 [n].
+            temperature: Of the loss.
+        """
+        head, costs = self.teacher.head, {}
+        pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], self.teacher.image_size)
+        with torch.inference_mode():
+            features = torch.cat([self.teacher.features(part) for part in pixels.split(self.batch)])
+            logits = head(features)
+            for name, nbytes in codec_sizes(self.teacher.num_classes, head.in_features).items():
+                codec = make_codec(name, self.teacher.num_classes, head.in_features)
+                packed = codec.encode(features if codec.packs_features else logits)
+                kl, relative = relative_kl(logits, codec.decode(packed, head, logits.device), temperature)
+                costs[name] = {"nbytes": nbytes, "kl": kl, "relative": relative}
+        return costs
+
+    def _inner(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
+        stored = (images.shape[0], images.shape[2], images.shape[3])
+        params_of = partial(view_params, self.spec, self.seed, epoch, stored=stored)
+        params = params_of(index)
+        pixels = render(images, index, self.spec.size, params, params_of)
         with torch.inference_mode():
             pixels = for_teacher(pixels, self.teacher.image_size)
             answers = self.teacher.features(pixels) if self.codec.packs_features else self.teacher(pixels)
-            return self.codec.encode(answers)
+            return self.codec.encode(answers), params.packed()

@@ -16,10 +16,12 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.models.autoencoder import load_autoencoder
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.encoding import Encoding, LatentEncoder
-from ddoq_ray.models.labelling import Labeller, view_spec
+from ddoq_ray.models.labelling import Labeller
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
-from ddoq_ray.models.training.student import StudentTraining, build_student
+from ddoq_ray.models.protocol_views import view_spec
+from ddoq_ray.models.training.images import Resident
+from ddoq_ray.models.training.student import StoredTargets, StudentTraining, build_student
 from ddoq_ray.storage.records import ClassInfo
 
 WARM_UP = 1  # calls that are not counted: they compile, and choose kernels
@@ -98,10 +100,11 @@ def _students(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[
     torch.set_num_threads(config.cluster.trainer.threads)
     student = build_student(config.student, teacher.num_classes, 0).to(device).train()
     weights = torch.ones(len(images), device=device)
-    training = StudentTraining(student, student, images, weights, config.protocol, spec, 0, 0)
-    rows = np.arange(config.protocol.batch)
-    targets = torch.zeros(len(rows), teacher.num_classes, device=device)
-    yield "train", len(rows) / _seconds(lambda: float(training.step(rows, lambda _, __: targets)), seconds)
+    how = config.cluster.trainer
+    training = StudentTraining(student, student, Resident(images), weights, config.protocol, spec, 0, 0, how=how)
+    answers = torch.zeros(len(images), teacher.num_classes, device=device)
+    targets = StoredTargets(lambda rows: answers[torch.from_numpy(rows).to(device)])
+    yield "train", len(images) / _seconds(lambda: training.train_epoch(config.protocol.lr, targets), seconds)
 
 
 def _seconds(call: Callable[[], Any], limit: float) -> float:

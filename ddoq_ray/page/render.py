@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from ddoq_ray.core.sizing import in_bytes
 from ddoq_ray.page.charts import Series, dot_whisker, legend_sample, line_chart
 from ddoq_ray.page.codebook import codebook_section
 from ddoq_ray.page.tables import METHODS, AccuracyLine, accuracy_lines, count, method_order, method_slots, number
@@ -236,13 +237,7 @@ def _curves(results: Mapping[str, Any], slots: Mapping[str, str], own: str) -> d
 
 def _bytes(value: Any) -> str:
     kept = number(value)
-    if kept is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if kept < 1000:
-            return f"{kept:.0f} {unit}" if unit == "B" else f"{kept:.1f} {unit}"
-        kept /= 1000
-    return f"{kept:.1f} TB"
+    return "" if kept is None else in_bytes(kept)
 
 
 def _seconds(value: float) -> str:

@@ -98,7 +98,7 @@ def cells(config: RunConfig) -> list[Cell]:
     for method in methods(config):
         for seed in range(config.num_seeds):
             place = method.sets[seed if len(method.sets) > 1 else 0] if method.sets else None
-            stored = place is not None and config.labels.mode != "online"
+            stored = place is not None and config.labels.stored
             found.append(
                 Cell(
                     method=method.name,

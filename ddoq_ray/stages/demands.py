@@ -13,6 +13,7 @@ from dataclasses import replace
 from ddoq_ray.config import RunConfig
 from ddoq_ray.stages.step import Ask, Step
 
+WHOLE = ("quantizer.num_shards", "cluster.trainer.groups")  # pools of so many times their least
 UNITS = {"CPU": "CPU", "GPU": "GPU", "memory": "GiB of memory"}
 
 Room = Mapping[str, float]  # what a node has, by Ray's names: CPU, GPU, memory (bytes)
@@ -63,7 +64,7 @@ def fitted(asks: Sequence[Ask], nodes: Sequence[Room]) -> list[Ask] | None:
         return None
     for i in reversed(range(len(asks))):
         low, high = now[i].count, asks[i].count
-        step = low if asks[i].pool == "quantizer.num_shards" else 1  # as many for each codebook
+        step = low if asks[i].pool in WHOLE else 1  # as many for each codebook, or for each group of students
         while low < high:
             middle = low + step * max(1, (high - low + step - 1) // (2 * step))
             if fits([*now[:i], replace(asks[i], count=middle), *now[i + 1 :]], nodes):
@@ -87,18 +88,22 @@ def shrink(config: RunConfig, asks: Sequence[Ask]) -> tuple[RunConfig, list[str]
             before = config.synthesizer.max_workers
             low = min(config.synthesizer.min_workers, count)
             config = _with(config, "synthesizer", min_workers=low, max_workers=count)
-        elif ask.pool == "labels.workers" and config.labels.mode != "online":
+        elif ask.pool == "labels.workers" and config.labels.stored:
             before = config.labels.workers
             config = _with(config, "labels", workers=count)
         elif ask.pool == "quantizer.num_shards":
             count, before = ask.count // ask.least, config.quantizer.num_shards
             config = _with(config, "quantizer", num_shards=count)
+        elif ask.pool == "cluster.trainer.groups":
+            trainer = config.cluster.trainer
+            count, before = ask.count // ask.least, trainer.groups
+            config = _with(config, "cluster", trainer=replace(trainer, groups=count))
         if count < before:
             words.append(f"{ask.pool}={before} has room for {count}")
     return config, words
 
 
-def _with(config: RunConfig, group: str, **values: int) -> RunConfig:
+def _with(config: RunConfig, group: str, **values: object) -> RunConfig:
     made: dict[str, object] = {group: replace(getattr(config, group), **values)}
     return replace(config, **made)  # type: ignore[arg-type]
 
@@ -123,7 +128,8 @@ def misfit(stage: str, asks: Sequence[Ask], nodes: Sequence[Room]) -> str:
 
 
 def _change(causes: Sequence[Ask], scarce: str) -> str:
-    keys = [a.pool for a in causes if a.pool and a.least > 1 and a.pool != "quantizer.num_shards"]
+    few = {"cluster.trainer.groups": "cluster.trainer.workers"}  # of one group, the least there is
+    keys = [few.get(a.pool, a.pool) for a in causes if a.pool and a.least > 1 and a.pool != "quantizer.num_shards"]
     if scarce != "memory":
         keys += [f"{a.key}.num_{scarce.lower()}s" for a in causes if a.key and a.room[scarce]]
     way = f"lower {' or '.join(dict.fromkeys(keys))}" if keys else "use a larger machine"

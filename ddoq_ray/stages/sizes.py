@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.core.labels import CODECS, make_codec
+from ddoq_ray.core.labels import codec_sizes
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.stages.encode.stream import file_rows
+from ddoq_ray.stages.label.step import codec_name
 from ddoq_ray.stages.step import Step
 from ddoq_ray.storage.codebook import part_classes
+from ddoq_ray.storage.label_grid import LabelGrid
 from ddoq_ray.storage.parquet import row_group_writer, table_bytes
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import codebook_schema, fixed_binary, label_schema, latent_schema
@@ -29,6 +31,7 @@ KEY = "n01440764_10026"  # a key of usual length
 PIXEL_BYTES = {"png": (1.7, 0.0), "jpeg": (0.6, 0.044), "webp": (0.35, 0.05)}
 PICTURE_BYTES = 100  # headers of a small picture
 TAR_BLOCK, TAR_RECORD = 512, 10240
+LABEL_RECORD, HASH = 400, 70  # of a file of labels, and of each digest in it
 PART_RECORD, CLASS_RECORD = 420, 90  # of a part of a codebook, and of each class in it
 
 
@@ -61,7 +64,7 @@ class Sizes:
             "quantize": self.codebook,
             "synthesize": lambda: self.images(self._side, self.config.synthesizer.format),
             "select": lambda: self.images(self.networks.image_size, "png"),
-            "label": lambda: self.labels(self.codec) if self.codec != "online" else 0,
+            "label": lambda: self.labels(self.codec_bytes[self.codec]) if self.config.labels.stored else 0,
         }
         return round(made[step.name]()) if step.name in made else 0
 
@@ -79,9 +82,14 @@ class Sizes:
 
     @property
     def codec(self) -> str:
-        """The label codec of this run; of `auto` the smallest."""
-        mode = self.config.labels.mode
-        return min(CODECS, key=lambda name: self.labels(name)) if mode == "auto" else mode
+        """The label codec of this run; Raises as `codec_name`."""
+        return codec_name(self.config, self.networks, self.centroids)
+
+    @property
+    def codec_bytes(self) -> dict[str, int]:
+        """Codec -> bytes of one label; none without a teacher."""
+        known = self.networks
+        return codec_sizes(known.teacher_outputs, known.feature_dim or None) if known.teacher_outputs else {}
 
     @property
     def epochs(self) -> int:
@@ -139,23 +147,37 @@ class Sizes:
             up_to(rest * a_sample + 1024, TAR_RECORD) if rest else 0
         )
 
-    def labels(self, codec: str) -> float:
-        """Soft labels of a distilled set by a codec."""
-        if not self.networks.teacher_outputs:
+    def labels(self, nbytes: int) -> float:
+        """Soft labels of a distilled set, of so many bytes each, with their records."""
+        if not self.centroids:
             return 0
-        nbytes = make_codec(codec, self.networks.teacher_outputs, self.networks.feature_dim).nbytes
+        own = self.config.labels
+        grid = LabelGrid.of(
+            (self.centroids, self.epochs),
+            nbytes,
+            batch=self.config.teacher.batch,
+            file_bytes=own.file_mb << 20,
+            file_labels=own.file_labels,
+        )
+        schema = label_schema("logits", 1)
 
-        def file(rows: int) -> int:
-            columns = [
-                pa.array(np.zeros(rows, np.int64)),
-                pa.array(np.zeros(rows, np.int32)),
-                fixed_binary(np.zeros((rows, nbytes), np.uint8)),
+        def file(groups: int) -> int:
+            ones = [
+                pa.array(np.zeros(1, np.int64)),
+                pa.array(np.zeros(1, np.int32)),
+                fixed_binary(np.zeros((1, 1), "u1")),
             ]
-            return len(table_bytes(pa.Table.from_arrays(columns, schema=label_schema(codec, nbytes)), checksums=True))
+            with tempfile.NamedTemporaryFile() as f:
+                with row_group_writer(f.name, schema, ("image_id", "epoch")) as writer:
+                    for _ in range(groups):
+                        writer.write_table(pa.Table.from_arrays(ones, schema=schema))
+                return f.seek(0, 2)
 
-        base, row = _line(file)
-        files = math.ceil(self.centroids / self.config.synthesizer.shard_images)
-        return self.epochs * (files * base + self.centroids * row)
+        base, group = _line(file, 2)
+        first = grid.file(0)
+        groups = grid.files * (first.end_epoch - first.first_epoch) * len(grid.groups(first))
+        hashes = grid.files * (first.end_epoch - first.first_epoch) + groups
+        return grid.bytes + grid.files * (base + LABEL_RECORD) + groups * group + hashes * HASH
 
 
 def _line(file: Callable[[int], int], rows: int = 64) -> tuple[float, float]:

@@ -16,12 +16,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, NotAsWritten, checked, digest_of, with_check
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
+from ddoq_ray.storage.label_log import OpenLabels
 from ddoq_ray.storage.records import ShardDone, read_shards
 
 AT_ONCE = 8  # files that are read side by side
@@ -34,15 +33,17 @@ class Stored:
 
     Attributes:
         name: Relative to the artifact's folder.
-        sha256: What its content must have; empty for a label file, whose pages have checksums of their own.
+        sha256: What its content must have; empty for one that is looked at by `check`.
         bytes: What it must have; None where the record does not say.
-        with_it: Files that must be set aside with it (names or globs), so that its stage makes it anew.
+        with_it: Files that must be set aside with it, so that its stage makes it anew.
+        check: Says what is wrong with its content; empty when nothing is.
     """
 
     name: str
     sha256: str = ""
     bytes: int | None = None
     with_it: tuple[str, ...] = (layout.MANIFEST,)
+    check: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,30 +131,25 @@ class _Walk:
     def file(self, place: str, stage: str, stored: Stored) -> Damage | None:
         """Read a file; what is wrong with it."""
         path = posixpath.join(place, stored.name)
+        digest = ""
         try:
-            digest, size = self.run.digest(path)
+            if stored.check is None:
+                digest, size = self.run.digest(path)
+            else:
+                size = self.run.size(path)
         except FileNotFoundError:
             sized = f" of {stored.bytes:,} bytes" if stored.bytes is not None else ""
             return self.damage(place, stage, stored.name, f"it is missing; a file{sized} was written", stored.with_it)
         self.seen.files, self.seen.bytes = self.seen.files + 1, self.seen.bytes + size
         if stored.bytes is not None and size != stored.bytes:
             why = f"it has {size:,} bytes, {stored.bytes:,} were written"
-        elif stored.sha256 and digest != stored.sha256:
+        elif stored.check is not None:
+            why = stored.check()
+        elif digest != stored.sha256:
             why = f"its content has sha256 {digest[:12]}..., {stored.sha256[:12]}... was written"
-        elif not stored.sha256:
-            why = self.pages(path)
         else:
-            return None
+            why = ""
         return self.damage(place, stage, stored.name, why, stored.with_it) if why else None
-
-    def pages(self, path: str) -> str:
-        """What is wrong with a Parquet file, by the checksums of its pages; empty when nothing is."""
-        try:
-            with self.run.reading(path) as f:
-                pq.read_table(f, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            return str(error).splitlines()[0]
-        return ""
 
     def damage(self, place: str, stage: str, name: str, why: str, with_it: tuple[str, ...] = ()) -> Damage:
         aside = (name, *with_it, *(() if name == layout.STARTED else (layout.MANIFEST,)))
@@ -236,31 +232,26 @@ def _images(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
 
 
 def _labels(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
-    """Label files: by their digests where the manifest has them, else by the checksums of their pages."""
-    known = list(_with_digests(manifest))
-    yield from known
-    if known or not manifest or manifest.get("codec") == "online":
+    """Label files, each with a record of its row groups; the manifest knows how many there are."""
+    grid = LabelGrid(**manifest["grid"]) if "grid" in manifest else None
+    if grid is None:  # unfinished: what lies in which file is not known
+        for name in walk.run.names(f"{place}/{layout.LABEL_RECORDS}"):
+            yield from _checked(walk, place, "label", posixpath.basename(name), missing=False)
         return
-    views, images = manifest["identity"]["views"], sum(s["images"] for s in manifest["shards"])
-    epochs = views["epochs"] or -(-views["steps"] // -(-images // views["batch"]))
-    for epoch in range(epochs):
-        for shard in manifest["shards"]:
-            yield Stored(f"{layout.epoch_folder(epoch)}/{shard['name']}.parquet")
+    for file in grid.all():
+        row = yield from walk.record(place, "label", file.record, missing=True, with_it=(file.name,))
+        if row is not None:
+            opened = partial(_whole_labels, walk.run / place, grid, file, row["made_from"])
+            yield Stored(file.name, "", row["bytes"], (file.record,), opened)
 
 
-def _with_digests(value: Any) -> Iterator[Stored]:
-    """Whatever in a manifest has a file's name and its sha256."""
-    if isinstance(value, Mapping):
-        name = value.get("file", value.get("name"))
-        if isinstance(name, str) and isinstance(value.get("sha256"), str):
-            yield Stored(name, value["sha256"], value.get("bytes"))
-            return
-        for key, inner in value.items():
-            if key not in (FILES, "identity"):
-                yield from _with_digests(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _with_digests(inner)
+def _whole_labels(labels: Folder, grid: LabelGrid, file: LabelFile, made_from: str) -> str:
+    """What is wrong with a label file; empty when nothing is."""
+    try:
+        OpenLabels(labels, grid, file, made_from).check()
+    except ValueError as error:
+        return str(error).split(": ", 1)[-1].split("; ")[0]
+    return ""
 
 
 def _nothing(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 
+TRAINING = ("threads", "precision", "channels_last", "compile", "micro_batch")  # of cluster.trainer
+
 
 class Rate(TypedDict):
     """A measured rate.
@@ -43,7 +45,7 @@ def asked_of(config: RunConfig) -> dict[str, dict[str, Any]]:
         "denoise": {"prior": prior, "guidance": how.guidance, "start": how.start} | batches,
         "label": {"teacher": config.teacher.path, "batch": config.teacher.batch} | size | threads,
         "train": {"student": plain(config.student), "batch": config.protocol.batch}
-        | {"threads": config.cluster.trainer.threads},
+        | {key: getattr(config.cluster.trainer, key) for key in TRAINING},
     }
 
 

@@ -55,6 +55,9 @@ CODEBOOK_PARTS = "part-*.parquet"
 CODEBOOK_RECORDS = "part-*.json"
 SNAPSHOTS = "snapshots"
 
+# Labels: files of them, each with its record.
+LABEL_FILES = "labels-*.parquet"
+LABEL_RECORDS = "labels-*.json"
 HEAD = "head.safetensors"  # beside feature labels
 CARD = "README.md"  # of a finished image set
 IMAGE_SHARDS = "images-*.tar"
@@ -88,6 +91,11 @@ def image_shard(index: int) -> str:
     return f"images-{index:06d}"
 
 
+def image_tar(name: str) -> str:
+    """The file of an image shard."""
+    return f"{name}.tar"
+
+
 def image_record(name: str) -> str:
     """What is published of an image shard after it."""
     return f"{IMAGE_RECORDS}/{name}.json"
@@ -115,9 +123,14 @@ def codebook_record(part: int) -> str:
     return f"part-{part:05d}.json"
 
 
-def epoch_folder(epoch: int) -> str:
-    """Where the labels of an epoch are, a file an image shard."""
-    return f"epoch-{epoch:04d}"
+def label_file(index: int) -> str:
+    """A range of epochs of a range of images, in the order of `LabelGrid`."""
+    return f"labels-{index:06d}.parquet"
+
+
+def label_record(index: int) -> str:
+    """What is published of a label file after it."""
+    return f"labels-{index:06d}.json"
 
 
 def word(text: str) -> str:

@@ -77,23 +77,28 @@ class ImagesManifest(Manifest):
     environment: NotRequired[dict[str, Any]]
 
 
-class LabelledShard(TypedDict):
-    """An image shard of the set that was labelled."""
-
-    name: str
-    images: int
-
-
 class LabelsManifest(Manifest):
-    """label: soft labels of an image set, or (codec `online`) only the check of the teacher that will make them."""
+    """label: soft labels of an image set, or (codec `online`) only the check of the teacher that will make them.
+
+    Attributes:
+        files: How many hold them.
+        codec_costs: `Labeller.codec_costs`, where the codec rounds more than fp16 does.
+        head: sha256 of the teacher's head, which lies beside labels of features.
+        grid: How labels lie in the files (`LabelGrid`).
+        views: What was labelled: a `ViewSpec` with its seed, and `stored`, [N, H, W] of the images it is cut from.
+    """
 
     digest: str
     codec: str
     outputs: int
     teacher_index: list[int]
-    shards: list[LabelledShard]
     teacher: dict[str, Any]
     environment: dict[str, Any]
+    files: NotRequired[int]
+    grid: NotRequired[dict[str, int]]
+    views: NotRequired[dict[str, Any]]
+    head: NotRequired[str]
+    codec_costs: NotRequired[dict[str, dict[str, float]]]
 
 
 class StudentManifest(Manifest):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ddoq_ray.cli import main
 from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.priors.load import load_prior
+from ddoq_ray.models.training.checkpoints import Checkpoints
 
 
 def test_train_teacher_makes_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +62,37 @@ def test_tune_decoder_makes_a_prior_of_the_same_latents(tmp_path: Path, capsys: 
     made, source = load_prior(out), load_prior("shipped:digits-prior")
     assert made.id != source.id and made.latents_id == source.id
     assert json.loads((out / "ddoq_prior.json").read_text())["tuned"]["after"]["held_out"] is True
+
+
+def test_a_resumed_training_reads_no_shard_again(
+    tmp_path: Path, write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    corpus = write_corpus(tmp_path / "digits", shards=2, per_shard=40)
+    words = [
+        "train-prior", f"dataset.path={corpus}", "image_size=8", "training.autoencoder_steps=4",
+        "training.denoiser_steps=2", "training.autoencoder_batch=8", "training.denoiser_batch=8",
+        "training.autoencoder_widths=[8,8]", "training.unet_widths=[8,8]", "training.checkpoint_every=2",
+    ]  # fmt: skip
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    save, out = Checkpoints.save, [f"out={tmp_path / 'cut'}"]
+
+    def stop(self: Checkpoints, state: dict[str, Any]) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        assert main([*words, *out]) == 130
+    assert "the same command again goes on" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "cut.training/images").iterdir()} == {"train.pixels", "train.npz"}
+    shards = {shard: shard.read_bytes() for shard in corpus.glob("*.tar")}
+    for shard, data in shards.items():
+        shard.write_bytes(bytes(len(data)))  # as large as before; read again, they would hold nothing
+    assert main([*words, *out, "resize=pad"]) == 2
+    assert "unfinished training of other images" in capsys.readouterr().err
+    assert main([*words, *out]) == 0
+    assert load_prior(tmp_path / "cut").id == load_prior(tmp_path / "whole").id
+    assert not (tmp_path / "cut.training").exists()
+    assert main([*words, f"out={tmp_path / 'new'}"]) == 2
+    assert "no usable sample in 2 shards" in capsys.readouterr().err

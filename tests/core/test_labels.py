@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ddoq_ray.config.training import LabelsConfig
-from ddoq_ray.core.labels import CODECS, FeaturesCodec, LogitsCodec, choose_codec, make_codec
+from ddoq_ray.core.label_cost import relative_kl
+from ddoq_ray.core.labels import CODECS, FeaturesCodec, LogitsCodec, choose_codec, codec_sizes, make_codec
 
 
 def randn(*shape, seed=0):
@@ -37,6 +38,36 @@ def test_sizes_of_the_design():
     assert choose_codec(100000, None) == "logits"
     assert choose_codec(100, 196) == "logits"  # equal sizes
     assert choose_codec(100, 195) == "features"
+
+
+def test_a_budget_takes_the_most_exact_codec_that_fits():
+    sizes = codec_sizes(1000, 2048)
+    assert sizes == {"logits": 2000, "features": 2052, "logits_int8": 1004}
+    assert [choose_codec(1000, 2048, most) for most in (2052, 2000, 1999.9, 1004)] == ["logits"] * 2 + [
+        "logits_int8"
+    ] * 2
+    assert choose_codec(1000, 512, 2000) == "logits" and choose_codec(1000, 512, 1999) == "features"
+    assert choose_codec(1000, None, 1999) == "logits_int8" and choose_codec(10, 4, 13) == "features"
+    with pytest.raises(ValueError, match="at least 516 bytes"):
+        choose_codec(1000, 512, 515)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_what_codecs_cost_is_torchs_kl(temperature):
+    head, features = linear(64, 30), randn(40, 64, seed=1).relu()
+    logits = head(features).detach()
+    costs = []
+    for name in ("logits", "features", "logits_int8"):
+        codec = make_codec(name, 30, 64)
+        decoded = codec.decode(codec.encode(features if codec.packs_features else logits), head)
+        kl, relative = relative_kl(logits, decoded, temperature)
+        told, found = (x.double().div(temperature).log_softmax(1) for x in (logits, decoded))
+        assert kl == pytest.approx(
+            float(torch.nn.functional.kl_div(found, told, reduction="batchmean", log_target=True))
+        )
+        assert relative == pytest.approx(kl / relative_kl(logits, torch.zeros_like(logits), temperature)[0])
+        costs.append(relative)
+    assert 0 <= costs[0] < costs[1] < costs[2] < 1e-4
 
 
 def test_logits_are_fp16():

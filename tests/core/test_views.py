@@ -100,6 +100,23 @@ def test_pixels_are_torchvisions(height, width, size):
     assert 5 < params.flip.sum() < 25
 
 
+@pytest.mark.parametrize(
+    "height,width,ratio", [(32, 32, (3 / 4, 4 / 3)), (16, 200, (3 / 4, 4 / 3)), (64, 8, (0.1, 10.0))]
+)
+def test_attempts_that_are_drawn_only_where_needed_are_the_same(height, width, ratio, monkeypatch):
+    """And the bytes by which views are known hold every parameter of every view."""
+    spec, ids = ViewSpec(size=16, min_scale=0.5, ratio=ratio), np.arange(4000)
+    few = view_params(spec, 1, 2, ids, (4000, height, width))
+    monkeypatch.setattr(drawing, "_USUAL_BLOCKS", drawing._BLOCKS)
+    whole = view_params(spec, 1, 2, ids, (4000, height, width))
+    assert few.packed() == whole.packed() and len(few.packed()) == 72 * 4000
+    for field in dataclasses.fields(few):
+        changed = np.array(getattr(few, field.name))
+        changed.flat[-1] += 1 if changed.dtype != bool else True
+        if not np.array_equal(changed, getattr(few, field.name)):
+            assert dataclasses.replace(few, **{field.name: changed}).packed() != few.packed(), field.name
+
+
 def test_flip_is_an_exact_mirror():
     images = make_images(4, 20, 20)
     boxes = np.array([[2.0, 3.0, 9.0, 11.0]] * 4)

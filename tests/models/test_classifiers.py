@@ -24,7 +24,10 @@ from ddoq_ray.models.classifiers import (
 )
 
 PLAIN = Normalisation((0, 0, 0), (1, 1, 1))
-SMALL = ["convnet3", "convnet3-w8", "resnet18-small", "resnet18-small-w8"]
+SMALL = [
+    "convnet3", "convnet3-w8", "convnet4-w8-batch", "convnet3-w8-group", "resnet18-small", "resnet18-small-w8",
+    "resnet18-small-w8-instance", "resnetap10-w8", "resnetap10-w8-group", "resnetap10-w8-batch",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -37,6 +40,88 @@ def test_small_architectures(arch, size):
         assert torch.equal(logits, model.head(features))
     assert logits.shape == (2, 7) and features.shape == (2, model.head.in_features)
     assert (model.num_classes, model.image_size, model.arch) == (7, size, arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "parameters"),
+    [("convnet3", 32, 320_010), ("convnet6", 128, 748_170), ("convnet5-group", 128, 615_690),
+     ("resnetap10", 64, 4_903_242),
+     ("resnetap10", 128, 4_903_242), ("resnetap10-batch", 224, 4_910_922), ("resnet18-instance", 64, 11_181_642),
+     ("resnet20-cifar", 32, 269_722)],
+)  # fmt: skip
+def test_networks_have_as_many_parameters_as_their_papers_or_hand_say(arch, size, parameters):
+    """ConvNet-3 of the condensation benchmark: 320,010 at ten classes. ResNet-18: torchvision's 11,181,642."""
+    with torch.device("meta"):
+        model = build_classifier(arch, 10, size)
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_resnetap_pools_where_a_resnet_strides():
+    """A 2x2 checkerboard is what strides alias and pools average; a black and a white one look alike to it."""
+    block = build_classifier("resnetap10-w8", 3, 32).trunk.levels[1]
+    x = torch.randn(1, 8, 8, 8)
+    out = block.conv1(x)
+    pooled = torch.nn.functional.avg_pool2d(torch.relu(block.bn1(out)), 2)
+    short = block.shortcut[2](torch.nn.functional.avg_pool2d(block.shortcut[0](x), 2))
+    torch.testing.assert_close(block(x), torch.relu(block.bn2(block.conv2(pooled)) + short))
+
+
+NETS = """
+import torch
+from torch import nn
+
+value = 3
+
+def wide(classes):
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, classes))
+
+def scaled(classes):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = wide(classes)
+        def forward(self, x):
+            return 2 * self.net(x)
+    return Scaled()
+
+def one(classes):
+    return wide(1)
+
+def plain(classes):
+    return nn.Flatten()
+
+def text(classes):
+    return "net"
+
+def broken(classes):
+    raise KeyError("weights")
+"""
+
+
+def test_a_network_by_import_path(tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    model, again = (build_classifier("own_nets:wide", 4, 16, seed=3) for _ in range(2))
+    x = torch.rand(2, 3, 16, 16)
+    assert model.training and model.features(x).shape == (2, 20) and model(x).shape == (2, 4)
+    assert torch.equal(model(x), again(x)) and model.arch == "own_nets:wide"
+    for path, match in [
+        ("absent_nets:wide", "cannot import absent_nets.*PYTHONPATH.*working directory"),
+        ("own_nets:narrow", "expected MODULE:NAME of a callable"),
+        ("own_nets:", "expected MODULE:NAME of a callable"),
+        ("own_nets:value", "takes the number of classes, got int"),
+        ("own_nets:broken", r"own_nets:broken\(4\) failed: KeyError"),
+        ("own_nets:text", r"expected a torch\.nn\.Module, got str"),
+        ("own_nets:one", r"expected logits \[2, 4\] of two images, got \(2, 1\)"),
+        ("own_nets:plain", r"no torch\.nn\.Linear inside"),
+        ("own_nets:scaled", "is not its last layer"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            build_classifier(path, 4, 16)
+    save_classifier(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="names code to import"):
+        load_classifier(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +239,19 @@ def test_wrong_folders_are_refused(tmp_path):
         load_classifier(folder)
 
 
-@pytest.mark.parametrize("arch", ["resnet19", "convnet3-w", "googlenet", "squeezenet1_0", "convnet3-w0"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "resnet19",
+        "convnet3-w",
+        "googlenet",
+        "squeezenet1_0",
+        "convnet3-w0",
+        "convnet7",
+        "convnet3-layer",
+        "convnet3-w6-group",
+    ],
+)
 def test_unknown_architectures_are_refused(arch):
     with pytest.raises(ValueError, match="classifier"):
         build_classifier(arch, 10, 32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddoq_ray.core.labels import make_codec
-from ddoq_ray.core.views.params import ViewSpec
+from ddoq_ray.core.views.params import ViewSpec, view_params
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import Labeller, for_teacher
@@ -25,7 +25,8 @@ def teacher() -> Classifier:
 @pytest.mark.parametrize("batch", [1, 4, 50])
 def test_labels_are_the_teachers_on_the_views_of_each_image(teacher: Classifier, codec: str, batch: int) -> None:
     index = np.array([7, 2, 5, 0, 1, 8])
-    packed = Labeller(teacher, codec, SPEC, seed=3, batch=batch).labels(IMAGES, index, 11)
+    packed, views = Labeller(teacher, codec, SPEC, seed=3, batch=batch).labels(IMAGES, index, 11)
+    assert views == view_params(SPEC, 3, 11, index, (9, 20, 20)).packed()
     pixels, _, _ = batch_views(IMAGES, index, SPEC, 3, 11)
     with torch.no_grad():
         expected = teacher(for_teacher(pixels, 24))

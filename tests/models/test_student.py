@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.views.params import epoch_order
 from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.models.training.images import Gathered, Images, Resident, Views
 from ddoq_ray.models.training.student import (
+    HardTargets,
     StudentTraining,
+    TeacherTargets,
     build_student,
     learning_rate,
     make_optimizer,
     share,
-    teacher_targets,
 )
 
 N, C = 10, 3
@@ -44,7 +49,9 @@ class OneOf:
 
 def training(**changed: Any) -> StudentTraining:
     model = build_student(STUDENT, C, seed=1)
-    made = StudentTraining(model, model, IMAGES, WEIGHTS, PROTOCOL, view_spec(PROTOCOL, 8), seed=1, view_seed=5)
+    made = StudentTraining(
+        model, model, Resident(IMAGES), WEIGHTS, PROTOCOL, view_spec(PROTOCOL, 8), seed=1, view_seed=5
+    )
     return dataclasses.replace(made, **changed)
 
 
@@ -60,7 +67,7 @@ def test_an_epoch_is_its_steps_written_out(teacher: Classifier) -> None:
     """
     protocol = dataclasses.replace(PROTOCOL, optimizer="sgd")
     ours = training(protocol=protocol, epoch=2)
-    loss = ours.train_epoch(0.003, teacher_targets(teacher))
+    loss = ours.train_epoch(0.003, TeacherTargets(teacher))
 
     model = build_student(STUDENT, C, seed=1).train()
     steps = make_optimizer(protocol, model)
@@ -90,7 +97,7 @@ def test_the_ranks_losses_and_gradients_have_the_mean_of_the_whole_batch(teacher
 
     def of(ranks: Any) -> tuple[float, torch.Tensor]:
         part = training(ranks=ranks)
-        loss = part.loss(batch, teacher_targets(teacher))
+        loss = part.loss(batch, TeacherTargets(teacher))
         loss.backward()
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in part.model.parameters()])
 
@@ -111,17 +118,111 @@ def test_every_image_of_a_batch_has_one_rank_and_none_has_a_single_one() -> None
                 assert all(np.array_equal(p, batch[r::world]) for r, p in enumerate(parts))
 
 
-def test_a_loss_that_is_no_number_ends_the_epoch(teacher: Classifier) -> None:
+def test_a_loss_that_is_no_number_is_told_after_the_epoch(teacher: Classifier) -> None:
+    """Nobody waits for the device within it."""
     made = training()
     made.model.head.bias.data[0] = float("nan")
-    seen: list[int] = []
-
-    def targets(pixels: torch.Tensor, index: Any) -> torch.Tensor:
-        seen.append(len(index))
-        return teacher_targets(teacher)(pixels, index)
-
-    assert np.isnan(made.train_epoch(0.01, targets)) and seen == [4] and made.epoch == 1
+    assert np.isnan(made.train_epoch(0.01, TeacherTargets(teacher))) and made.epoch == 1
     assert not made.finite() and training().finite()
+
+
+def trained(teacher: Classifier, epochs: int = 2, **changed: Any) -> torch.Tensor:
+    made = training(**changed)
+    for _ in range(epochs):
+        made.train_epoch(0.01, TeacherTargets(teacher))
+    with made.scored() as model:
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_where_images_are_kept_changes_no_bit(teacher: Classifier, tmp_path: Path) -> None:
+    file = FileRows(str(tmp_path / "rows"), (N + 1, 3, 12, 12))
+    places = np.array([3, 0, 1, 2, 4, 5, 6, 7, 10, 9])  # one row is of a picture that could not be read
+    for image, row in zip(IMAGES.numpy(), places, strict=True):
+        file.put(row, image.transpose(1, 2, 0))
+    kept: dict[str, Images] = {
+        "memory": Gathered(MemoryRows(IMAGES.numpy()), "cpu"), "file": Gathered(Chosen(file, places), "cpu")
+    }  # fmt: skip
+    expected = trained(teacher)
+    for name, images in kept.items():
+        assert images.shape == (N, 3, 12, 12) and torch.equal(trained(teacher, images=images), expected), name
+    file.path, short = "rows", np.empty((1, 3, 12, 12), np.uint8)
+    with pytest.raises(ValueError, match="rows is shorter than it was"):
+        file.take(np.array([N + 1]), short)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_passes_of_a_batch_add_up_to_it(teacher: Classifier, micro_batch: int) -> None:
+    """Each has two images at least; ConvNet-3 has no batch norm, so that the sums differ in rounding alone."""
+    how = TrainerResources(micro_batch=micro_batch)
+    made = training(how=how)
+    assert [len(p.index) for p in made.parts(np.arange(4))] == [2, 2]
+    assert [len(p.index) for p in made.parts(np.arange(1))] == [1]
+    sgd = dataclasses.replace(PROTOCOL, optimizer="sgd")
+    torch.testing.assert_close(
+        trained(teacher, how=how, protocol=sgd), trained(teacher, protocol=sgd), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_bfloat16_sees_the_weights_of_each_step(teacher: Classifier) -> None:
+    """Autocast that is entered once for several steps would go on with weights that it cast before the first."""
+    plain = training(protocol=dataclasses.replace(PROTOCOL, optimizer="sgd"))
+    low = training(protocol=plain.protocol, how=TrainerResources(precision="bfloat16", channels_last=True))
+    before = torch.cat([p.detach().flatten() for p in plain.model.parameters()]).clone()
+    for made in (plain, low):
+        for _ in range(3):
+            made.train_epoch(0.05, TeacherTargets(teacher))
+    after, near = (torch.cat([p.detach().flatten() for p in m.model.parameters()]) for m in (plain, low))
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    assert 0 < float((near - after).norm()) < 0.05 * float((after - before).norm())
+
+
+def test_averaged_weights_are_scored_and_trained_ones_are_trained(teacher: Classifier) -> None:
+    """EDC's and others' exponential moving average, whose first terms weigh more."""
+    made = training(protocol=dataclasses.replace(PROTOCOL, ema=0.9))
+    expected = [p.detach().clone() for p in made.model.parameters()]
+    step, taken = StudentTraining.step, 0
+
+    def watched(self: StudentTraining, *asked: Any) -> torch.Tensor:
+        nonlocal taken
+        loss = step(self, *asked)
+        decay = min(0.9, (taken + 1) / (taken + 11))
+        for mean, p in zip(expected, self.model.parameters(), strict=True):
+            mean.lerp_(p.detach(), 1 - decay)
+        taken += 1
+        return loss
+
+    made.step = watched.__get__(made)  # type: ignore[method-assign]
+    for _ in range(2):
+        made.train_epoch(0.01, TeacherTargets(teacher))
+    own = [p.detach().clone() for p in made.model.parameters()]
+    with made.scored() as model:
+        for p, mean in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), mean)
+    assert taken == 6 and all(torch.equal(p, o) for p, o in zip(made.model.parameters(), own, strict=True))
+    again = training(protocol=made.protocol)
+    again.restore(made.state())
+    with again.scored() as one, made.scored() as other:
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_hard_labels_are_shared_by_area_and_weights_too() -> None:
+    pixels = torch.zeros(3, 3, 8, 8)
+    views = Views(pixels, np.array([0, 1, 2]), np.array([1, -1, 0]), np.array([0.75, 1.0, 0.5]))
+    targets = HardTargets(torch.tensor([2, 0, 2]), 3)
+    assert targets(views).tolist() == [[0.25, 0, 0.75], [1, 0, 0], [0, 0, 1]]
+    weights = torch.tensor([1.0, 3.0, 5.0])
+    assert training(weights=weights)._weights(views).tolist() == [1, 3, 5]
+    assert training(weights=weights, cutmix_weight="mixed")._weights(views).tolist() == [1.5, 3, 3]
+    made = training(protocol=dataclasses.replace(PROTOCOL, label_smoothing=0.1))
+    classes = torch.arange(N) % C
+    loss = made.loss(np.arange(4), HardTargets(classes, C))
+    seen, partner, kept = batch_views(IMAGES, np.arange(4), made.spec, 5, 0)
+    logits, share = made.model(seen), torch.as_tensor(kept, dtype=torch.float32)
+    one, two = (
+        F.cross_entropy(logits, classes[rows], reduction="none", label_smoothing=0.1)
+        for rows in (np.arange(4), partner.clip(0))
+    )
+    torch.testing.assert_close(loss, (WEIGHTS[:4] * (share * one + (1 - share) * two)).mean())
 
 
 def test_schedules() -> None:
@@ -130,6 +231,8 @@ def test_schedules() -> None:
     steps = dataclasses.replace(PROTOCOL, lr=1.0, schedule="step", step_at=(1, 3), step_factor=0.5)
     assert [learning_rate(steps, epoch, 4) for epoch in range(4)] == [1, 0.5, 0.5, 0.25]
     assert learning_rate(dataclasses.replace(PROTOCOL, schedule="constant"), 3, 4) == PROTOCOL.lr
+    half = dataclasses.replace(PROTOCOL, lr=1.0, cosine_span=2.0)  # RDED's: lr/2 (1 + cos(pi e / 2E))
+    assert [learning_rate(half, epoch, 4) for epoch in (0, 4)] == pytest.approx([1, 0.5])
 
 
 def test_weight_decay_is_on_matrices_and_filters_only() -> None:
@@ -137,4 +240,6 @@ def test_weight_decay_is_on_matrices_and_filters_only() -> None:
         protocol = dataclasses.replace(PROTOCOL, optimizer=name, weight_decay=0.3)  # type: ignore[arg-type]
         decayed, plain = make_optimizer(protocol, build_student(STUDENT, C, 0)).param_groups
         assert decayed["weight_decay"] == 0.3 and all(p.ndim > 1 for p in decayed["params"])
+        of_all = dataclasses.replace(protocol, decay_all=True)
+        assert {g["weight_decay"] for g in make_optimizer(of_all, build_student(STUDENT, C, 0)).param_groups} == {0.3}
         assert plain["weight_decay"] == 0 and all(p.ndim == 1 for p in plain["params"]) and plain["params"]

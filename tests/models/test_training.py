@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ddoq_ray.config.network_training import DecoderTuning
+from ddoq_ray.data.image_file import ImageFile
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import build_classifier, load_classifier
 from ddoq_ray.models.features import FeatureLevels
@@ -19,10 +21,12 @@ from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.training import prior as priors
 from ddoq_ray.models.training import teacher as teachers
+from ddoq_ray.models.training.autoencoder import build_autoencoder
 from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Course, Passes, batches, one_cycle
 from ddoq_ray.models.training.data import Destination, TrainingSet
 from ddoq_ray.models.training.decoder import Tuned, tune_decoder
+from ddoq_ray.models.training.pictures import Pictures
 from ddoq_ray.models.training.prior import PriorTraining
 from ddoq_ray.models.training.seen_by import Classifiers
 from ddoq_ray.models.training.teacher import TeacherTraining
@@ -58,11 +62,11 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     config = PriorTraining(denoiser=denoiser, flip=denoiser == "dit", **TINY)
     seen: list[tuple[str, int, int, float]] = []
     shuffled = np.random.default_rng(5).permutation(len(images))
-    for name, order in (("a", np.arange(len(images))), ("b", shuffled)):  # shards may come in any order
-        record = train_prior(
-            images[order], ids[order], CLASSES, tmp_path / name, config=config, extra={"data": "noise"},
-            on_progress=lambda *progress: seen.append(progress),
-        )  # fmt: skip
+    in_file = mapped(tmp_path / "images", images[shuffled], ids[shuffled])  # shards may come in any order
+    assert in_file.order()[1] == TrainingSet(images, ids, CLASSES).order()[1]
+    for name, found in (("a", TrainingSet(images, ids, CLASSES)), ("b", in_file)):
+        out = Destination(tmp_path / name, extra={"data": "noise"})
+        record = priors.train_prior(found, out, config, on_progress=lambda *progress: seen.append(progress))
         torch.rand(3)
     a, b = load_prior(tmp_path / "a"), load_prior(tmp_path / "b")
     assert a.id == b.id and a.classes == CLASSES and a.image_size == 8 and a.latent_shape == (4, 4, 4)
@@ -79,10 +83,33 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     assert sampled.shape == (32, 8, 8, 3)
     written = json.loads((tmp_path / "a/ddoq_prior.json").read_text())
     assert written["training"]["options"]["denoiser"] == denoiser and written["training"]["data"] == "noise"
-    assert record["images"] == 32 and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert record["images"] == 32 and sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["a", "b"]
     other = PriorTraining(denoiser=denoiser, seed=1, **TINY)
     train_prior(images, ids, CLASSES, tmp_path / "c", config=other)
     assert load_prior(tmp_path / "c").id != a.id
+
+
+def mapped(place, images, ids) -> TrainingSet:
+    """The same images, in a file."""
+    file = ImageFile(place, {})
+    file.write(zip(ids.tolist(), images, strict=True), images.shape[-1])
+    return TrainingSet.mapped(file.open(), CLASSES, None)
+
+
+def test_mapped_images_are_not_held(tmp_path):
+    peaks = []
+    vae = build_autoencoder(32, PriorTraining(autoencoder_widths=(8,) * 5, latent_channels=1))
+    for n in (256, 1280):  # of 3,072 bytes
+        found = mapped(tmp_path / str(n), *data(n, size=32))
+        tracemalloc.start()
+        try:
+            pictures = Pictures(found.images, found.class_ids, found.order()[0])
+            assert pictures.pixels(Passes(n, 64, (0,)).rows(1), torch.device("cpu")).shape == (64, 3, 32, 32)
+            priors.write_latents(vae, pictures, 1, tmp_path / f"{n}.npy", torch.device("cpu"))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1024 < 100, peaks  # bytes an image: rows of a pass
 
 
 class Stopped(Exception):

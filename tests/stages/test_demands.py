@@ -55,6 +55,16 @@ def test_pools_are_fitted_and_said() -> None:
     assert plan(config, steps(config), TWO, may_grow=False) == (config, [])
 
 
+def test_groups_of_students_are_fitted_whole() -> None:
+    keys = ["cluster.trainer.groups=4", "cluster.trainer.workers=2", "stages=[train]"]
+    asked = load_config(keys)
+    config, told = plan(asked, steps(asked), [{"CPU": 5.0} | ROOM], may_grow=False)
+    assert config.cluster.trainer.groups == 2 and told[0].endswith("that many are started")
+    assert "cluster.trainer.groups=4 has room for 2" in told[0]
+    with pytest.raises(ValueError, match=r"2 trainers of 1 CPU; .*lower cluster\.trainer\.workers"):
+        plan(asked, steps(asked), [{"CPU": 1.0} | ROOM], may_grow=False)
+
+
 def test_workers_are_never_cut_across_nodes() -> None:
     assert fits([Ask("a", 2, 1.5)], [{"CPU": 2.0}] * 2)
     assert not fits([Ask("a", 2, 1.5)], [{"CPU": 2.9}])

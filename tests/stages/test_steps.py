@@ -90,7 +90,7 @@ def coined() -> set[str]:
 
 
 def test_names_of_a_run_directory_are_spelt_in_one_place() -> None:
-    numbered = ("images-", "shard-", "chunk-", "epoch-", "part-")
+    numbered = ("images-", "shard-", "chunk-", "labels-", "part-")
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name == "layout.py" and path.parent.name == "storage":

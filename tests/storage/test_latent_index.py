@@ -14,16 +14,13 @@ from support.latent_logs import DIM, write_log
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.shard_index import train_and_val
 from ddoq_ray.execution.class_tasks import readings
-from ddoq_ray.stages.label.step import Label, _units
 from ddoq_ray.stages.quantize.memory import log_readings
 from ddoq_ray.stages.quantize.step import _say_readings
 from ddoq_ray.stages.select import images as select
-from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage import class_latents as whole
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LEAST_PASSES, LatentIndex, latent_index
-from ddoq_ray.storage.layout import LabelKey, Place
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ClassCounts, ShardInfo, read_shards, shard_lines, total_counts
 
@@ -161,24 +158,6 @@ def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(
     assert capsys.readouterr().err == ""
     _say_readings(algorithm, 227.2)
     assert "gram" in (said := capsys.readouterr().err) and "about 227 times" in said and "dataset.resort=true" in said
-
-
-def test_units_of_labels_list_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(["baselines=[]", "protocol.steps=null", "protocol.epochs=15", "labels.epochs_per_unit=5"])
-    step = Label(Synthesize(Place()), Place(), LabelKey("teacher", "protocol", 16))
-    listed: list[str] = []
-    names = Folder.names
-    monkeypatch.setattr(Folder, "names", lambda self, pattern: listed.append(pattern) or names(self, pattern))
-    for shards in (3, 6):
-        run = Folder(str(tmp_path / str(shards)))
-        rows = [{"name": f"images-{i:06d}", "images": 2} for i in range(shards)]
-        for epoch in range(5):
-            for row in rows:
-                run.publish(f"{step.place}/epoch-{epoch:04d}/{row['name']}.parquet", b"")
-        listed.clear()
-        units = _units(config, run, step, {"items": 2 * shards, "shards": rows})  # type: ignore[typeddict-item]
-        assert [(u.first, u.last) for u in units] == [(5, 10), (10, 15)] * shards
-        assert len(listed) == 1 + 5
 
 
 class Asked(ClassCounts):

@@ -65,8 +65,8 @@ DECLARED = {
     ("encode", "seed"): "in the identity where noise is drawn (encoder.posterior=sample)",
     ("heldout", "seed"): "the same",
     ("quantize", "encoder.chunk_samples"): "memory that is planned for readers",
-    ("label", "labels.epochs_per_unit"): "the unit of work; a file is one epoch of one image shard",
     ("label", "labels.mode"): "the codec that it chooses is in the facts",
+    ("label", "labels.budget"): "the same",
     (
         "label",
         "protocol.val_crop",

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.labels import Codec, make_codec
 from ddoq_ray.data.pictures import encode_png
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation
+from ddoq_ray.stages.train.ranks import Ranks
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job
-from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_grid import LabelGrid
+from ddoq_ray.storage.label_log import Answer, Making, write_labels
 from ddoq_ray.storage.layout import Place
-from ddoq_ray.storage.records import fixed_binary, label_schema
 
 IMAGES, CLASSES, EPOCHS = 8, 2, 6
 
@@ -57,21 +58,40 @@ def small_job(folder: Path, *keys: str, codec: str = "logits", size: int = 8) ->
     )  # fmt: skip
     row = Cell("ddoq", 4, "s", size, "t", "p", 0, "images", "labels", "uniform", Place())
     validation = Validation((run.path("val.tar"),), (6,), CLASSES, 1.0)
-    return Job(run, config, ((row, {"row": 0}),), (), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
+    return Job(run, config, ((row, {"row": 0}),), Real(), validation, tuple(range(CLASSES)), (4,) * CLASSES, CLASSES)
 
 
 def _labels(labels: Folder, name: str) -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(6, CLASSES)
     codec = make_codec(name, CLASSES, 6)
-    for epoch in range(EPOCHS):
-        values = torch.randn(IMAGES, 6)
-        rows = codec.encode(head(values) if name == "logits" else values)
-        columns: list[Any] = [np.arange(IMAGES), np.full(IMAGES, epoch, np.int32), fixed_binary(rows)]
-        out = io.BytesIO()
-        pq.write_table(
-            pa.Table.from_arrays([pa.array(c) for c in columns], schema=label_schema(name, codec.nbytes)), out
-        )
-        labels.publish(f"epoch-{epoch:04d}/images-000000.parquet", out.getvalue())
-    labels.publish("head.safetensors", safetensors.torch.save(dict(head.state_dict())))
-    Artifact(labels, "label").finish({}, codec=name, shards=[{"name": "images-000000", "images": IMAGES}])
+    values = torch.randn(EPOCHS, IMAGES, 6)
+
+    def answer(epoch: int, first: int, end: int) -> tuple[Any, bytes]:
+        mine = values[epoch, first:end]
+        return codec.encode(mine if codec.packs_features else head(mine)), b""
+
+    data = safetensors.torch.save(dict(head.state_dict()))
+    labels.publish("head.safetensors", data)
+    store_labels(labels, (IMAGES, EPOCHS), codec, answer, outputs=CLASSES, head=digest_of(data))
+
+
+def store_labels(labels: Folder, counts: tuple[int, int], codec: Codec, answer: Answer, **facts: Any) -> LabelGrid:
+    """Finished labels of (images, epochs), in files of two epochs."""
+    bounds = {"batch": 1, "file_bytes": 1 << 20, "file_labels": 2 * counts[0]}
+    grid = LabelGrid.of(counts, codec.nbytes, **bounds)
+    made_from = digest_of({})
+    for file in grid.all():
+        write_labels(labels, file, Making(grid, codec.name, made_from, (counts[0], 8, 8)), answer)
+    Artifact(labels, "label").finish({}, codec=codec.name, grid=asdict(grid), files=grid.files, **facts)
+    return grid
+
+
+class Apart(Ranks):
+    """One of several ranks whose collectives are left out."""
+
+    def most(self, value: int) -> int:
+        return value
+
+    def share_buffers(self, model: Any) -> None:
+        pass

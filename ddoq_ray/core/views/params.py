@@ -19,6 +19,7 @@ _FLIP, _PARTNER, _LAMBDA, _MIX_ROW, _MIX_COLUMN, _CROP_ROW, _CROP_COLUMN = range
 _FIRST_ATTEMPT = 8  # then (area, aspect) for each attempt
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
 _BLOCKS = (_FIRST_ATTEMPT + 2 * _ATTEMPTS) // 4  # a Philox block is four 64-bit words
+_USUAL_BLOCKS = 3  # hold two attempts, one of which fits nearly always; the others are drawn where neither does
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ class ViewParams:
     lam: Float64
     mix_box: Int64
 
+    def packed(self) -> bytes:
+        """The parameters of one view after another, 72 bytes each, little-endian: a digest of them, taken where labels
+        are made, tells later whether the same views are drawn."""
+        row = np.dtype(
+            [("boxes", "<f8", 4), ("lam", "<f8"), ("partner", "<i8"), ("mix_box", "<i4", 4), ("flip", "<i8")]
+        )
+        rows = np.empty(len(self.partner), row)
+        for name in row.names or ():
+            rows[name] = getattr(self, name)
+        return rows.tobytes()
+
 
 def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored: tuple[int, int, int]) -> ViewParams:
     """Draw the parameters of the views (image_id, epoch).
@@ -115,10 +127,15 @@ def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored:
         raise ValueError(f"stored images must be at least 1x1 pixel, got {height}x{width}")
     if ids.size and (ids.min() < 0 or ids.max() >= num_images):
         raise ValueError(f"image_ids must lie in 0..{num_images - 1}, got {ids.min()}..{ids.max()}")
-    u = uniform(philox_words(_stream_key("views", seed, epoch), ids, _BLOCKS))  # [B, words], in [0, 1)
+    key = _stream_key("views", seed, epoch)
+    u = uniform(philox_words(key, ids, _USUAL_BLOCKS))  # [B, words], in [0, 1)
+    boxes, found = _crop_boxes(spec, u, height, width)
+    left = np.flatnonzero(~found)
+    if left.size:
+        boxes[left], _ = _crop_boxes(spec, uniform(philox_words(key, ids[left], _BLOCKS)), height, width)
     partner, lam, mix_box = _cutmix(spec, u, ids, num_images)
     return ViewParams(
-        boxes=_crop_boxes(spec, u, height, width),
+        boxes=boxes,
         flip=(u[:, _FLIP] < 0.5) if spec.flip else np.zeros(ids.size, dtype=bool),
         partner=partner,
         lam=lam,
@@ -158,13 +175,16 @@ def _stream_key(purpose: str, seed: int, epoch: int) -> UInt64:
     return key
 
 
-def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> Float64:
-    """float64 [B, 4] crops as (top, left, height, width), in whole pixels."""
+def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> tuple[Float64, npt.NDArray[np.bool_]]:
+    """float64 [B, 4] crops as (top, left, height, width), in whole pixels; bool [B], whether an attempt fits.
+
+    Where none of the attempts that `u` holds does, the crop is the largest one.
+    """
     boxes = np.empty((len(u), 4))
     if spec.kind == "none":
         boxes[:] = (0, 0, height, width)
-        return boxes
-    attempts = u[:, _FIRST_ATTEMPT:].reshape(-1, _ATTEMPTS, 2)
+        return boxes, np.ones(len(u), bool)
+    attempts = u[:, _FIRST_ATTEMPT:].reshape(len(u), (u.shape[1] - _FIRST_ATTEMPT) // 2, 2)
     area = height * width * (spec.min_scale + attempts[..., 0] * (spec.max_scale - spec.min_scale))
     log_low, log_high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
     aspect = np.exp(log_low + attempts[..., 1] * (log_high - log_low))
@@ -179,7 +199,7 @@ def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> Float64:
     boxes[:, 0] = np.where(found, top, (height - fallback[0]) // 2)
     boxes[:, 1] = np.where(found, left, (width - fallback[1]) // 2)
     boxes[:, 2], boxes[:, 3] = crop_h, crop_w
-    return boxes
+    return boxes, found
 
 
 def _largest_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int]:

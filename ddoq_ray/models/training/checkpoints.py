@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
+CHECKPOINT = "checkpoint.pt"
+IMAGES = "images"  # in a training's folder: what it reads images into
+
+
+def training_folder(out: str | os.PathLike[str]) -> Path:
+    """What a training keeps until `out` is published."""
+    return Path(f"{os.fspath(out).rstrip('/')}.training")
+
 
 class Checkpoints:
-    """The state of one training, in the folder `<out>.training`.
+    """The state of one training, in its folder.
 
     Attributes:
         folder: holds the checkpoint, and whatever else the training keeps until it is done.
@@ -20,7 +28,7 @@ class Checkpoints:
 
     def __init__(self, out: str | os.PathLike[str], identity: dict[str, Any], *, overwrite: bool = False) -> None:
         """Name the place; nothing is written yet."""
-        self.folder = Path(f"{os.fspath(out).rstrip('/')}.training")
+        self.folder = training_folder(out)
         self.identity = identity
         self.overwrite = overwrite
 
@@ -30,7 +38,7 @@ class Checkpoints:
         Raises:
             ValueError: the folder holds the state of another training.
         """
-        file = self.folder / "checkpoint.pt"
+        file = self.folder / CHECKPOINT
         if file.exists():
             # Tensors and plain values only: a checkpoint is no program.
             saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -43,13 +51,15 @@ class Checkpoints:
                     f"{self.folder} holds an unfinished training with other settings ({', '.join(sorted(keys))} "
                     "differ); give the settings it was begun with to go on, or overwrite=true to begin anew"
                 )
-            shutil.rmtree(self.folder)
+            for entry in self.folder.iterdir():
+                if entry.name != IMAGES:  # they follow from the data alone, and were looked at before
+                    entry.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         return None
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep a state of tensors and plain values; it replaces the last one in one step."""
-        file = self.folder / "checkpoint.pt"
+        file = self.folder / CHECKPOINT
         work = file.with_suffix(".tmp")
         torch.save({"identity": self.identity, "state": state}, work)
         os.replace(work, file)

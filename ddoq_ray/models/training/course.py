@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from time import monotonic
 from typing import Any
 
@@ -90,8 +91,13 @@ class Passes:
         size = min(self.n, self.batch)
         first = step * size
         passes = range(first // self.n, (first + size - 1) // self.n + 1)
-        order = np.concatenate([philox(*self.key, "pass", p).permutation(self.n) for p in passes])
+        order = np.concatenate([_pass(self.n, (*self.key, "pass", p)) for p in passes])
         return order[first - passes[0] * self.n :][:size]
+
+
+@lru_cache(maxsize=2)  # neighbouring steps are of one pass, or of two
+def _pass(n: int, key: tuple[int | str, ...]) -> npt.NDArray[np.int64]:
+    return philox(*key).permutation(n)
 
 
 def generator_of(*key: int | str) -> torch.Generator:

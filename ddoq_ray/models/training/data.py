@@ -5,7 +5,6 @@ Shape suffixes: N images, S image size.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ddoq_ray.data.image_file import Images, image_key, order_of
 
 # Called with (phase, step, steps, loss) now and then.
 Progress = Callable[[str, int, int, float], None]
@@ -27,12 +28,20 @@ class TrainingSet:
         class_ids: int64 [N], labels 0 .. len(classes) - 1.
         classes: names in label order.
         held_out: (images, class_ids) that are only looked at when all is done; nothing is chosen by them.
+        known_order: what `order` gives, where it was made as the images were read.
     """
 
     images: npt.NDArray[Any]
     class_ids: npt.NDArray[Any]
     classes: Sequence[str]
     held_out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    known_order: tuple[npt.NDArray[np.int64], str] | None = None
+
+    @classmethod
+    def mapped(cls, images: Images, classes: Sequence[str], held_out: Images | None) -> TrainingSet:
+        """Images that lie in files."""
+        held = None if held_out is None else (held_out.images, held_out.class_ids)
+        return cls(images.images, images.class_ids, classes, held, (images.order, images.digest))
 
     def check(self) -> None:
         """Raise a ValueError for images and labels that do not fit."""
@@ -42,15 +51,9 @@ class TrainingSet:
 
     def order(self) -> tuple[npt.NDArray[np.int64], str]:
         """(rows int64 [N] by class, then by content, a digest): the shards' order plays no part in a training."""
-        keys = [
-            (int(c), hashlib.blake2b(x.tobytes(), digest_size=16).digest())
-            for c, x in zip(self.class_ids, self.images, strict=True)
-        ]
-        rows = sorted(range(len(keys)), key=keys.__getitem__)
-        digest = hashlib.blake2b(digest_size=8)
-        for row in rows:
-            digest.update(keys[row][0].to_bytes(8, "little") + keys[row][1])
-        return np.asarray(rows, dtype=np.int64), digest.hexdigest()
+        if self.known_order is not None:
+            return self.known_order
+        return order_of(self.class_ids, b"".join(image_key(image) for image in self.images))
 
 
 def _check(images: npt.NDArray[Any], class_ids: npt.NDArray[Any], classes: Sequence[str]) -> None:

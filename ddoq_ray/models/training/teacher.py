@@ -68,7 +68,7 @@ def train_teacher(
         **out.extra,
     }
     if data.held_out is not None:
-        scored, truth = (torch.from_numpy(np.ascontiguousarray(part)) for part in data.held_out)
+        scored, truth = (torch.from_numpy(np.array(part)) for part in data.held_out)
         record["held_out_images"] = len(scored)
         record["held_out_accuracy"], _ = top1_top5(model, scored, truth)
     save_classifier(model, out.folder, extra={"training": record}, dtype=config.dtype, overwrite=out.overwrite)

@@ -7,7 +7,7 @@ told wherever a score is: a figure says of how many images it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,17 +36,26 @@ class Validation:
         samples: How many samples of each must be accounted for, as scored or refused.
         num_classes: C.
         crop: Part of the resized shorter side that the middle crop keeps (`protocol.val_crop`).
+        every, first: Of the usable images every so manieth is kept, from this one on.
     """
 
     urls: tuple[str, ...]
     samples: tuple[int, ...]
     num_classes: int
     crop: float
+    every: int = 1
+    first: int = 0
 
     @staticmethod
     def of(config: RunConfig, data: Data) -> Validation:
         samples = tuple(s.expected for s in data.val)
         return Validation(tuple(data.val_urls), samples, len(data.classes), config.protocol.val_crop)
+
+    def of_rank(self, rank: int, world: int) -> Validation:
+        """A rank's part: shards of its own where there are enough of them, else every `world`-th image of all."""
+        if len(self.urls) >= 2 * world:
+            return replace(self, urls=self.urls[rank::world], samples=self.samples[rank::world])
+        return replace(self, every=world, first=rank)
 
 
 @dataclass
@@ -122,10 +131,12 @@ def scored_images(validation: Validation, size: int, crop: float, refused: Refus
 
 
 def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UInt8, npt.NDArray[np.int64]]:
-    """All of them in memory: images uint8 [N, 3, size, size], N x 3 x size^2 bytes, and class_ids int64 [N]."""
-    images = np.empty((sum(validation.samples), 3, size, size), np.uint8)
+    """Those of the part that is asked for, in memory: uint8 [N, 3, size, size] (N x 3 x size^2 bytes), int64 [N]."""
+    images = np.empty((-(-sum(validation.samples) // validation.every), 3, size, size), np.uint8)
     class_ids: list[int] = []
-    for image, class_id in scored_images(validation, size, validation.crop, refused):
+    for number, (image, class_id) in enumerate(scored_images(validation, size, validation.crop, refused)):
+        if number % validation.every != validation.first:
+            continue
         if len(class_ids) == len(images):  # more than the index says: a shard that grew since
             more = max(1, len(images) // 8)  # not one by one, each of which would copy all
             images = np.concatenate([images, np.empty((more, 3, size, size), np.uint8)])

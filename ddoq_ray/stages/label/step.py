@@ -1,43 +1,66 @@
 """label: a pool of teacher actors stores soft labels of seeded views (FKD), and the teacher is checked first.
 
 The view of an image at an epoch is a pure function of (seed, epoch, image_id), so a label needs no stored crop, and
-the student finds the same view whatever its batch. The unit is (image shard, range of epochs).
+the student finds the same view whatever its batch. The unit is a file: a range of epochs of a range of images.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
-from ddoq_ray.core.labels import choose_codec, codec_class, make_codec
+from ddoq_ray.core.labels import choose_codec, codec_class, codec_sizes, make_codec
+from ddoq_ray.core.sizing import in_bytes
+from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
+from ddoq_ray.stages.label.images import SharedImages, shared_images
 from ddoq_ray.stages.label.teacher import LabelUnit, spawner
 from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage.artifact import digest_of
-from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import published_labels
-from ddoq_ray.storage.layout import LabelKey, Place
+from ddoq_ray.storage.label_grid import LabelGrid
+from ddoq_ray.storage.label_log import finished_files
+from ddoq_ray.storage.layout import HEAD, LabelKey, Place
 from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
 
+FILES = "files"  # in an identity: how labels lie in files
 
-def codec_name(config: RunConfig, networks: Networks) -> str:
-    if config.labels.mode == "auto":
-        return choose_codec(networks.teacher_outputs, networks.feature_dim)
-    return config.labels.mode
+
+def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
+    """The codec of the labels of a set of `images`: a function of counts, so that no teacher is needed to know it.
+
+    Raises:
+        ValueError: No codec is as small as `labels.budget` asks for.
+    """
+    mode, budget = config.labels.mode, config.labels.budget_bytes
+    if mode != "auto":
+        return mode
+    outputs, features = networks.teacher_outputs, networks.feature_dim
+    labels = images * config.protocol.epochs_for(images)
+    try:
+        return choose_codec(outputs, features, None if budget is None else budget / labels)
+    except ValueError:
+        sizes = {name: in_bytes(n * labels) for name, n in codec_sizes(outputs, features).items()}
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"labels.budget={config.labels.budget} is too small for {labels:,} labels of {images:,} images ({told}): "
+            "raise it, take fewer epochs (protocol.epochs), or let the teacher label while students train "
+            "(labels.mode=online)"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -67,25 +90,44 @@ class Label(Step):
         size = config.student.image_size
         # A crop's pixels are those of the picture it is cut from; pictures of unlike sizes are kept at this one.
         views["stored"] = config.protocol.stored_side(size)
-        return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch}
+        files = {"mb": config.labels.file_mb, "labels": config.labels.file_labels}
+        return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch, FILES: files}
 
     def inputs(self, run: Run) -> dict[str, Any]:
         images = self.images(run)["digest"]
-        return {"images": images, "teacher": run.networks.teacher_id, "codec": codec_name(run.config, run.networks)}
+        return {"images": images, "teacher": run.networks.teacher_id, "codec": self.codec(run)}
+
+    def codec(self, run: Run) -> str:
+        return codec_name(run.config, run.networks, self.count(run))
+
+    def count(self, run: Run) -> int:
+        """Images of the set."""
+        return sum(shard["images"] for shard in self.images(run)["shards"])
+
+    def grid(self, run: Run) -> LabelGrid:
+        """The files of its labels."""
+        config, images = run.config, self.count(run)
+        return LabelGrid.of(
+            (images, config.protocol.epochs_for(images)),
+            make_codec(self.codec(run), run.networks.teacher_outputs, run.networks.feature_dim).nbytes,
+            batch=config.teacher.batch,
+            file_bytes=config.labels.file_mb << 20,
+            file_labels=config.labels.file_labels,
+        )
 
     def images(self, run: Run) -> ImagesManifest:
         manifest: ImagesManifest = run.finished(self.source.artifact(run.dir))
         return manifest
 
     def asks(self, config: RunConfig) -> list[Ask]:
-        count = 1 if config.labels.mode == "online" else config.labels.workers
+        count = config.labels.workers if config.labels.stored else 1
         return [Ask.of(config, "teacher", "teacher", count, "labels.workers")]
 
 
 def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None) -> None:
     """Check the teacher, then label every image set.
 
-    With `labels.mode=online` only the check is done; the teacher labels while students train.
+    With `labels.mode=online` or `hard` only the check is done: nothing is stored.
 
     Args:
         teacher: What the check of this run found, where it was done before.
@@ -99,30 +141,45 @@ def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None)
     teacher = teacher or check_teacher(run)
     for step in todo:
         step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite)
-    made = dict.fromkeys(todo, (0, 0))
-    codec = codec_name(run.config, run.networks)
-    if codec != "online":
-        made |= _label(run, todo, codec)
+    grids = {step: step.grid(run) for step in todo} if run.config.labels.stored else {}
+    cost = _say_codecs(run, grids) if grids else {}
+    made = _label(run, grids) if grids else dict.fromkeys(todo, 0)
     seconds = time.time() - start
-    total = max(1, sum(n for n, _ in made.values()))
+    total = max(1, sum(made.values()))
     for step in todo:
-        views, size = made[step]
         step.artifact(run.dir).finish(
             facts[step],
             # The sets share the workers; a set's share of the time is its share of the views.
-            seconds=round(seconds * views / total, 3),
-            items=views,
+            seconds=round(seconds * made[step] / total, 3),
+            items=made[step],
             unit="views",
-            bytes=size,
-            codec=codec,
+            codec=step.codec(run),
             outputs=run.networks.teacher_outputs,
             teacher_index=list(teacher_columns(run.data)),
-            shards=[{"name": s["name"], "images": s["images"]} for s in step.images(run)["shards"]],
             teacher=teacher,
-            digest=digest_of(facts[step]),
+            # Not of how they lie in files: the labels are the same.
+            digest=digest_of({k: v for k, v in facts[step].items() if k != FILES}),
             environment=run.networks.environment,
+            **(_stored(run, step, grids[step]) | cost if grids else {"bytes": 0}),
         )
     run.events.add("stage finished", stage="label", views=total)
+
+
+def _stored(run: Run, step: Label, grid: LabelGrid) -> dict[str, Any]:
+    """What a manifest says of stored labels: all that a reader needs."""
+    labels = run.dir / step.place
+    records = finished_files(labels, grid, digest_of(step.identity(run)))
+    missing = [file.name for file in grid.all() if file.index not in records]
+    if missing:
+        raise RuntimeError(f"{len(missing)} label files of {step.place} are gone after they were made: {missing[:3]}")
+    spec = view_spec(run.config.protocol, run.config.student.image_size)
+    return {
+        **({"head": labels.digest(HEAD)[0]} if labels.exists(HEAD) else {}),
+        "bytes": sum(record.bytes for record in records.values()),
+        "files": grid.files,
+        "grid": asdict(grid),
+        "views": asdict(spec) | {"seed": run.config.seed, "stored": records[0].stored},
+    }
 
 
 def check_scored(run: Run, label: LabelsManifest) -> None:
@@ -135,52 +192,71 @@ def check_scored(run: Run, label: LabelsManifest) -> None:
     check_refused(run.config, run.dir, facts["images"], facts.get("refused", 0), facts.get("reasons", ""))
 
 
-def _label(run: Run, steps: Sequence[Label], codec: str) -> dict[Label, tuple[int, int]]:
-    """Label the sets on an elastic pool: step -> (labels, bytes)."""
-    config = run.config
-    nbytes = make_codec(codec, run.networks.teacher_outputs, run.networks.feature_dim).nbytes
-    say(f"label      codec {codec}: {nbytes} bytes a label")
-    spawn = spawner(config, run.dir, codec)
-    if codec_class(codec).packs_features:
-        actor = spawn()
-        ray.get([actor.save_head.remote(step.place) for step in steps])
+def _say_codecs(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[str, Any]:
+    """What will be stored, before it is made, and what that costs; the cost of codecs that round, for manifests."""
+    codecs = sorted({step.codec(run) for step in grids})
+    total, files, labels = (
+        sum(getattr(grid, what) for grid in grids.values()) for what in ("bytes", "files", "labels")
+    )
+    sizes = codec_sizes(run.networks.teacher_outputs, run.networks.feature_dim)
+    told = ", ".join(f"{name} {nbytes}" for name, nbytes in sizes.items())
+    say(
+        f"label      codec {' and '.join(codecs)} (bytes a label: {told}): {labels:,} labels of {len(grids)} image "
+        f"set{'s' * (len(grids) > 1)} are {in_bytes(total)} in {files:,} file{'s' * (files != 1)}"
+    )
+    if codecs == ["logits"]:
+        return {}  # fp16: nothing to measure
+    step, actor = next(iter(grids)), spawner(run.config, run.dir)()
+    try:
+        costs: dict[str, dict[str, float]] = ray.get(actor.codec_costs.remote(_images(run, step)))
+    except ray.exceptions.RayTaskError as error:
+        raise plain_error(error) from None
+    finally:
         ray.kill(actor)
-    units = [unit for step in steps for unit in _units(config, run.dir, step, step.images(run))]
-    of = {step.place: step for step in steps}
-    made = dict.fromkeys(steps, (0, 0))
-    with Progress("label", sum(u.images * (u.last - u.first) for u in units), "views") as progress:
+    words = "; ".join(f"{name} {cost['kl']:.2g} nats, {cost['relative']:.2g} of it" for name, cost in costs.items())
+    say(f"label      KL of labels as stored to the teacher's, and as a share of what they tell: {words}")
+    return {"codec_costs": costs}
+
+
+def _label(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[Label, int]:
+    """Label the sets on an elastic pool: step -> labels that were made."""
+    config = run.config
+    spawn = spawner(config, run.dir)
+    with_heads = [step.place for step in grids if codec_class(step.codec(run)).packs_features]
+    if with_heads:
+        actor = spawn()
+        ray.get([actor.save_head.remote(place) for place in with_heads])
+        ray.kill(actor)
+    units = [unit for step, grid in grids.items() for unit in _units(run, step, grid)]
+    of = {step.place: step for step in grids}
+    left = Counter(unit.labels for unit in units)
+    made = dict.fromkeys(grids, 0)
+    with Progress("label", sum(u.file.labels for u in units), "views") as progress:
         for unit, result in run_elastic(
             spawn,
             units,
             Elastic.of(config.cluster, "label", "teacher", max_workers=config.labels.workers),
-            name=lambda u: f"{u.labels}/{u.name} epochs {u.first}-{u.last - 1}",
+            name=lambda u: str(u.name),
             on_event=lambda event, **f: run.events.add(event, stage="label", **f),
             progress=progress,
         ):
-            labels, size = made[of[unit.labels]]
-            made[of[unit.labels]] = (labels + result["labels"], size + result["bytes"])
+            made[of[unit.labels]] += result["labels"]
             progress.advance(result["labels"])
+            left[unit.labels] -= 1
+            if not left[unit.labels]:
+                unit.images.release()
     return made
 
 
-def _units(config: RunConfig, run_dir: Folder, step: Label, manifest: ImagesManifest) -> list[LabelUnit]:
-    """Units of the epochs that are not published yet, each known by its own file: a run may resume in other units."""
-    units, offset = [], 0
-    names = [shard["name"] for shard in manifest["shards"]]
-    published = published_labels(run_dir / step.place, names, config.protocol.epochs_for(manifest["items"]))
-    for shard, there in zip(manifest["shards"], published, strict=True):
-        for first, last in _runs(np.flatnonzero(~there).tolist(), config.labels.epochs_per_unit):
-            units.append(LabelUnit(step.at.images, step.place, shard["name"], offset, shard["images"], first, last))
-        offset += shard["images"]
-    return units
+def _images(run: Run, step: Label) -> SharedImages:
+    size = run.config.student.image_size
+    shards, side = step.images(run)["shards"], run.config.protocol.stored_side(size)
+    return shared_images(run.dir / step.at.images, shards, size, side)
 
 
-def _runs(numbers: list[int], longest: int) -> list[tuple[int, int]]:
-    """Ascending numbers as runs first..last-1 without a gap, none longer than `longest`."""
-    runs: list[tuple[int, int]] = []
-    for n in numbers:
-        if runs and runs[-1][1] == n and n - runs[-1][0] < longest:
-            runs[-1] = (runs[-1][0], n + 1)
-        else:
-            runs.append((n, n + 1))
-    return runs
+def _units(run: Run, step: Label, grid: LabelGrid) -> list[LabelUnit]:
+    """The files that are not there yet."""
+    made_from, codec, images = digest_of(step.identity(run)), step.codec(run), _images(run, step)
+    there = finished_files(run.dir / step.place, grid, made_from)
+    left = (file for file in grid.all() if file.index not in there)
+    return [LabelUnit(step.place, codec, file, grid, made_from, images) for file in left]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,34 +13,45 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
-from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution.workers import device, pin_threads
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
 from ddoq_ray.stages.label.autoencoder_check import LEAST, PIXELS, sample_of
+from ddoq_ray.stages.label.images import SharedImages
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import write_labels
+from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
+from ddoq_ray.storage.label_log import Making, write_labels
+
+if TYPE_CHECKING:  # torch: only in the actor
+    from ddoq_ray.models.labelling import Labeller
 
 TORCHVISION = "torchvision:"
+COST_VIEWS = 256  # of which it is measured what codecs cost
 
 
 @dataclass(frozen=True)
 class LabelUnit:
-    """Epochs first..last-1 of one image shard: rows offset..offset+images-1 of the set.
+    """One file of labels.
 
     Attributes:
-        set: Folder of the image set, relative to the run directory.
-        labels: Folder of its labels.
-        name: The image shard.
+        labels: Folder of the labels, relative to the run directory.
+        codec: What packs them.
+        file: Which of them.
+        grid: All of them.
+        made_from: Digest of what they are made from.
+        images: The set.
     """
 
-    set: str
     labels: str
-    name: str
-    offset: int
-    images: int
-    first: int
-    last: int
+    codec: str
+    file: LabelFile
+    grid: LabelGrid
+    made_from: str
+    images: SharedImages
+
+    @property
+    def name(self) -> str:
+        return f"{self.labels}: {self.file}"
 
 
 @dataclass(frozen=True)
@@ -78,37 +90,50 @@ def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
 class Teacher:
     """Holds the teacher, and one image set at a time."""
 
-    def __init__(self, path: str, run: Folder, config: RunConfig, codec: str) -> None:
+    def __init__(self, path: str, run: Folder, config: RunConfig) -> None:
         from ddoq_ray.models.classifiers import load_classifier  # torch: only in the actor
-        from ddoq_ray.models.labelling import Labeller, view_spec
 
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
         self.path, self.run_folder, self.config = path, run, config
-        spec = view_spec(config.protocol, config.student.image_size)
-        self.labeller = Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
-        """Label one unit: one file an epoch."""
-        labels = self.run_folder / unit.labels
-        ids = np.arange(unit.offset, unit.offset + unit.images)
-        total = 0
-        for epoch in range(unit.first, unit.last):
-            rows = self.labeller.labels(self._images(unit.set), ids, epoch)
-            total += write_labels(labels, unit.name, epoch, ids, rows, self.labeller.codec.name)
-        return {"labels": len(ids) * (unit.last - unit.first), "bytes": total}
+        """Label one unit."""
+        labeller = self._labeller(unit.codec)
+        images = self._images_of(unit.labels, unit.images)
+        stored = (images.shape[0], images.shape[2], images.shape[3])
 
-    def _images(self, folder: str) -> Any:
+        def answer(epoch: int, first: int, end: int) -> tuple[npt.NDArray[np.uint8], bytes]:
+            return labeller.labels(images, np.arange(first, end), epoch)
+
+        making = Making(unit.grid, unit.codec, unit.made_from, stored)
+        size = write_labels(self.run_folder / unit.labels, unit.file, making, answer)
+        return {"labels": unit.file.labels, "bytes": size}
+
+    def _labeller(self, codec: str) -> Labeller:
+        from ddoq_ray.models.labelling import Labeller, view_spec
+
+        config = self.config
+        spec = view_spec(config.protocol, config.student.image_size)
+        return Labeller(self.model, codec, spec, seed=config.seed, batch=config.teacher.batch)
+
+    def codec_costs(self, images: SharedImages) -> dict[str, dict[str, float]]:
+        """`Labeller.codec_costs` on views of images that lie evenly in a set."""
+        pixels = self._images_of("", images)
+        index = np.unique(np.linspace(0, len(pixels) - 1, COST_VIEWS).astype(np.int64))
+        return self._labeller("logits").codec_costs(pixels, index, self.config.protocol.temperature)
+
+    def _images_of(self, name: str, images: SharedImages) -> Any:
+        """uint8 [N, 3, H, W] on the device: on the CPU the pages that all actors of the node share."""
         import torch
 
-        if self._set is None or self._set[0] != folder:
-            images = self.run_folder / folder
-            shards = [images.path(n) for n in images.names(layout.IMAGE_SHARDS)]
-            size = self.config.student.image_size
-            arrays = load_image_arrays(shards, size, self.config.protocol.stored_side(size))
-            self._set = (folder, torch.from_numpy(arrays.images).to(self.device))
+        if self._set is None or self._set[0] != name:
+            self._set = None  # the old one goes first
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                self._set = (name, torch.from_numpy(images.array()).to(self.device))
         return self._set[1]
 
     def save_head(self, labels: str) -> None:
@@ -193,14 +218,12 @@ def _in_batches(
 _actor = ray.remote(Teacher)
 
 
-def spawner(config: RunConfig, run_folder: Folder, codec: str) -> Callable[[], Any]:
+def spawner(config: RunConfig, run_folder: Folder) -> Callable[[], Any]:
     """What makes a teacher actor."""
     resources, path = config.cluster.teacher, config.teacher.path
     assert path is not None, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
-        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(
-            path, run_folder, config, codec
-        )
+        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(path, run_folder, config)
 
     return spawn

@@ -36,7 +36,7 @@ def check_teacher(run: Run) -> dict[str, Any]:
         ValueError: As `judge`.
     """
     columns, arch = teacher_columns(run.data), run.networks.teacher_arch
-    actor = spawner(run.config, run.dir, "logits")()
+    actor = spawner(run.config, run.dir)()
     try:
         named: Named = ray.get(actor.name_images.remote(Validation.of(run.config, run.data), columns))
         names = ray.get(actor.class_names.remote())

@@ -13,6 +13,7 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.core.noising import NoiseLevel
+from ddoq_ray.core.shrinkage import shrunk
 from ddoq_ray.core.sizing import GIB, exact_algorithm
 from ddoq_ray.execution.workers import device
 from ddoq_ray.storage.records import Codebook
@@ -70,8 +71,18 @@ def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, togeth
     return exact_algorithm(n, dim, k, together=together, **limits)
 
 
-def exact_codebooks(found: Mapping[int, Centroids], chunks_of: ChunksOf) -> Iterator[Codebook]:
-    """A codebook for each class's centroids, in order, with exact Voronoi counts from one pass over the log."""
+def exact_codebooks(found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool = False) -> Iterator[Codebook]:
+    """A codebook for each class's centroids, in order, with exact Voronoi counts from one pass over the log.
+
+    Args:
+        found: The arrays are kept, and written to where they shrink.
+        chunks_of: Reads classes from the log, in one pass.
+        shrink: Draw centroids to the class mean (`core.shrinkage`); a second pass gives counts and distortion of these.
+    """
+    if shrink:
+        for book in exact_codebooks(found, chunks_of):
+            full = book.counts > 0  # the cell of a copy of another centroid is empty, and it stays
+            book.centroids[full] = shrunk(book.centroids[full], book.counts[full], book.distortion)
     counts = {c: np.zeros(len(centroids), np.int64) for c, (centroids, _) in found.items()}
     totals = dict.fromkeys(found, 0.0)
     for c, latents in chunks_of(found):
@@ -142,11 +153,14 @@ class WholeClasses:
                     stream = new_clvq(self.settings, c, ClvqConfig(name="clvq"))
                     for _, latents in self.chunks_of([c]):
                         stream.update(latents)
-                    yield from exact_codebooks({c: stream.result()}, self.chunks_of)
+                    yield from self._exact({c: stream.result()}, self.chunks_of)
                     continue
                 x = np.concatenate(pieces.pop(c)).astype(np.float32)
                 centroids = together[c] if c in together else self._alone(c, x)
-                yield from exact_codebooks({c: centroids}, _whole(c, x))
+                yield from self._exact({c: centroids}, _whole(c, x))
+
+    def _exact(self, found: Mapping[int, Centroids], chunks_of: ChunksOf) -> Iterator[Codebook]:
+        return exact_codebooks(found, chunks_of, shrink=self.algorithm.shrink)
 
     def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Centroids]:
         """All classes of the Gram space at once, where the actor has a GPU."""

@@ -246,7 +246,8 @@ class Quantizer:
     def _books(self, wanted: list[int]) -> Iterator[Codebook]:
         """The codebooks of consumed classes, in their order."""
         if isinstance(self.algorithm, ClvqConfig):
-            return exact_codebooks({c: self.state.pop(c).result() for c in wanted}, self._chunks_of)
+            found = {c: self.state.pop(c).result() for c in wanted}
+            return exact_codebooks(found, self._chunks_of, shrink=self.algorithm.shrink)
         return WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of).codebooks(wanted)
 
     def _wanted(self, c: int) -> bool:

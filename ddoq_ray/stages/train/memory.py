@@ -1,55 +1,84 @@
-"""What the row `full` needs of memory, refused before anything starts: it holds all the real images, whole."""
+"""Where a training worker keeps images: on its device, in the node's memory, or in a file on the node's disk.
+
+The rule: on the device where they take at most half of what is free there; else in host memory where the copies of all
+workers of the node take at most half of the memory that Ray sees there; else in one file a node, which its first worker
+writes and all of them read. The worst place of any rank is that of all. The views are the same bits in each place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Literal
 
-import ray
-
-from ddoq_ray.config import RunConfig
-from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.config.cluster import TrainerResources
 
 GB = 10**9
-PART = 0.5  # of a node's memory that the images may take: beside them are students, validation images, other actors
+PART = 0.5  # of what is free: beside the images are students, validation images, other actors
+
+Where = Literal["device", "host", "file"]
+PLACES: tuple[Where, ...] = ("device", "host", "file")
 
 
-def full_bytes(config: RunConfig, images: int) -> int:
-    """Bytes of one training worker's copy of all the real images, at the side at which they are kept."""
-    side = config.protocol.stored_side(config.student.image_size)
-    return images * 3 * side * side
+@dataclass(frozen=True)
+class Room:
+    """What a training worker finds on its node.
 
-
-def check_full(config: RunConfig, data: Data, memory: Sequence[float] | None = None) -> None:
-    """Refuse the row `full` where its images do not fit the memory of the nodes that train.
-
-    Args:
-        memory: Bytes that each node offers; by default those of the cluster that can take a training worker.
-
-    Raises:
-        ValueError: With what is needed, what is there, and the keys to change.
+    Attributes:
+        host: Bytes of memory that the node offers to all.
+        device: Bytes that are free on its device; None where the device is the host.
+        sharing: Training workers on the node.
+        first: Whether this one writes what they share.
+        scratch: A folder on the node's disk.
     """
-    if "full" not in config.methods:
-        return
-    nodes = _nodes(config) if memory is None else list(memory)
-    if not nodes:
-        return  # nothing that could train is there yet; a cluster that grows will be asked by Ray
-    workers = config.cluster.trainer.workers
-    on_one = -(-workers // len(nodes))  # workers on a node, at least on the fullest
-    images = sum(shard.samples for shard in data.train)
-    need, room = full_bytes(config, images) * on_one, PART * min(nodes)
-    if need > room:
-        side = config.protocol.stored_side(config.student.image_size)
-        copies = f", {on_one} copies on a node" if on_one > 1 else ""
-        raise ValueError(
-            f"the row `full` trains on all {images:,} real images, and holds them in memory: {need / GB:,.1f} GB "
-            f"({images:,} x 3 x {side} x {side} bytes{copies}). A node offers {min(nodes) / GB:,.1f} GB, of which "
-            f"{room / GB:,.1f} GB may go to them. Leave `full` out (baselines=[ddoq-sqrt,d4m,random]), or train it on "
-            "nodes with more memory"
-        )
+
+    host: float = float("inf")
+    device: float | None = None
+    sharing: int = 1
+    first: bool = True
+    scratch: str = ""
+
+    def place(self, nbytes: int) -> Where:
+        """By the rule, for images of so many bytes."""
+        if self.device is not None and nbytes <= PART * self.device:
+            return "device"
+        return "host" if nbytes * self.sharing <= PART * self.host else "file"
+
+    def folder(self, nbytes: int) -> str:
+        """The folder for a file of so many bytes.
+
+        Raises:
+            ValueError: The disk has no room for it.
+        """
+        folder = self.scratch or tempfile.gettempdir()
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            raise ValueError(
+                f"images of {nbytes / GB:,.1f} GB fit neither the trainer's device nor half of the node's memory "
+                f"({self.host / GB:,.1f} GB for {self.sharing} workers), and {folder} has {free / GB:,.1f} GB free; "
+                "give a folder on a larger local disk as cluster.trainer.scratch, train on nodes with more memory, or "
+                "leave `full` out of baselines"
+            )
+        return folder
 
 
-def _nodes(config: RunConfig) -> list[float]:
-    """Memory of the nodes that a training worker fits."""
-    wanted = {"CPU": config.cluster.trainer.num_cpus, "GPU": config.cluster.trainer.num_gpus}
-    resources = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [r["memory"] for r in resources if "memory" in r and all(r.get(k, 0.0) >= v for k, v in wanted.items())]
+def room_here(trainer: TrainerResources) -> Room:
+    """What this worker of Ray Train finds; Ray's own figure of memory knows the limits of containers.
+
+    Groups that train side by side may all be on this node.
+    """
+    import ray
+    from ray.train import get_context
+
+    node = ray.get_runtime_context().get_node_id()
+    host = next((n["Resources"].get("memory", float("inf")) for n in ray.nodes() if n["NodeID"] == node), float("inf"))
+    context = get_context()
+    return Room(
+        host=host,
+        sharing=context.get_local_world_size() * trainer.groups,
+        first=context.get_local_rank() == 0,
+        scratch=trainer.scratch or "",
+    )

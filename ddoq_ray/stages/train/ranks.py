@@ -33,6 +33,33 @@ class Ranks:
         answer: T = told[0]
         return answer
 
+    def most(self, value: int) -> int:
+        """The largest value of all ranks, on every rank."""
+        if self.world == 1:
+            return value
+        import torch
+        import torch.distributed
+
+        found = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
+    def total(self, counts: Any) -> list[int]:
+        """The sums over the ranks of an int64 [n] tensor on their device: exact, and the same on each."""
+        if self.world > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(counts)
+        return [int(n) for n in counts.tolist()]
+
+    def share_buffers(self, model: Any) -> None:
+        """Give every rank rank 0's running statistics, which are published: DDP averages gradients, and these not."""
+        if self.world > 1:
+            import torch.distributed
+
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def mean(self, value: Any) -> float:
         """The mean of a scalar tensor over the ranks: the same float on each."""
         if self.world == 1:

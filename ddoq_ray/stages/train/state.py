@@ -57,10 +57,8 @@ def report(student: Student, facts: dict[str, Any], rank: int) -> None:
         if rank == 0:
             state = {
                 "identity": digest_of(facts),
-                "epoch": student.epoch,
-                "model": student.training.model.state_dict(),
-                "optimizer": student.training.optimizer.state_dict(),
                 "metrics": student.metrics,
+                **student.training.state(),
             }
             torch.save(state, os.path.join(folder, "state.pt"))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -88,8 +86,9 @@ def publish(student: Student, artifact: Artifact, facts: dict[str, Any], config:
     best = max(points, key=lambda m: m["top1_pct"]) if points and not student.diverged else None
     folder, size = artifact.folder, 0
     if not student.diverged:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in student.training.model.state_dict().items()}
-        weights = safetensors.torch.save(tensors)
+        with student.training.scored() as model:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+            weights = safetensors.torch.save(tensors)
         size = len(weights)
         folder.publish(layout.WEIGHTS, weights)
     folder.publish(layout.NETWORK, (json.dumps(student.training.model.config(), indent=1) + "\n").encode())

@@ -1,14 +1,14 @@
-"""train: one Ray Train run trains all students, one after another, by weighted KL against the teacher's soft labels.
+"""train: students by Ray Train, one after another in a run of it, or in several runs side by side.
 
-Starting a Ray Train run costs seconds, so many cells share one. One whose manifest is published is
-never trained again. What a worker does is in worker.py.
+Starting a Ray Train run costs seconds, so many cells share one; `cluster.trainer.groups` runs share the cluster. A cell
+whose manifest is published is never trained again. What a worker does is in worker.py.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray.train
@@ -21,10 +21,12 @@ from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
 from ddoq_ray.stages.label.step import Label, check_scored
+from ddoq_ray.stages.label.stored_check import check_stored
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
@@ -35,6 +37,8 @@ if TYPE_CHECKING:  # torch: not in a driver that trains nothing
 
 MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
 RAY_TRAIN = "train"  # Ray Train's own folder in students/
+# Keys of cluster.trainer that change a student's bytes.
+ARITHMETIC = ("workers", "min_workers", "max_workers", "precision", "channels_last", "compile", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ class Train(Step):
             "student": plain(config.student),
             "resize": config.encoder.resize,
             "protocol": {k: v for k, v in plain(config.protocol).items() if k != "name"},
-            "across_classes": config.weights.across_classes,
+            "weights": {k: v for k, v in plain(config.weights).items() if k != "scheme"},
+            "hard_labels": config.labels.mode == "hard",
             "seed": config.seed,
-            "workers": config.cluster.trainer.workers,
+            "trainer": {key: getattr(config.cluster.trainer, key) for key in ARITHMETIC},
             "scheme": self.cell.scheme,
             "student_seed": self.cell.seed,
         }
@@ -78,8 +83,11 @@ class Train(Step):
         }
 
     def asks(self, config: RunConfig) -> list[Ask]:
-        workers = config.cluster.trainer.workers  # its controller asks for nothing
-        return [Ask.of(config, "trainer", "trainer", workers, "cluster.trainer.workers", workers)]
+        trainer = config.cluster.trainer  # its controller asks for nothing
+        least = trainer.min_workers or trainer.workers
+        if trainer.groups == 1:
+            return [Ask.of(config, "trainer", "trainer", least, "cluster.trainer.workers", least)]
+        return [Ask.of(config, "trainer", "trainer", least * trainer.groups, "cluster.trainer.groups", least)]
 
     def checked(self, config: RunConfig) -> bool:
         return self.wanted(config)  # to score trained students, it does not matter how they would be trained now
@@ -107,18 +115,25 @@ def run(run: Run, steps: Sequence[Train]) -> None:
         if step.artifact(run.dir).begin(facts, overwrite=config.overwrite) != "done":
             todo.append((step.cell, facts))
     if todo:
+        left = {cell for cell, _ in todo}
+        learnt = [s for s in steps if s.cell in left and s.source is not None]
+        check_stored(
+            run,
+            {s.source.place: s.source for s in learnt if s.source is not None}.values(),
+            {s.labels.place: s.labels for s in learnt if s.labels is not None}.values(),
+        )
         counts = data.counts
         job = Job(
             run=run.dir,
             config=config,
             rows=tuple(todo),
-            train_urls=tuple(data.train_urls),
+            real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train)),
             validation=Validation.of(config, data),
             teacher_index=columns,
             class_counts=tuple(counts[c.class_id] for c in data.classes),
             outputs=run.networks.teacher_outputs,
         )
-        _fit(run, job)
+        _fit(run, _dealt(job, [step.cell for step in steps], config.cluster.trainer.groups))
         run.events.add("stage finished", stage="train", students=len(todo))
     manifests: list[StudentManifest] = [run.finished(step.artifact(run.dir)) for step in steps]
     _say_diverged([m for m in manifests if m.get("diverged")])
@@ -148,12 +163,22 @@ def _say_diverged(diverged: Sequence[StudentManifest]) -> None:
         )
 
 
-def _fit(run: Run, job: Job) -> None:
+def _dealt(job: Job, cells: Sequence[Cell], groups: int) -> list[Job]:
+    """The job's rows dealt to groups: neighbours stay together, since those of one image set share its pictures.
+
+    Dealt are all cells of the run, finished or not, so that a run that goes on finds each group's checkpoint.
+    """
+    place = {cell: at * groups // len(cells) for at, cell in enumerate(cells)}
+    dealt = [tuple(row for row in job.rows if place[row[0]] == group) for group in range(groups)]
+    return [replace(job, rows=rows, group=group) for group, rows in enumerate(dealt) if rows]
+
+
+def _fit(run: Run, jobs: Sequence[Job]) -> None:
     students = run.dir / layout.STUDENTS
-    with Progress("train", len(job.rows), "students") as progress:
+    left = [row for job in jobs for row, _ in job.rows]
+    with Progress("train", len(left), "students") as progress:
         # fit() blocks; the published results are the progress that the driver can see without a channel of its own.
         stop = threading.Event()
-        left = [row for row, _ in job.rows]
 
         def look() -> None:
             for row in [r for r in left if (run.dir / r.folder).exists(layout.MANIFEST)]:
@@ -167,13 +192,45 @@ def _fit(run: Run, job: Job) -> None:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_through_deaths(run, students, job)
+            _fit_groups(run, students, jobs)
         finally:
             stop.set()
             watcher.join()
             look()
     # Its checkpoints are of rows that are published now; the next run's would stand beside them.
-    (students / RAY_TRAIN).remove()
+    for job in jobs:
+        (students / _own_folder(job)).remove()
+
+
+def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job]) -> None:
+    """Fit the groups side by side; one that fails lets the others finish their students first.
+
+    Raises:
+        What the first group that failed raised.
+    """
+    if len(jobs) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
+        _fit_through_deaths(run, students, jobs[0])
+        return
+    failed: list[BaseException] = []
+
+    def fit(job: Job) -> None:
+        try:
+            _fit_through_deaths(run, students, job)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=fit, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _own_folder(job: Job) -> str:
+    """Ray Train's folder of a group, in students/."""
+    return RAY_TRAIN if job.group == 0 else f"{RAY_TRAIN}-{job.group}"
 
 
 def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
@@ -182,6 +239,7 @@ def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
     Raises:
         ValueError: A worker's, in its own words.
     """
+    trainer = run.config.cluster.trainer
     for deaths in range(MAX_DEATHS + 1):
         try:
             _trainer(run.config, students, job).fit()
@@ -190,7 +248,7 @@ def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
             told = own_words(error)
             if told is not None:
                 raise ValueError(told) from None
-            if deaths == MAX_DEATHS or not worth_retrying(error, run.config.cluster.trainer.workers):
+            if deaths == MAX_DEATHS or not worth_retrying(error, trainer.max_workers or trainer.workers):
                 raise
             run.events.add("worker lost", stage="train", reason=type(error).__name__, deaths=deaths + 1)
             say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
@@ -200,17 +258,19 @@ def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
     from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
 
     resources = config.cluster.trainer
+    bounds = (resources.min_workers, resources.max_workers)
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
+            # Within bounds Ray Train starts with what is there, and anew from the last checkpoint when nodes come or go
+            num_workers=resources.workers if bounds == (None, None) else bounds,  # type: ignore[arg-type]
             use_gpu=resources.num_gpus > 0,
             resources_per_worker={"CPU": resources.num_cpus}
             | ({"GPU": resources.num_gpus} if resources.num_gpus else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=RAY_TRAIN,
+            name=_own_folder(job),
             storage_path=students.uri,
             failure_config=ray.train.FailureConfig(max_failures=0),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),

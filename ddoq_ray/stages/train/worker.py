@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.data.soft_labels import SoftLabels
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, load_scored
 from ddoq_ray.stages.train import state as train_state
+from ddoq_ray.stages.train.memory import Room, room_here
 from ddoq_ray.stages.train.ranks import Ranks
-from ddoq_ray.stages.train.sets import Sets, SoftLabels
+from ddoq_ray.stages.train.sets import Real, Sets
 from ddoq_ray.stages.train.state import Student
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
@@ -27,7 +29,7 @@ if TYPE_CHECKING:  # torch: only in the worker
     from torch import Tensor
 
     from ddoq_ray.models.classifiers import Classifier
-    from ddoq_ray.models.training.student import Targets
+    from ddoq_ray.models.training.student import StudentTraining, Targets
 
 # A report with a checkpoint is a barrier that costs about two seconds; a row that is shorter is simply trained again.
 CHECKPOINT_SECONDS = 60.0
@@ -35,32 +37,35 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training worker is told; small and picklable."""
+    """All that the training workers of a group are told; small and picklable."""
 
     run: Folder
     config: RunConfig
     rows: tuple[tuple[Cell, dict[str, Any]], ...]
-    train_urls: tuple[str, ...]
+    real: Real
     validation: Validation
     teacher_index: tuple[int, ...]
     class_counts: tuple[int, ...]
     outputs: int
+    group: int = 0
 
 
 class Trainer:
     """One worker of the training run: it goes through the rows."""
 
-    def __init__(self, job: Job, ranks: Ranks, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, job: Job, ranks: Ranks, clock: Callable[[], float] = time.monotonic, room: Room | None = None
+    ) -> None:
         import torch
 
         self.job, self.config, self.ranks, self.clock = job, job.config, ranks, clock
-        self.protocol = job.config.protocol
+        self.protocol, self.how = job.config.protocol, job.config.cluster.trainer
         self.device = ranks.device
-        torch.set_num_threads(job.config.cluster.trainer.threads)
+        torch.set_num_threads(self.how.threads)
         torch.backends.cudnn.benchmark = False
         self.columns = torch.tensor(job.teacher_index, device=self.device)
-        self.sets = Sets(job.run, job.config, len(job.teacher_index), self.device)
-        self.labels = SoftLabels(job.run, job.outputs, self.device)
+        self.sets = Sets(job.run, job.config, len(job.teacher_index), ranks, room or Room(), job.group)
+        self._labels: tuple[str, SoftLabels] | None = None
         self.teacher: Classifier | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
@@ -74,6 +79,7 @@ class Trainer:
         for (row, facts), artifact, finished in zip(rows, artifacts, done, strict=True):
             if not finished:
                 self.one_row(row, artifact, facts, self._resumed(resume, facts))
+        self.sets.close()
 
     def _resumed(self, state: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The checkpoint, where it is of exactly this row: same folder, configuration and inputs."""
@@ -91,7 +97,7 @@ class Trainer:
         from ddoq_ray.models.training.student import learning_rate
 
         start = time.time()
-        student = self._begin(row, state)
+        student = self._begin(row, state, facts.get("images"))
         points = train_state.eval_epochs(self.protocol, student.epochs)
         training = student.training
         while student.epoch < student.epochs and not student.diverged:
@@ -100,7 +106,7 @@ class Trainer:
             student.diverged = not math.isfinite(loss)
             if student.diverged or student.epoch not in points:
                 continue
-            top1, top5 = self.evaluate(training.model)
+            top1, top5 = self.evaluate(training)
             point = {"lr": rate, "train_loss": loss, "top1_pct": top1, "top5_pct": top5}
             student.metrics.append({"epoch": student.epoch, **point})
             # One clock's word: whoever reports waits for all the others to report too.
@@ -112,55 +118,64 @@ class Trainer:
         if self.ranks.rank == 0:
             train_state.publish(student, artifact, facts, self.config, time.time() - start)
 
-    def _begin(self, row: Cell, state: dict[str, Any] | None) -> Student:
-        import torch
-
+    def _begin(self, row: Cell, state: dict[str, Any] | None, digest: object = None) -> Student:
         from ddoq_ray.core.losses import image_weights
         from ddoq_ray.models.labelling import view_spec
+        from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import StudentTraining
 
-        found = self.sets.get(row.images, self.job.train_urls)
+        found = self.sets.get(row.images, self.job.real, digest)
+        across = self.config.weights
         weights = image_weights(
             found.weights,
             found.class_ids,
             row.scheme,
-            self.config.weights.across_classes,
+            across.across_classes,
             np.asarray(self.job.class_counts, np.float64),
+            across.normalize,
         )
         model = self._student(row.seed)
         training = StudentTraining(
             model=model,
             wrapped=self._wrap(model),
             images=found.images,
-            weights=torch.from_numpy(weights).float().to(self.device),
+            weights=on_device(weights.astype(np.float32), self.device),
             protocol=self.protocol,
             spec=view_spec(self.protocol, self.config.student.image_size),
             seed=row.seed,
             view_seed=self.config.seed,
             ranks=self.ranks,
+            how=self.how,
+            cutmix_weight=across.cutmix,
         )
         epochs = self.protocol.epochs_for(len(found.images), full=row.images is None)
         student = Student(row, found, training, epochs)
         if state is not None:
-            model.load_state_dict(state["model"])
-            training.optimizer.load_state_dict(state["optimizer"])
-            training.epoch, student.metrics = state["epoch"], state["metrics"]
+            training.restore(state)
+            student.metrics = state["metrics"]
         return student
 
     def _targets(self, student: Student) -> Targets:
-        """The teacher's answers to the views of the epoch that comes: stored ones, or those of the teacher itself."""
+        """What the student is to answer in the epoch that comes: classes, stored labels, or the teacher's own."""
+        from ddoq_ray.models.classifiers import load_classifier
+        from ddoq_ray.models.training.images import on_device
+        from ddoq_ray.models.training.student import HardTargets, StoredTargets, TeacherTargets
+
+        if self.config.labels.mode == "hard":
+            outputs = np.asarray(self.job.teacher_index, np.int64)[student.set.class_ids]
+            return HardTargets(on_device(outputs, self.device), self.job.outputs)
         labels = student.row.labels
         if labels is not None:
-            packed = self.labels.read(labels, student.epoch)
-            return lambda _, index: self.labels.decode(labels, packed[index])
-        from ddoq_ray.models.classifiers import load_classifier
-        from ddoq_ray.models.training.student import teacher_targets
-
+            if self._labels is None or self._labels[0] != labels:
+                self._labels = (labels, SoftLabels(self.job.run / labels))
+            stored = self._labels[1]
+            packed = stored.epoch(student.epoch)
+            return StoredTargets(lambda index: stored.decode(packed[index], self.device))
         if self.teacher is None:
             path = self.config.teacher.path
             assert path is not None, "a student has no stored labels, and there is no teacher"
             self.teacher = load_classifier(path, self.device)
-        return teacher_targets(self.teacher)
+        return TeacherTargets(self.teacher)
 
     def _student(self, seed: int) -> Classifier:
         from ddoq_ray.models.training.student import build_student
@@ -168,23 +183,36 @@ class Trainer:
         return build_student(self.config.student, self.job.outputs, seed).to(self.device)
 
     def _wrap(self, model: Any) -> Any:
+        import torch
+
+        called = torch.compile(model) if self.how.compile else model
         if self.ranks.world == 1:
-            return model
-        import torch
-
+            return called
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return torch.nn.parallel.DistributedDataParallel(called, device_ids=ids)
 
-    def evaluate(self, model: Classifier) -> tuple[float, float]:
-        """(top-1, top-5) in % on the real validation images, over the classes of the data."""
+    def evaluate(self, training: StudentTraining) -> tuple[float, float]:
+        """(top-1, top-5) in % on the real validation images, over the classes of the data.
+
+        Each rank scores its own images; what is added up are counts, so that their number changes nothing.
+        """
         import torch
 
-        from ddoq_ray.models.accuracy import top1_top5
+        from ddoq_ray.core.metrics import top_pct
+        from ddoq_ray.models.accuracy import correct_counts
 
         if self._val is None:
-            images, class_ids = load_scored(self.job.validation, self.config.student.image_size, Refused())
-            self._val = (torch.from_numpy(images).to(self.device), torch.from_numpy(class_ids).to(self.device))
-        return top1_top5(model, *self._val, self.columns)
+            mine = self.job.validation.of_rank(self.ranks.rank, self.ranks.world)
+            images, class_ids = load_scored(mine, self.config.student.image_size, Refused())
+            self._val = (torch.from_numpy(images), torch.from_numpy(class_ids))
+            if self.device.type != "cpu" and self.sets.fits_device(images.nbytes):
+                self._val = (self._val[0].to(self.device), self._val[1].to(self.device))
+        self.ranks.share_buffers(training.model)
+        with training.scored() as model:
+            correct = correct_counts(model, *self._val, self.columns)
+        scored = torch.tensor([len(self._val[1])], device=correct.device)
+        top1, top5, seen = self.ranks.total(torch.cat([correct, scored]))
+        return top_pct(top1, seen), top_pct(top5, seen)
 
     def _checkpoint(self, student: Student, facts: dict[str, Any]) -> None:
         """Hand the row's state to Ray Train, which gives it back after a failure."""
@@ -197,5 +225,6 @@ def train_loop(settings: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    context = get_context()
-    Trainer(settings["job"], Ranks(context.get_world_rank(), context.get_world_size(), get_device())).all_rows()
+    context, job = get_context(), settings["job"]
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
+    Trainer(job, ranks, room=room_here(job.config.cluster.trainer)).all_rows()

@@ -17,6 +17,7 @@ from support.latent_logs import Running, check_class, fold, quantize, rows_of, s
 from ddoq_ray.core.baselines import d4m_kmeans, faiss_kmeans, lloyd, minibatch_kmeans
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
+from ddoq_ray.core.shrinkage import shrunk
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 
@@ -145,6 +146,19 @@ def test_exact_algorithms_give_what_core_gives(
         for c, x in stream.items():
             centroids, counts = algorithm(x, 3, seed=0, class_id=c)
             check_class(books[c], x, centroids, counts)
+
+
+def test_shrunk_codebooks_are_exact_too(log: tuple[Path, dict[int, np.ndarray]]) -> None:
+    """Of a streamed quantizer and of an exact one: core's centroids, shrunk, with the counts that these have."""
+    run, stream = log
+    streamed = fold(stream, settings())
+    for name in ("clvq", "gram"):
+        books = rows_of(quantize(run, f"shrunk-{name}", settings(f"quantizer={name}", "quantizer.shrink=true")))
+        for c, x in stream.items():
+            own = streamed[c] if name == "clvq" else gram_kmeans(x, 3, seed=0, class_id=c)
+            nearest, squared = assign(x, own[0])
+            expected = shrunk(own[0], np.bincount(nearest, minlength=3), float(squared.mean()))
+            check_class(books[c], x, expected, own[1])
 
 
 def test_with_a_gpu_classes_go_together(log: tuple[Path, dict[int, np.ndarray]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
-from support.students import EPOCHS, IMAGES, small_job
+from support.students import EPOCHS, IMAGES, Apart, small_job
 
-from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import make_codec
+from ddoq_ray.data.soft_labels import SoftLabels, load_head
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
@@ -25,13 +27,13 @@ from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.training.student import StudentTraining
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
-from ddoq_ray.stages.train.memory import check_full, full_bytes
+from ddoq_ray.stages.train.memory import Room
 from ddoq_ray.stages.train.ranks import Ranks
-from ddoq_ray.stages.train.sets import SoftLabels, load_head
+from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Trainer
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.records import ClassCounts, ClassInfo, ShardInfo
+from ddoq_ray.storage.records import ClassInfo
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -73,13 +75,50 @@ def test_two_ranks_with_unlike_clocks_and_disks_decide_alike(tmp_path: Path) -> 
 def test_a_rank_without_an_image_takes_part_with_zero_gradients(tmp_path: Path) -> None:
     """Batch norm over one image of one pixel stops; two copies of one do not, and their loss is nothing."""
     job = small_job(tmp_path, "student.arch=resnet18", "student.image_size=32", size=32)
-    trainer = Trainer(job, Ranks(1, 2, torch.device("cpu")))
+    trainer = Trainer(job, Apart(1, 2, torch.device("cpu")))
     trainer._wrap = lambda model: model  # type: ignore[method-assign]
     student = trainer._begin(job.rows[0][0], None)
     model = student.training.model.train()
     loss = student.training.loss(np.array([3]), trainer._targets(student))
     loss.backward()
     assert float(loss.detach()) == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def _rank(rank: int, world: int, folder: str, size: int) -> None:
+    """One of the ranks of a student, alone in its process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    job = small_job(Path(folder) / str(rank), "protocol.batch=5", "protocol.optimizer=sgd", "protocol.steps=6",
+                    "cluster.trainer.micro_batch=3", size=size)  # fmt: skip
+    (row, facts) = job.rows[0]
+    Trainer(job, Ranks(rank, world, torch.device("cpu"))).one_row(
+        row, Artifact(job.run / row.folder, "train"), facts, None
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.processes
+def test_one_two_and_four_ranks_train_and_score_the_same_student(tmp_path: Path) -> None:
+    """Three epochs of eight images by five: the last batch of three has too few for three ranks, and none for one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ddoq_ray.models.training.student"])
+    for world in (1, 2, 4):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        ranks = [context.Process(target=_rank, args=(rank, world, str(folder), 8)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(240)
+            assert process.exitcode == 0
+    students = [tmp_path / str(world) / "0" / "students/s-t-p-8px-seed0" for world in (1, 2, 4)]
+    weights = [safetensors.torch.load_file(folder / "model.safetensors") for folder in students]
+    curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in students]
+    for other, curve in zip(weights[1:], curves[1:], strict=True):
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5)
+        for point, alone in zip(curve, curves[0], strict=True):
+            assert (point["top1_pct"], point["top5_pct"]) == (alone["top1_pct"], alone["top5_pct"])
+            assert point["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
 
 
 # What a student depends on
@@ -94,9 +133,9 @@ def test_a_checkpoint_is_used_only_by_the_row_that_wrote_it(tmp_path: Path) -> N
     assert trainer._resumed({"folder": "students/s-seed0", "epoch": 3}, {"lr": 1}) is None  # of an older version
 
 
-@pytest.mark.parametrize("arch,size", [("convnet3-w4", 8), ("mobilenet_v2", 32)])
-def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: str, size: int) -> None:
-    keys = (f"student.arch={arch}", "protocol.schedule=constant", "protocol.cutmix=false")
+@pytest.mark.parametrize("arch,size,ema", [("convnet3-w4", 8, 0.9), ("mobilenet_v2", 32, 0)])
+def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: str, size: int, ema: float) -> None:
+    keys = (f"student.arch={arch}", f"protocol.ema={ema}", "protocol.schedule=constant", "protocol.cutmix=false")
     trained(tmp_path / "whole", *keys, size=size)
     job = small_job(tmp_path / "cut", *keys, size=size)
     (row, facts) = job.rows[0]
@@ -106,9 +145,7 @@ def test_a_resumed_student_is_the_same_dropout_included(tmp_path: Path, arch: st
     training = student.training
     for _ in range(2):
         training.train_epoch(job.config.protocol.lr, first._targets(student))
-    state = {
-        "epoch": 2, "metrics": [], "model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()
-    }  # fmt: skip
+    state = {"metrics": [], **training.state()}
     torch.rand(1000)  # what another row, or another process, drew in between
     Trainer(job, ONE).one_row(row, Artifact(job.run / row.folder, "train"), facts, state)
     assert (tmp_path / "cut" / row.folder / "model.safetensors").read_bytes() == whole
@@ -119,21 +156,23 @@ def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_pat
     keys = ("teacher.path=/nowhere/at/all",)
     assert not trained(tmp_path, *keys, codec="features")["diverged"]
     labels = Folder(str(tmp_path / "labels"))
-    packed = SoftLabels(Folder(str(tmp_path)), 2, "cpu")
-    rows = packed.read("labels", 1)
-    head = load_head(labels, "cpu")
-    torch.testing.assert_close(packed.decode("labels", rows), make_codec("features", 2, 6).decode(rows, head))
-    labels.publish("head.safetensors", b"damaged")
+    stored = SoftLabels(labels)
+    rows = stored.epoch(1)[np.arange(IMAGES)]
+    head = load_head(labels, stored.store.manifest["head"], "cpu")
+    torch.testing.assert_close(stored.decode(rows, "cpu"), make_codec("features", 2, 6).decode(rows, head))
+    data = bytearray(labels.read("head.safetensors"))
+    data[-1] ^= 1
+    labels.publish("head.safetensors", bytes(data))
     with pytest.raises(ValueError, match=r"head\.safetensors is damaged.*label stage"):
-        load_head(labels, "cpu")
+        SoftLabels(labels).decode(rows, "cpu")
     labels.remove("head.safetensors")
     with pytest.raises(ValueError, match=r"head\.safetensors is missing.*label stage"):
-        load_head(labels, "cpu")
+        SoftLabels(labels).decode(rows, "cpu")
 
 
 def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
     job = small_job(tmp_path, "student.image_size=8", size=8)
-    assert Trainer(job, ONE).sets.get("images", ()).images.shape == (IMAGES, 3, 8, 8)
+    assert Trainer(job, ONE).sets.get("images", Real()).images.shape == (IMAGES, 3, 8, 8)
     job = small_job(tmp_path, size=32)
     small = dataclasses.replace(job.config, student=dataclasses.replace(job.config.student, image_size=16))
     trainer = Trainer(dataclasses.replace(job, config=small), ONE)
@@ -149,7 +188,7 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
 
     job = small_job(tmp_path, codec=codec)
     with FakeTensorMode():
-        trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")))
+        trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")), room=Room(device=float("inf")))
 
         def on_gpu(seed: int) -> Any:  # Module.to cannot move fake parameters: they are made there
             with torch.device("cuda"):
@@ -223,27 +262,7 @@ def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
     assert own_words(ControllerError(ours)) == "mend this" and not worth_retrying(ControllerError(ours), 1)
 
 
-# `full`
-
-
-def test_full_is_refused_by_its_size_before_anything_starts() -> None:
-    config = load_config(["protocol=d4m", "student.image_size=224"])
-    images = 1_281_167
-    assert full_bytes(config, images) == images * 3 * 256 * 256  # 252 GB
-    shard = ShardInfo("x.tar", images, 1, ClassCounts({0: images}), "d")
-    data = Data(Folder("/nowhere"), (ClassInfo(0, "cat", "cat"),), (shard,), ())
-    with pytest.raises(ValueError, match=r"1,281,167 real images.*251\.9 GB .*A node offers 256\.0 GB.*baselines="):
-        check_full(config, data, [256e9])
-    check_full(config, data, [512e9])
-    two = dataclasses.replace(
-        config,
-        cluster=dataclasses.replace(config.cluster, trainer=dataclasses.replace(config.cluster.trainer, workers=2)),
-    )
-    with pytest.raises(ValueError, match="2 copies on a node"):
-        check_full(two, data, [512e9])
-    check_full(two, data, [512e9, 512e9])
-    check_full(dataclasses.replace(config, baselines=("random",)), data, [1e9])
-    check_full(config, data, [])
+# The driver
 
 
 def test_counts_are_taken_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

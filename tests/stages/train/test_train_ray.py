@@ -60,6 +60,38 @@ def test_two_workers_with_unlike_clocks_train_a_student(tmp_path: Path, hurried:
     assert (found.checkpoint is not None) == (hurried == 0)
 
 
+def test_students_side_by_side_are_those_of_one_after_another(tmp_path: Path) -> None:
+    """Two groups of one worker on two CPUs; a group whose labels are gone lets the other finish, and says so."""
+    made, whole = small_job(tmp_path / "one", "cluster.trainer.num_cpus=0.5"), []
+    (row, facts) = made.rows[0]
+    rows = tuple((dataclasses.replace(row, seed=seed), facts) for seed in (0, 1, 2))
+    networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
+    for name, groups in (("one", 1), ("two", 2)):
+        job = dataclasses.replace(small_job(tmp_path / name, "cluster.trainer.num_cpus=0.5"), rows=rows)
+        run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
+        jobs = train._dealt(job, [cell for cell, _ in rows], groups)
+        assert [len(j.rows) for j in jobs] == [3] if groups == 1 else [2, 1]
+        train._fit(run, jobs)
+        whole.append([job.run.read(f"{cell.folder}/model.safetensors") for cell, _ in rows])
+        assert not job.run.names("students/train*")
+    assert whole[0] == whole[1] and len(set(whole[0])) == 3
+    lost = (dataclasses.replace(row, seed=3, labels="nowhere"), facts)
+    more = dataclasses.replace(job, rows=(lost, (dataclasses.replace(row, seed=4), facts)))
+    with pytest.raises(ValueError, match="nowhere"):
+        train._fit(run, train._dealt(more, [cell for cell, _ in more.rows], 2))
+    assert Artifact(job.run / more.rows[1][0].folder, "train").manifest() is not None
+
+
+def test_bounds_of_ray_trains_own_elasticity(tmp_path: Path) -> None:
+    """On two CPUs a student that may have up to four workers is trained by those that find room."""
+    keys = ("cluster.trainer.min_workers=1", "cluster.trainer.max_workers=4", "cluster.trainer.num_cpus=1")
+    job = small_job(tmp_path / "run", *keys)
+    networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
+    run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
+    train._fit(run, [job])
+    assert Artifact(job.run / job.rows[0][0].folder, "train").require()["epochs"] == EPOCHS
+
+
 def _dies_once(settings: dict[str, Any]) -> None:
     mark = settings["job"].run.path("died")
     if not os.path.exists(mark):
@@ -75,16 +107,16 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
     run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
     monkeypatch.setattr(train, "train_loop", _dies_once)
-    train._fit(run, job)
+    train._fit(run, [job])
     assert Artifact(job.run / job.rows[0][0].folder, "train").manifest() is not None
     assert "1 of 1 students" in capsys.readouterr().err
     assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
 
     (row, facts) = job.rows[0]
-    job.run.remove("labels/epoch-0002")
+    job.run.remove("labels/labels-000001.parquet")
     again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"^\S*epoch-0002/images-000000\.parquet is missing"):
-        train._fit(run, again)
+    with pytest.raises(ValueError, match=r"^\S*labels-000001\.parquet is missing, with the labels of epochs 2 to 3"):
+        train._fit(run, [again])
     assert time.monotonic() - start < 60
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said

@@ -1,0 +1,120 @@
+"""The images that a training command learns: read once into files beside its output, mapped from then on."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ddoq_ray.config.dataset import PACKED
+from ddoq_ray.config.network_training import TrainingCommand
+from ddoq_ray.config.schema import require
+from ddoq_ray.data.collections import DIGIT_NAMES, digits
+from ddoq_ray.data.image_file import ImageFile, Images
+from ddoq_ray.data.samples import list_shards, read_classes, read_samples, to_square
+from ddoq_ray.execution.workers import say
+from ddoq_ray.models.training.checkpoints import CHECKPOINT, IMAGES, training_folder
+from ddoq_ray.models.training.data import TrainingSet
+from ddoq_ray.storage.quarantine import Refusal
+
+Pictures = Iterable[tuple[int, npt.NDArray[np.uint8]]]
+PREPARE_FIRST = (
+    "write them by `ddoq-ray prepare dataset=... run_dir=RUN`, then give dataset.path=RUN/data/train (and "
+    "dataset.val_path=RUN/data/val)"
+)
+
+
+def training_images(command: TrainingCommand) -> TrainingSet:
+    """Training images, and held-out ones where there are some: the digits' selection split, or dataset.val_path.
+
+    They lie in files in the training's folder; those that a stopped training left there are not read again.
+
+    Raises:
+        ValueError: The data is missing, empty, or has no sample that can be used; or a stopped training of other
+            images lies there.
+    """
+    dataset = command.dataset
+    if dataset.kind in PACKED or dataset.resort:
+        raise ValueError(f"dataset.source={dataset.kind}: this command reads shards; {PREPARE_FIRST}")
+    if dataset.path is None:
+        splits = digits()
+        train, held_out = (
+            _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side))
+            for name in ("train", "selection")
+        )
+        return TrainingSet.mapped(train, list(DIGIT_NAMES), held_out)
+    try:
+        shards = list_shards(dataset.path)
+    except ValueError as error:
+        raise ValueError(f"{error}; any other collection: {PREPARE_FIRST}") from None
+    classes = read_classes(dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
+    require(
+        command.image_size is not None,
+        "image_size is not given: the side in pixels at which these images are to be learnt, such as image_size=32",
+    )
+    train = _of_shards(command, "train", shards, len(classes), "dataset.path")
+    held = None
+    if dataset.val_path is not None:
+        val_shards = list_shards(dataset.val_path, key="dataset.val_path")
+        held = _of_shards(command, "selection", val_shards, len(classes), "dataset.val_path")
+    return TrainingSet.mapped(train, [c.name for c in classes], held)
+
+
+def _in_file(
+    command: TrainingCommand, name: str, source: Mapping[str, Any], pictures: Callable[[], Pictures]
+) -> Images:
+    folder = training_folder(command.out)
+    file = ImageFile(folder / IMAGES / name, {**source, "side": command.side, "resize": command.resize})
+    if name == "train" and (folder / CHECKPOINT).exists() and file.of_another_source() and not command.overwrite:
+        raise ValueError(
+            f"{folder} holds an unfinished training of other images (its dataset keys, image_size or resize differ, or "
+            "a shard has changed); give the settings it was begun with to go on, or overwrite=true to begin anew"
+        )
+    if (there := file.open()) is not None:
+        return there
+    file.write(pictures(), command.side)
+    made = file.open()
+    assert made is not None, "a source without images is refused"
+    return made
+
+
+def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Pictures:
+    for image, class_id in zip(images, class_ids, strict=True):
+        yield int(class_id), to_square(Image.fromarray(image).convert("RGB"), size).transpose(2, 0, 1)
+
+
+def _of_shards(command: TrainingCommand, name: str, shards: list[str], num_classes: int, key: str) -> Images:
+    # Of a store's shards names must do: asking for thousands of sizes takes minutes.
+    sizes = [os.path.getsize(shard) if os.path.exists(shard) else None for shard in shards]
+    source = {"shards": shards, "bytes": sizes, "classes": num_classes}
+    return _in_file(command, name, source, lambda: _read(shards, command, num_classes, key))
+
+
+def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Every usable sample, one by one.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    used = bad = 0
+    first: Refusal | None = None
+
+    def refuse(refusal: Refusal) -> None:
+        nonlocal bad, first
+        bad, first = bad + 1, first or refusal
+
+    for shard in shards:
+        for sample in read_samples(shard, num_classes, refuse):
+            used += 1
+            yield sample.class_id, to_square(sample.image, command.side, command.resize).transpose(2, 0, 1)
+    if not used:
+        why = "they hold no members" if first is None else f"the first refused one is {first.name}: {first.reason}"
+        raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
+    if first is not None:
+        say(f"{key}: {bad} samples refused, the first one {first.name}: {first.reason}")

@@ -1,0 +1,141 @@
+"""The images of a student wherever they are kept, and the views it trains on, in the order of its epoch.
+
+On the device: views are cut there. In host memory or in a file of this machine: the rows of a batch and of their CutMix
+partners are read a batch ahead by a thread, and only these go to the device. The views are the same, bit for bit.
+
+Shape suffixes: N images, b of a batch on this rank, n rows that are read for it, S view size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
+from ddoq_ray.core.views.render import batch_views, render
+from ddoq_ray.data.pixel_rows import PixelRows
+
+
+@dataclass(frozen=True)
+class Views:
+    """Views of some images at an epoch.
+
+    Attributes:
+        pixels: float32 [b, 3, S, S] in [0, 1], on the device.
+        index: int64 [b], the images.
+        partner: int64 [b], whose view is pasted in; -1 = none.
+        kept: float64 [b], the share of each view that its own image keeps.
+    """
+
+    pixels: Tensor
+    index: Int64
+    partner: Int64
+    kept: Float64
+
+
+class Images(Protocol):
+    """A set of N images, uint8."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        """The views of batches int64 [b], in their order."""
+
+
+class Resident:
+    """Images uint8 [N, 3, H, W] on the device that trains."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        for index in batches:
+            pixels, partner, kept = batch_views(self.images, index, spec, seed, epoch)
+            yield Views(pixels, index, partner, kept)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one batch needs: its parameters, and the rows of it and of its partners, each once, ascending."""
+
+    index: Int64
+    params: ViewParams
+    rows: Int64
+    pixels: Tensor
+
+
+class Gathered:
+    """Images in host memory or in a file, from which each batch is read."""
+
+    def __init__(self, rows: PixelRows, device: torch.device | str) -> None:
+        self.rows, self.device = rows, torch.device(device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        with ThreadPoolExecutor(1) as thread:
+            ahead: Future[_Read] | None = None
+            for index in batches:
+                coming = thread.submit(self._read, index, spec, seed, epoch)
+                if ahead is not None:
+                    yield self._render(ahead.result(), spec, seed, epoch)
+                ahead = coming
+            if ahead is not None:
+                yield self._render(ahead.result(), spec, seed, epoch)
+
+    def _params(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> ViewParams:
+        n, _, height, width = self.rows.shape
+        return view_params(spec, seed, epoch, index, (n, height, width))
+
+    def _read(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> _Read:
+        params = self._params(index, spec, seed, epoch)
+        rows = np.unique(np.concatenate([index, params.partner[params.partner >= 0]]))
+        pixels = torch.empty((len(rows), *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=_pinned(self.device))
+        self.rows.take(rows, pixels.numpy())
+        return _Read(index, params, rows, pixels)
+
+    def _render(self, read: _Read, spec: ViewSpec, seed: int, epoch: int) -> Views:
+        pixels, params, rows = read.pixels.to(self.device, non_blocking=True), read.params, read.rows
+        here = replace(params, partner=np.where(params.partner >= 0, np.searchsorted(rows, params.partner), -1))
+        views = render(
+            pixels,
+            np.searchsorted(rows, read.index),
+            spec.size,
+            here,
+            lambda local: self._params(rows[local], spec, seed, epoch),
+        )
+        return Views(views, read.index, params.partner, params.lam)
+
+
+def on_device(values: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
+    """An array on the device, without waiting for what the device is at."""
+    tensor = torch.from_numpy(values)
+    if _pinned(torch.device(device)):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _pinned(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import train
+
+
+def test_every_row_is_measured_with_small_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["train", "--tiny", "--turns", "1", "--cpu", "--json", str(target)])
+    threads = torch.get_num_threads()
+    train.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(target.read_text())
+    assert [(r["student"], r["precision"], r["kept"]) for r in rows] == [
+        ("convnet3-w8", "float32", "device"), ("convnet3-w8", "bfloat16", "file")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ratio_to_resident"] == pytest.approx(row["steps_per_s"] / row["resident_steps_per_s"])
+        assert row["steps_a_turn"] == 2 and {"hardware", "commit", "command"} <= set(row)
+
+
+def test_both_loops_take_steps_of_the_same_student() -> None:
+    case = train.TINY[0]
+    device = torch.device("cpu")
+    made = train.training_of(case, train.keep(case, "", device), device)
+    before = [p.detach().clone() for p in made.model.parameters()]
+    train.resident_steps(made, case, device)(2)
+    assert any(not torch.equal(p, b) for p, b in zip(made.model.parameters(), before, strict=True))
+    steps = {group["lr"] for group in made.optimizer.param_groups}
+    assert steps == {1e-3} and len(made.optimizer.state) == len(before)

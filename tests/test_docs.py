@@ -1,0 +1,49 @@
+"""The pages under docs/: their links lead somewhere, and the site builds with all keys in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddoq_ray.commands.table import COMMANDS
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*(CHECKOUT / "docs").rglob("*.md"), *CHECKOUT.glob("*.md"), CHECKOUT / "cluster/README.md"])
+MADE = {"keys.md"}  # by docs/site_hooks.py
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(CHECKOUT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target and target not in MADE:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a warning; the keys of every command are a page."""
+    build, config = pytest.importorskip("mkdocs.commands.build"), pytest.importorskip("mkdocs.config")
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    made = config.load_config(str(CHECKOUT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True)
+    build.build(made)
+    keys = (tmp_path / "site/keys/index.html").read_text()
+    assert all(word in keys for word in ("synthesizer.guide_until", "training.autoencoder_share", "dataset.heldout"))
+    assert all(command.name in keys for command in COMMANDS)
+    assert (tmp_path / "site/studies/results/theory-weights.svg").exists()
+
+
+def test_the_tutorial_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its blocks, one after another; they hold assertions of their own."""
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/tutorial.md").read_text(), re.S)
+    threads = torch.get_num_threads()
+    names: dict[str, Any] = {"__name__": "tutorial"}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/tutorial.md", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(blocks) >= 4 and "real digits, from fifty images" in capsys.readouterr().out
