@@ -161,17 +161,17 @@ def test_verify_reads_every_file_of_an_undamaged_run(copy: Path, capsys: pytest.
     assert seen.files == len(files), "a file of the run is in no record"
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_at_rest_is_told_by_name(copy: Path, kind: str, way: str) -> None:
-    file = copy / KINDS[kind]
-    data = damage(file, way)
-    try:
-        _, found = verify.look(Folder(str(copy)), Seen())
-    finally:
-        file.write_bytes(data)
-    assert [d.file for d in found] == [KINDS[kind]]
-    assert found[0].why and found[0].command
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2))])
+def test_damage_at_rest_is_told_by_name(copy: Path, turn: int) -> None:
+    """Every kind of file, in one of three ways; tests/storage/test_at_rest.py turns single bits."""
+    for number, name in enumerate(KINDS.values()):
+        data = damage(copy / name, list(WAYS)[(number + turn) % len(WAYS)])
+        try:
+            _, found = verify.look(Folder(str(copy)), Seen())
+        finally:
+            (copy / name).write_bytes(data)
+        assert [d.file for d in found] == [name]
+        assert found[0].why and found[0].command
 
 
 def test_damage_ends_with_exit_code_2_and_its_name(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
