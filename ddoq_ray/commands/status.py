@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import posixpath
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddoq_ray import pipeline
-from ddoq_ray.config.run import RunConfig
+from ddoq_ray.config.run import STAGES, RunConfig
 from ddoq_ray.config.run_folder import StatusConfig
 from ddoq_ray.execution.lease import why_stale
 from ddoq_ray.execution.streams import emit
@@ -23,6 +24,7 @@ from ddoq_ray.storage.at_rest import events, finished_stages
 from ddoq_ray.storage.folder import Folder
 
 EVENTS_SHOWN = 5
+NOT_BEGUN = "not begun"
 
 # Step -> what its units are called, and the files that are there when one is done.
 UNITS = {
@@ -52,11 +54,14 @@ def lines(run: Folder, config: RunConfig, now: float) -> Iterator[str]:
     yield _holder(run, now)
     finished = finished_stages(run)
     planned: dict[str, list[Step]] = {}
-    for step in pipeline.steps(config):
-        if step.wanted(config):
+    everything = dataclasses.replace(config, stages=STAGES)  # the last command may have been one stage's
+    for step in pipeline.steps(everything):
+        if step.wanted(everything):
             planned.setdefault(step.name, []).append(step)
     for name, steps in planned.items():
-        yield f"{name:<10} {_state(run, name, steps, finished)}"
+        state = _state(run, name, steps, finished)
+        if state != NOT_BEGUN or steps[0].stage in config.stages:
+            yield f"{name:<10} {state}"
     told = list(events(run))[-EVENTS_SHOWN:]
     if told:
         yield "last events:"
@@ -83,7 +88,7 @@ def _state(run: Folder, name: str, steps: Sequence[Step], finished: set[str]) ->
     """What the steps of one kind have done."""
     if name in (Evaluate.name, Report.name):  # made anew in every run
         there = run.exists(posixpath.join(layout.REPORT, layout.EVALUATE if name == Evaluate.name else layout.RESULTS))
-        return "done" if name in finished else "made by an earlier run, to be made anew" if there else "not begun"
+        return "done" if name in finished else "made by an earlier run, to be made anew" if there else NOT_BEGUN
     done, open_, seconds, items, unit = 0, [], 0.0, 0, ""
     for step in steps:
         artifact = step.artifact(run)
@@ -97,7 +102,7 @@ def _state(run: Folder, name: str, steps: Sequence[Step], finished: set[str]) ->
     if done == len(steps):
         return f"done{made}" if len(steps) == 1 else f"done, {done} of {len(steps)}{made}"
     if not open_ and not done:
-        return "not begun"
+        return NOT_BEGUN
     begun = "; ".join(f"{a.folder.uri.removeprefix(run.uri + '/')} {_units(run, name, a)}" for a in open_[:3])
     more = f"; {len(open_) - 3} more" if len(open_) > 3 else ""
     return f"{done} of {len(steps)} done{made}{'; at work: ' if open_ else ''}{begun}{more}"
