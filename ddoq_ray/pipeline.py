@@ -142,11 +142,11 @@ def recorded(text: str) -> str:
     return f"{text}{CONFIG_CHECK}{digest_of(text.encode())}\n"
 
 
-def recorded_config(run_dir: Folder) -> RunConfig:
-    """The configuration that a run directory was last made with, as its ``config.yaml`` says.
+def recorded_text(run_dir: Folder) -> str:
+    """A run directory's ``config.yaml``, as it was written.
 
     Raises:
-        ValueError: It is missing, damaged, or of another version.
+        ValueError: It is missing or damaged.
     """
     path = run_dir.path(layout.CONFIG)
     try:
@@ -155,7 +155,16 @@ def recorded_config(run_dir: Folder) -> RunConfig:
         raise ValueError(f"{path} is missing; expected the folder of a run, which holds one") from None
     if not mark or check.strip() != digest_of(text.encode()):
         raise ValueError(f"{path} is damaged: it is not as it was written; the command that made the run writes it")
-    return run_config(yaml.safe_load(text))
+    return text
+
+
+def recorded_config(run_dir: Folder) -> RunConfig:
+    """The configuration that a run directory was last made with.
+
+    Raises:
+        ValueError: Its ``config.yaml`` is missing, damaged, or of another version of this package.
+    """
+    return run_config(yaml.safe_load(recorded_text(run_dir)))
 
 
 def _publish_config(asked: RunConfig, run_dir: Folder, environment: Mapping[str, object]) -> None:

@@ -51,10 +51,15 @@ def look(run: Folder, seen: Seen) -> tuple[RunConfig | None, list[Damage]]:
     if not run.exists(layout.CONFIG) and not run.names(f"*/{layout.STARTED}"):
         raise ValueError(f"{run.uri} holds no run: expected a run directory, which has {layout.CONFIG} and data/")
     try:
-        config = pipeline.recorded_config(run)
+        pipeline.recorded_text(run)
     except ValueError as error:
         if run.exists(layout.CONFIG) or finished:
             found.append(Damage(layout.CONFIG, str(error), "run", (layout.CONFIG,)))
+    else:
+        try:
+            config = pipeline.recorded_config(run)
+        except ValueError as error:
+            say(f"verify     {layout.CONFIG} is of another version ({error}): what must be there is not known")
     found += damaged(run, _promised(config, finished), seen)
     found += damaged_report(run, finished, seen)
     return config, found
