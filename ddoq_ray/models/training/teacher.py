@@ -139,6 +139,8 @@ def _moments(images: np.ndarray) -> Normalisation:
 class _Training(Resumable):
     """A classifier under training."""
 
+    network: Classifier
+
     def __init__(self, model: Classifier, config: TeacherTraining) -> None:
         self.network, self.config = model, config
         self.average = Average(model, config.ema)
@@ -182,7 +184,7 @@ class _Training(Resumable):
         rows = np.arange(len(images))
         pixels, partner, kept = batch_views(images.to(device), rows, self.spec, config.seed, number)
         classes = torch.from_numpy(np.asarray(class_ids, np.int64)).to(device)
-        own = F.one_hot(classes, int(self.network.num_classes)).float()
+        own = F.one_hot(classes, self.network.num_classes).float()
         share = torch.as_tensor(kept, dtype=torch.float32, device=device).unsqueeze(1)
         shares = share * own + (1 - share) * own[torch.as_tensor(partner, device=device).clamp_min(0)]
         if config.mixup:

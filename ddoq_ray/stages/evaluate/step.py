@@ -23,6 +23,7 @@ from ddoq_ray.stages.evaluate.validation import (
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import ResultRow, Scored, StudentManifest
 
@@ -52,9 +53,9 @@ def _evaluate(
     outputs = torch.tensor(columns, device=where)
     scores = []
     for name in folders:
-        folder = run / name
-        model = classifier_of(json.loads(folder.read(layout.NETWORK))).to(where)
-        model.load_state_dict(safetensors.torch.load(folder.read(layout.WEIGHTS)))
+        student = Artifact(run / name, Train.name)
+        model = classifier_of(json.loads(student.read(layout.NETWORK))).to(where)
+        model.load_state_dict(safetensors.torch.load(student.read(layout.WEIGHTS)))
         scores.append(top1_top5(model, images, class_ids, outputs))
     return scores, facts
 
@@ -95,12 +96,15 @@ def run(run: Run, steps: Sequence[Train]) -> None:
     report.publish_json(layout.ROWS, ordered)
     report.publish_json(
         layout.EVALUATE,
-        {
-            "seconds": round(time.time() - start, 3),
-            "unit": "images",
-            "items": facts["images"] * len(whole),
-            "bytes": sum(s.bytes for s in run.data.val),
-        },
+        with_check(
+            {
+                "seconds": round(time.time() - start, 3),
+                "unit": "images",
+                "items": facts["images"] * len(whole),
+                "bytes": sum(s.bytes for s in run.data.val),
+                FILES: file_facts(report, [layout.ROWS]),
+            }
+        ),
     )
     run.events.add("stage finished", stage="evaluate", students=len(steps), **facts)
 
