@@ -19,7 +19,9 @@ class PriorConfig:
         False, "take the folder's autoencoder alone: centroids are decoded as they are, and nothing is denoised"
     )
     image_size: int | None = option(
-        None, "side of the images, in pixels, where the folder does not fix it; null: what the folder says"
+        None,
+        "side of the images that the prior reads and makes, in pixels, where the folder does not fix it; null: what it "
+        "says (stored ones may be smaller: synthesizer.image_size)",
     )
 
     scheduler: Literal["folder", "ddim", "pndm", "dpm++2m"] = option(

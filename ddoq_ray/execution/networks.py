@@ -171,6 +171,20 @@ def _ask(question: str, threads: int) -> subprocess.Popen[str]:
     return process
 
 
+def check_side(config: RunConfig, networks: Networks) -> None:
+    """Refuse to store images larger than they are made.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    side = config.synthesizer.image_size
+    if "synthesize" in config.stages and side is not None and side > networks.image_size:
+        raise ValueError(
+            f"synthesizer.image_size={side}: the prior makes images of {networks.image_size} px, and enlarged ones "
+            "hold nothing more. Leave the key out; where the prior's folder does not fix it, prior.image_size does"
+        )
+
+
 def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Networks) -> None:
     """Refuse batches of a single image where the student's batch norm needs two.
 

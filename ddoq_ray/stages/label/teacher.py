@@ -96,7 +96,7 @@ class Teacher:
         pin_threads(config.cluster.threads)
         self.device = device()
         self.model = load_classifier(path, self.device)
-        self.path, self.run_folder, self.config = path, run, config
+        self.path, self.run_dir, self.config = path, run, config
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Teacher:
             return labeller.labels(images, np.arange(first, end), epoch)
 
         making = Making(unit.grid, unit.codec, unit.made_from, stored)
-        size = write_labels(self.run_folder / unit.labels, unit.file, making, answer)
+        size = write_labels(self.run_dir / unit.labels, unit.file, making, answer)
         return {"labels": unit.file.labels, "bytes": size}
 
     def _labeller(self, codec: str) -> Labeller:
@@ -141,7 +141,7 @@ class Teacher:
         import safetensors.torch
 
         head = {k: v.cpu().contiguous() for k, v in self.model.head.state_dict().items()}
-        (self.run_folder / labels).publish(layout.HEAD, safetensors.torch.save(head))
+        (self.run_dir / labels).publish(layout.HEAD, safetensors.torch.save(head))
 
     def name_images(self, validation: Validation, columns: tuple[int, ...]) -> Named:
         """What the real validation images are called; those that cannot be read are named in quarantine."""
@@ -161,7 +161,7 @@ class Teacher:
             chosen.append(logits[:, outputs_of].argmax(1).numpy())
             outputs.append(logits.argmax(1).numpy())
             class_ids += ids
-        refused.publish(self.run_folder)
+        refused.publish(self.run_dir)
         empty = [np.empty(0, np.int64)]
         return Named(
             np.asarray(class_ids, np.int64),
@@ -218,12 +218,12 @@ def _in_batches(
 _actor = ray.remote(Teacher)
 
 
-def spawner(config: RunConfig, run_folder: Folder) -> Callable[[], Any]:
+def spawner(config: RunConfig, run_dir: Folder) -> Callable[[], Any]:
     """What makes a teacher actor."""
     resources, path = config.cluster.teacher, config.teacher.path
     assert path is not None, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
-        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(path, run_folder, config)
+        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(path, run_dir, config)
 
     return spawn

@@ -73,11 +73,11 @@ class Job:
         return digest_of([self.identity, self.unit.index, self.unit.ranges])
 
 
-def image_jobs(run_folder: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
+def image_jobs(run_dir: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
     names: list[str] = []
     classes, counts, holders = [], [], []
-    for part in open_parts(run_folder / Place(folder).codebook):
+    for part in open_parts(run_dir / Place(folder).codebook):
         classes.append(part.class_ids)
         counts.append(part.rows)
         holders.append(np.full(len(part.rows), len(names), np.int32))
