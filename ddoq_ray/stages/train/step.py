@@ -258,13 +258,15 @@ def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
     from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
 
     resources = config.cluster.trainer
-    bounds = (resources.min_workers, resources.max_workers)
+    workers: Any = resources.workers
+    if resources.min_workers is not None:
+        # Ray Train starts with what there is, and anew from the last checkpoint when nodes come or go.
+        workers = (resources.min_workers, resources.max_workers)
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            # Within bounds Ray Train starts with what is there, and anew from the last checkpoint when nodes come or go
-            num_workers=resources.workers if bounds == (None, None) else bounds,  # type: ignore[arg-type]
+            num_workers=workers,
             use_gpu=resources.num_gpus > 0,
             resources_per_worker={"CPU": resources.num_cpus}
             | ({"GPU": resources.num_gpus} if resources.num_gpus else {}),

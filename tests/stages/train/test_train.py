@@ -200,6 +200,17 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
     assert loss.device.type == "cuda" and loss.shape == ()
 
 
+def test_hard_labels_need_neither_labels_nor_a_teacher(tmp_path: Path) -> None:
+    keys = ("labels.mode=hard", "teacher.path=/nowhere/at/all", "protocol.cutmix=false", "protocol.min_scale=1.0")
+    job = small_job(tmp_path, *keys)
+    (row, facts) = job.rows[0]
+    row = dataclasses.replace(row, labels=None)
+    artifact = Artifact(job.run / row.folder, "train")
+    Trainer(job, ONE).one_row(row, artifact, facts, None)
+    losses = [json.loads(line)["train_loss"] for line in job.run.read(f"{row.folder}/metrics.jsonl").splitlines()]
+    assert not artifact.require()["diverged"] and losses[-1] < losses[0]
+
+
 # Students that diverge
 
 
