@@ -183,7 +183,7 @@ def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["logits", "features"])
 def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
-    """FakeTensorMode carries "cuda" through on a machine without one, and raises where two devices meet."""
+    """FakeTensorMode carries "cuda" through without one; it raises where two devices meet and where a value is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     job = small_job(tmp_path, codec=codec)
