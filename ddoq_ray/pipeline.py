@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import ray
+import yaml
 
 from ddoq_ray import __version__
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
+from ddoq_ray.config.run import run_config
 from ddoq_ray.execution import lease, networks, places, signals
 from ddoq_ray.execution.console import doing
 from ddoq_ray.execution.run import Run
@@ -37,10 +39,12 @@ from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
+CONFIG_CHECK = "# sha256 of the above: "
 
 
 def steps(config: RunConfig) -> list[Step]:
@@ -126,17 +130,47 @@ def check_run_dir(config: RunConfig, run_dir: Folder, planned: Sequence[Step]) -
             step.artifact(run_dir).check(step.settings(config), partial=True)
 
 
-def _set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
+def set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
     """Images in a distilled set, and in `full` where it is wanted."""
     kept = [n for n in counts.values() if n >= config.ipc or config.small_class != "drop"]
     distilled = {"the distilled set": sum(min(n, config.ipc) for n in kept)}
     return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
 
 
+def recorded(text: str) -> str:
+    """The text of a ``config.yaml``, its digest in its last line."""
+    return f"{text}{CONFIG_CHECK}{digest_of(text.encode())}\n"
+
+
+def recorded_text(run_dir: Folder) -> str:
+    """A run directory's ``config.yaml``, as it was written.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    path = run_dir.path(layout.CONFIG)
+    try:
+        text, mark, check = run_dir.read(layout.CONFIG).decode("utf-8", "replace").rpartition(CONFIG_CHECK)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; expected the folder of a run, which holds one") from None
+    if not mark or check.strip() != digest_of(text.encode()):
+        raise ValueError(f"{path} is damaged: it is not as it was written; the command that made the run writes it")
+    return text
+
+
+def recorded_config(run_dir: Folder) -> RunConfig:
+    """The configuration that a run directory was last made with.
+
+    Raises:
+        ValueError: Its ``config.yaml`` is missing, damaged, or of another version of this package.
+    """
+    return run_config(yaml.safe_load(recorded_text(run_dir)))
+
+
 def _publish_config(asked: RunConfig, run_dir: Folder, environment: Mapping[str, object]) -> None:
     made_with = {"commit": commit(), "ddoq_ray": __version__, **environment}
     header = "".join(f"# {key}: {value}\n" for key, value in made_with.items())
-    run_dir.publish(layout.CONFIG, (header + to_yaml(asked)).encode())
+    run_dir.publish(layout.CONFIG, recorded(header + to_yaml(asked)).encode())
 
 
 def _steps(
@@ -170,7 +204,7 @@ def _steps(
     labels, students = of_kind(label.Label, planned), of_kind(train.Train, planned)
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
-        networks.check_batches(_set_sizes(config, data.counts), config, known)
+        networks.check_batches(set_sizes(config, data.counts), config, known)
     checked = teacher_check.check_early(run, labels) if "label" in wanted else None
     _publish_config(asked, run_dir, known.environment)
 

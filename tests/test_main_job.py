@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.damage import KINDS, WAYS, damage
 from support.identities import left_out
 from support.recording import recording
 
 from ddoq_ray import pipeline
+from ddoq_ray.cli import main
+from ddoq_ray.commands import plan, verify
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import LogitsCodec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.storage.at_rest import Seen
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import LabelStore
 
@@ -135,6 +141,115 @@ def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
     table = pq.read_table(io.BytesIO(files[1].read_bytes()))
     assert table["image_id"].to_pylist() == list(range(20)) * 4
     assert table["epoch"].to_numpy().tolist() == np.repeat(range(4, 8), 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def copy(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory, in links: a test that damages a file brings it back."""
+    place = tmp_path_factory.mktemp("copy") / "run"
+    shutil.copytree(run, place, copy_function=os.link)
+    return place
+
+
+def test_verify_reads_every_file_of_an_undamaged_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copy)]) == 0
+    assert "is as it was written" in capsys.readouterr().err
+    others = {"events.jsonl", "config.yaml"}  # lines that a death may cut; what is read first
+    seen = Seen()
+    assert verify.look(Folder(str(copy)), seen)[1] == []
+    files = [p for p in copy.rglob("*") if p.is_file() and p.name not in others]
+    assert seen.files == len(files), "a file of the run is in no record"
+
+
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2))])
+def test_damage_at_rest_is_told_by_name(copy: Path, turn: int) -> None:
+    """Every kind of file, in one of three ways; tests/storage/test_at_rest.py turns single bits."""
+    for number, name in enumerate(KINDS.values()):
+        data = damage(copy / name, list(WAYS)[(number + turn) % len(WAYS)])
+        try:
+            _, found = verify.look(Folder(str(copy)), Seen())
+        finally:
+            (copy / name).write_bytes(data)
+        assert [d.file for d in found] == [name]
+        assert found[0].why and found[0].command
+
+
+def test_damage_ends_with_exit_code_2_and_its_name(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copy / KINDS["image shard"]
+    data = damage(file, "missing")
+    try:
+        assert main(["verify", f"run_dir={copy}"]) == 2
+    finally:
+        file.write_bytes(data)
+    told = capsys.readouterr().err
+    assert f"{file}: it is missing" in told and "`ddoq-ray synthesize` makes it anew" in told
+    assert "repair=true" in told.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_repair_makes_what_is_damaged_anew_and_leaves_the_rest(copy: Path) -> None:
+    kinds = ("latents", "codebook part", "part's record", "image shard", "chosen images", "labels", "identity")
+    before = {p: (p.stat().st_ino, p.read_bytes()) for p in copy.rglob("*") if p.is_file()}
+    for number, kind in enumerate(kinds):
+        damage(copy / KINDS[kind], list(WAYS)[number % len(WAYS)])
+    assert main(["verify", str(copy), "repair=true"]) == 0
+    assert main(["verify", str(copy)]) == 0
+    for path, (inode, data) in before.items():
+        name = str(path.relative_to(copy))
+        if name in map(KINDS.get, kinds):
+            assert path.read_bytes() == data
+        elif path.suffix in (".parquet", ".tar", ".safetensors") and "draw-1" not in name:
+            assert path.stat().st_ino == inode, f"{name} was whole and is made anew"
+
+
+def test_status_tells_what_is_done_and_what_is_left(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = [copy / "images/manifest.json", copy / "images/images-000001.tar"]
+    held = {p: p.read_bytes() for p in hidden}
+    for path in hidden:
+        path.unlink()
+    try:
+        assert main(["status", str(copy)]) == 0
+    finally:
+        for path, data in held.items():
+            path.write_bytes(data)
+    told = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in told.splitlines() if line}
+    assert "no run is at work; the last one's word was: run finished" in told
+    assert "1,000 images" in lines["encode"] and " done" in lines["encode"]
+    assert "1 of 2 done" in lines["synthesize"] and "images 2 image shards" in lines["synthesize"]
+    assert lines["train"].startswith("train      done, 10 of 10") and lines["report"].endswith("done")
+
+
+def test_plan_and_run_agree_on_bytes(run: Path) -> None:
+    config = load_config([*SMALL, f"run_dir={run}"])
+    made = plan.plan(config)
+    assert made.problems == []
+    there: dict[str, int] = {}
+    for step in pipeline.steps(config):
+        files = [p for p in (run / step.place).rglob("*") if p.suffix in (".parquet", ".tar") or p.match("part-*.json")]
+        files = [p for p in files if step.name != "prepare" or p.parent.name == "train"]
+        if step.name in made.written:
+            there[step.name] = there.get(step.name, 0) + sum(p.stat().st_size for p in files)
+    assert set(there) == {"prepare", "encode", "heldout", "quantize", "synthesize", "select", "label"}
+    assert made.written == {name: pytest.approx(size, rel=0.2) for name, size in there.items()}
+
+
+def test_plan_tells_every_problem_before_anything_is_spent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "data", tmp_path / "run/data")
+    words = [*SMALL, f"run_dir={tmp_path}/run"]
+    assert main(["plan", *words]) == 0
+    assert "1,000 images of 10 classes" in capsys.readouterr().out
+    assert main(["plan", *words, "ipc=98", "protocol.steps=1000000000000000", "quantizer.num_shards=4"]) == 2
+    told = capsys.readouterr()
+    assert "fewer images than ipc=98: 8 (eight): 97" in told.err and "are free; choose another run_dir" in told.err
+    assert "quantizer  codebook: 4 actors" in told.out
+    assert main(["plan", *words, f"prior.path={tmp_path}/nothing"]) == 2
+    assert f"{tmp_path}/nothing" in capsys.readouterr().err
+    assert main(["plan", f"run_dir={tmp_path}/empty"]) == 2
+    assert "ddoq-ray prepare" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data"], "a plan writes nothing"
 
 
 @pytest.mark.slow

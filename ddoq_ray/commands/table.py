@@ -27,6 +27,7 @@ class Command:
         about: A paragraph for its own help.
         reads: Keys, or prefixes that end with a dot, that its own help shows; none = all.
         means: Keys that the word stands for.
+        bare: The key of a first word that is no key=value.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Command:
     about: str = ""
     reads: tuple[str, ...] = ()
     means: tuple[str, ...] = ()
+    bare: str = ""
 
     @property
     def keys(self) -> type:
@@ -51,6 +53,9 @@ class Command:
             ValueError: For an unknown, ineffective or invalid key.
         """
         from ddoq_ray.config.compose import load  # Hydra is not for a list of commands
+
+        if self.bare and overrides and "=" not in overrides[0]:
+            overrides = [f"{self.bare}={overrides[0]}", *overrides[1:]]
 
         for key in (m.partition("=")[0] for m in self.means):
             if any(o.partition("=")[0].strip().lstrip("+") == key for o in overrides):
@@ -145,6 +150,51 @@ STAGE_COMMANDS = (
 COMMANDS = (
     RUN,
     *STAGE_COMMANDS,
+    Command(
+        name="plan",
+        words="what a run will write, move and take, and every problem that can be seen before it starts",
+        config="ddoq_ray.config:RunConfig",
+        main="ddoq_ray.commands.plan:main",
+        use="ddoq-ray plan run_dir=FOLDER key=value ...",
+        about="Reads the index of prepared data (data/ in run_dir, which `ddoq-ray prepare` makes) and the keys of the "
+        "run that is meant, and prints images and classes, bytes of each stage's output, network traffic, memory of "
+        "the quantizers, and times by the rates that `ddoq-ray calibrate` measured. Exit code 2 where something stands "
+        "in the run's way, each with its words. Nothing is written. The keys are those of a run:",
+    ),
+    Command(
+        name="calibrate",
+        words="the rates of a run's networks on this machine's device, measured in about a minute, for plan",
+        config="ddoq_ray.config:RunConfig",
+        main="ddoq_ray.commands.calibrate:main",
+        use="ddoq-ray calibrate key=value ...",
+        goes_on=False,
+        about="Measures images a second of encoding, decoding, denoising, labelling and training with the networks and "
+        "batches that the keys name, on the GPU where there is one, and adds them to cluster.calibration. The keys are "
+        "those of a run:",
+    ),
+    Command(
+        name="status",
+        words="where a run stands, from the files of its run directory alone",
+        config="ddoq_ray.config.run_folder:StatusConfig",
+        main="ddoq_ray.commands.status:main",
+        use="ddoq-ray status RUN",
+        about="Prints who holds the run directory RUN, what each stage has done of what it has to do, and the last "
+        "events. Reads small files only and joins no cluster, so that it answers while the run is at work.",
+        bare="run_dir",
+    ),
+    Command(
+        name="verify",
+        words="every file of a run directory against its record; repair=true makes damaged ones anew",
+        config="ddoq_ray.config.run_folder:VerifyConfig",
+        main="ddoq_ray.commands.verify:main",
+        use="ddoq-ray verify RUN [repair=true]",
+        about="Reads every file of the run directory RUN once and compares it with the digest that was recorded when "
+        "it was written. Each damaged or missing file is named, with what was expected and the command that makes it "
+        "anew, and the exit code is 2; that of an undamaged run is 0. With repair=true damaged files are moved to "
+        "set-aside/ in the run directory, and their stages run with the recorded configuration, which makes only these "
+        "anew.",
+        bare="run_dir",
+    ),
     Command(
         name="train-prior",
         words="a small latent diffusion prior of your own, in diffusers' format, with what it is run by",

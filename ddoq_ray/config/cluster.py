@@ -64,6 +64,9 @@ class ClusterConfig:
         "is set (as in a Ray job), else local",
     )
     num_cpus: int | None = option(None, "CPUs of the local Ray; by default all of this machine's")
+    calibration: str | None = option(
+        None, "file of measured rates that calibrate writes and plan reads; by default in the user's cache folder"
+    )
     wait_s: float = option(30.0, "after so long without a worker (or with fewer than its least) a pool says why")
     give_up_s: float | None = option(
         None,

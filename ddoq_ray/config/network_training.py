@@ -56,6 +56,7 @@ class PriorTraining:
     )
     autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
     samples_every: int = option(
         1000, "steps of the denoiser between pictures of samples, on the page samples.html in OUT.training; 0 = none"
@@ -129,6 +130,7 @@ class DecoderTuning:
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a stopped tuning goes on")
 
     def __post_init__(self) -> None:
@@ -225,7 +227,25 @@ class TrainingCommand:
 
 
 @dataclass(frozen=True)
-class TrainPriorConfig(TrainingCommand):
+class ParallelCommand(TrainingCommand):
+    """The keys of a training that several workers can share."""
+
+    workers: int = option(
+        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
+    )
+    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.workers >= 1, f"workers={self.workers}: expected 1 or more")
+        require(
+            self.workers > 1 or self.address is None,
+            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
+        )
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig(ParallelCommand):
     perceptual: str | None = option(
         None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
@@ -241,7 +261,7 @@ class TrainTeacherConfig(TrainingCommand):
 
 
 @dataclass(frozen=True)
-class TuneDecoderConfig(TrainingCommand):
+class TuneDecoderConfig(ParallelCommand):
     source: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
     perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
     judge: str | None = option(

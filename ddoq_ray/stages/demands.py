@@ -111,16 +111,16 @@ def _with(config: RunConfig, group: str, **values: object) -> RunConfig:
 def misfit(stage: str, asks: Sequence[Ask], nodes: Sequence[Room]) -> str:
     """Why the least demand of a stage does not fit, and which key to change."""
     least = [replace(ask, count=ask.least) for ask in asks]
-    needs = " and ".join(f"{a.count} {a.what}{'s' * (a.count > 1)} of {_amount(a.room)}" for a in least)
+    needs = " and ".join(f"{a.count} {a.what}{'s' * (a.count > 1)} of {in_words(a.room)}" for a in least)
     together = {name: sum(a.count * a.room[name] for a in least) for name in UNITS}
     have = {name: sum(node.get(name, 0.0) for node in nodes) for name in UNITS}
     scarce = next((n for n in ("GPU", "CPU", "memory") if together[n] > have[n] + 1e-6), None)
     alone = next((a for a in least if not any(_has(node, a.room) for node in nodes)), None)
     if scarce is not None:
-        there = f"there are {_amount({scarce: have[scarce]})} in all"
+        there = f"there are {in_words({scarce: have[scarce]})} in all"
         causes = [a for a in least if a.room[scarce]]
     elif alone is not None:
-        there = f"no single node has {_amount(alone.room)} ({_nodes(nodes)})"
+        there = f"no single node has {in_words(alone.room)} ({_nodes(nodes)})"
         causes, scarce = [alone], "GPU" if alone.gpus else "CPU"
     else:
         there, causes, scarce = f"they do not fit side by side on {_nodes(nodes)}", least, "CPU"
@@ -141,11 +141,11 @@ def _change(causes: Sequence[Ask], scarce: str) -> str:
 
 
 def _nodes(nodes: Sequence[Room]) -> str:
-    shown = ", ".join(_amount({"CPU": n.get("CPU", 0.0), "GPU": n.get("GPU", 0.0)}) for n in nodes[:4])
+    shown = ", ".join(in_words({"CPU": n.get("CPU", 0.0), "GPU": n.get("GPU", 0.0)}) for n in nodes[:4])
     return f"{len(nodes)} node{'s' * (len(nodes) != 1)}: {shown}{', ...' if len(nodes) > 4 else ''}"
 
 
-def _amount(room: Room) -> str:
+def in_words(room: Room) -> str:
     """Resources in words: 0.5 CPU and 1 GPU."""
     scaled = {name: amount / 2**30 if name == "memory" else amount for name, amount in room.items()}
     some = {n: a for n, a in scaled.items() if a} or {next(iter(room)): 0.0}

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 
 Status = Literal["new", "open", "done"]
+CHECK = "check"  # in a record: sha256 of the rest of it
+FILES = "files"  # in a record: name -> bytes and sha256 of files beside it that have no record of their own
 
 
 def canonical(value: Any) -> str:
@@ -28,6 +30,48 @@ def digest_of(value: Any) -> str:
     """sha256 (hex) of bytes, or of the canonical JSON of anything else."""
     data = value if isinstance(value, bytes) else canonical(value).encode()
     return hashlib.sha256(data).hexdigest()
+
+
+def with_check(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a digest of itself, as JSON gives it back."""
+    plain: dict[str, Any] = json.loads(canonical({key: value for key, value in row.items() if key != CHECK}))
+    return plain | {CHECK: digest_of(plain)}
+
+
+class NotAsWritten(Exception):
+    """A record that is no JSON object, or whose digest is not that of the rest of it."""
+
+
+def checked(data: bytes, *, strict: bool = False) -> dict[str, Any]:
+    """A record's row, without its digest.
+
+    Args:
+        strict: Refuse a record without a digest, which older versions wrote.
+
+    Raises:
+        NotAsWritten: It is not what was written.
+    """
+    try:
+        row = json.loads(data)
+    except ValueError:
+        raise NotAsWritten("it is no JSON") from None
+    if not isinstance(row, dict):
+        raise NotAsWritten("it is no record")
+    check = row.pop(CHECK, None)
+    if check is None and strict:
+        raise NotAsWritten("it has no digest of itself")
+    if check is not None and check != digest_of(row):
+        raise NotAsWritten("it is not as it was written")
+    return row
+
+
+def file_facts(folder: Folder, patterns: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """name -> bytes and sha256 of the files of a folder that match."""
+    found = {}
+    for name in (name for pattern in patterns for name in folder.names(pattern)):
+        digest, size = folder.digest(name)
+        found[name] = {"bytes": size, "sha256": digest}
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -62,18 +106,31 @@ class Artifact:
         self.command = command or stage
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a finished output; None when there is none."""
+        """The manifest of a finished output; None when there is none.
+
+        Raises:
+            ValueError: It is damaged.
+        """
         try:
-            return self.folder.read_json(layout.MANIFEST)
+            return self._record(layout.MANIFEST)
         except FileNotFoundError:
             return None
+
+    def _record(self, name: str) -> dict[str, Any]:
+        try:
+            return checked(self.folder.read(name))
+        except NotAsWritten as error:
+            raise ValueError(
+                f"{self.folder.path(name)} is damaged: {error}; remove it and run the {self.command} stage again "
+                f"(ddoq-ray {self.command} ...), which keeps what is whole"
+            ) from None
 
     def _recorded(self) -> tuple[dict[str, Any] | None, Status]:
         manifest = self.manifest()
         if manifest is not None:
             return manifest["identity"], "done"
         try:
-            return self.folder.read_json(layout.STARTED)["identity"], "open"
+            return self._record(layout.STARTED)["identity"], "open"
         except FileNotFoundError:
             return None, "new"
 
@@ -112,7 +169,7 @@ class Artifact:
             self.folder.remove()
             status = "new"
         if status == "new":
-            self.folder.publish_json(layout.STARTED, {"stage": self.stage, "identity": identity})
+            self.folder.publish_json(layout.STARTED, with_check({"stage": self.stage, "identity": identity}))
         return status
 
     def finish(self, identity: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
@@ -122,13 +179,42 @@ class Artifact:
         """
         self.folder.sweep()
         manifest = {"stage": self.stage, "identity": identity, "identity_digest": digest_of(identity), **facts}
-        self.folder.publish_json(layout.MANIFEST, manifest)
+        if files := file_facts(self.folder, layout.IN_MANIFEST.get(self.stage, ())):
+            manifest[FILES] = files
+        self.folder.publish_json(layout.MANIFEST, with_check(manifest))
         return manifest
+
+    def amend(self, *files: str, **facts: Any) -> None:
+        """Change facts of a finished output's manifest, and the digests of `files` that were written anew."""
+        manifest = self.manifest()
+        if manifest is None:
+            return
+        amended = manifest | facts
+        if files:
+            amended[FILES] = manifest.get(FILES, {}) | file_facts(self.folder, files)
+        if amended != manifest:
+            self.folder.publish_json(layout.MANIFEST, with_check(amended))
 
     def done(self, identity: Mapping[str, Any]) -> bool:
         """Whether the output of exactly this identity is finished; write nothing, raise nothing."""
         recorded, status = self._recorded()
         return status == "done" and recorded is not None and not differences(recorded, identity)
+
+    def read(self, name: str) -> bytes:
+        """A file of a finished output, as its manifest knows it.
+
+        Raises:
+            ValueError: It is missing, or is not the one that was written.
+        """
+        path, mend = self.folder.path(name), f"`ddoq-ray verify RUN repair=true` has {self.command} make it anew"
+        try:
+            data = self.folder.read(name)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing although it was written; {mend}") from None
+        facts = self.require().get(FILES, {}).get(name)
+        if facts is not None and digest_of(data) != facts["sha256"]:
+            raise ValueError(f"{path} is damaged: {facts['bytes']:,} bytes of another content were written; {mend}")
+        return data
 
     def require(self) -> dict[str, Any]:
         """The manifest, or a clear error that says which stage to run first."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, NotAsWritten, checked, digest_of, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.parquet import row_group_writer
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
@@ -23,7 +23,6 @@ from ddoq_ray.storage.row_groups import DamagedGroup, file_digests, metadata_of,
 
 PART_BYTES = 64 << 20  # of centroids in one file: 21,841 classes must not mean 21,841 files
 AT_ONCE = 8  # parts that are opened
-CHECK = "check"  # in a part's record: sha256 of the rest of it
 MEND = (
     "bring it back, or remove this part's two files and the manifest.json beside them and run the quantize stage "
     "again: that writes it anew from the latents and keeps the other parts"
@@ -107,7 +106,7 @@ def write_part(
     latents, centroids = sum(int(b.counts.sum()) for b in books), sum(b.k for b in books)
     row_groups = [[b.class_id, b.k, group] for b, group in zip(books, groups, strict=True)]
     row = asdict(PartRecord(digest, size, latents, centroids, row_groups=row_groups, footer=end, **asdict(account)))
-    codebook.publish_json(layout.codebook_record(part), row | {CHECK: digest_of(row)})
+    codebook.publish_json(layout.codebook_record(part), with_check(row))
 
 
 def read_record(codebook: Folder, part: int) -> PartRecord:
@@ -121,12 +120,8 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
     except FileNotFoundError:
         raise ValueError(f"{codebook.path(layout.codebook_record(part))} is missing; {MEND}") from None
     try:
-        row = json.loads(data)
-        check = row.pop(CHECK, None)
-        if check is not None and check != digest_of(row):
-            raise ValueError("not as it was written")
-        return PartRecord(**row)
-    except (ValueError, TypeError, AttributeError):
+        return PartRecord(**checked(data))
+    except (NotAsWritten, TypeError):
         raise ValueError(
             f"{codebook.path(layout.codebook_record(part))} is damaged: it is not a part's record; {MEND}"
         ) from None

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.latent_log import read_done
 from ddoq_ray.storage.records import ClassCounts, ShardDone
 
 READ_AT_ONCE = 32  # done records on their way: each is a wait where the log is in an object store
@@ -118,20 +119,12 @@ def done_records(latents: Folder, shards: Sequence[int] | range) -> Iterator[Sha
     """The done records of some shards of a log, in their order, some of them read ahead.
 
     Raises:
-        ValueError: When one is gone.
+        ValueError: When one is gone or damaged.
     """
-
-    def read(shard: int) -> bytes:
-        name = f"{layout.shard_name(shard)}/{layout.DONE}"
-        try:
-            return latents.read(name)
-        except FileNotFoundError:
-            raise ValueError(f"{latents.path(name)} is missing although its log is finished; encode again") from None
 
     with ThreadPoolExecutor(READ_AT_ONCE) as threads:
         for first in range(0, len(shards), 8 * READ_AT_ONCE):  # not all: those of a class-mixed log fill gigabytes
-            for data in threads.map(read, shards[first : first + 8 * READ_AT_ONCE]):
-                yield ShardDone.loads(data)
+            yield from threads.map(partial(read_done, latents), shards[first : first + 8 * READ_AT_ONCE])
 
 
 def latent_index(latents: Folder, shards: int) -> LatentIndex:

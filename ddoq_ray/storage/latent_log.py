@@ -12,13 +12,30 @@ import pyarrow.parquet as pq
 
 from ddoq_ray.core.noising import NoiseLevel, noised
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, NotAsWritten, digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import ChunkRecord, ShardDone, binary_rows
 
 DONE_RECORDS = 8  # kept in memory: the records of a whole class-mixed log would fill gigabytes
 
+MEND = "to encode again what is damaged: ddoq-ray verify RUN repair=true, RUN the run directory that made it"
+
 FILE_BYTES = 32 << 20  # of latents in a file of the log: few files, and little memory for whoever reads one
+
+
+def read_done(latents: Folder, shard: int) -> ShardDone:
+    """The done record of a shard of a log.
+
+    Raises:
+        ValueError: When it is gone or damaged.
+    """
+    name = f"{layout.shard_name(shard)}/{layout.DONE}"
+    try:
+        return ShardDone.loads(latents.read(name))
+    except FileNotFoundError:
+        raise ValueError(f"{latents.path(name)} is missing although its log is finished; {MEND}") from None
+    except NotAsWritten as error:
+        raise ValueError(f"{latents.path(name)} is damaged: {error}; {MEND}") from None
 
 
 class LatentLog:
@@ -39,7 +56,7 @@ class LatentLog:
 
     def done(self, shard: int) -> ShardDone:
         if shard not in self._done:
-            self._done[shard] = ShardDone.loads(self.folder.read(f"{layout.shard_name(shard)}/{layout.DONE}"))
+            self._done[shard] = read_done(self.folder, shard)
             if len(self._done) > DONE_RECORDS:
                 self._done.popitem(last=False)
         return self._done[shard]
@@ -81,12 +98,12 @@ class LatentLog:
         except FileNotFoundError:
             raise ValueError(
                 f"latent file {path} is missing although its shard was encoded (latents.keep=false removes them after "
-                "a run); encode again in a new run_dir"
+                f"a run); {MEND}"
             ) from None
         if digest_of(data) != chunk.sha256:
             raise ValueError(
                 f"latent file {path} is not the one that was encoded: it has {len(data):,} bytes and another digest "
-                "than its record; encode again in a new run_dir"
+                f"than its record; {MEND}"
             )
         columns = ["latent"] if self.noise is None else ["latent", "key"]
         table = pq.read_table(pa.BufferReader(data), columns=columns)

@@ -63,6 +63,28 @@ CARD = "README.md"  # of a finished image set
 IMAGE_SHARDS = "images-*.tar"
 IMAGE_RECORDS = ".records"  # a file an image shard; hidden, since other libraries take a folder's files for data
 
+# Stage -> its small files that have no record of their own: its manifest holds their digests.
+IN_MANIFEST = {
+    "prepare": (SOURCE_CLASSES, CLASSES, SHARDS, VAL_SHARDS, f"*/{CLASSES}", "selection/*.tar"),
+    "encode": (BATCH,),
+    "synthesize": (CARD,),
+    "label": (HEAD,),
+    "train": (WEIGHTS, NETWORK, METRICS),
+}
+
+# The artifacts of a run directory: what makes them -> where they may lie.
+ARTIFACTS = {
+    "prepare": (DATA,),
+    "encode": (LATENTS,),
+    "heldout": (HELDOUT,),
+    "quantize": ("codebook", f"{COMPARE}/*/codebook"),
+    "synthesize": ("images", f"{COMPARE}/*/images", f"{COMPARE}/*/draw-*/images"),
+    "label": ("labels/*", f"{COMPARE}/*/labels/*", f"{COMPARE}/*/draw-*/labels/*"),
+    "train": (f"{STUDENTS}/*", f"{COMPARE}/*/{STUDENTS}/*"),
+}
+PACK_RECORDS = "records"  # in data/: a file a shard that was packed
+SET_ASIDE = "set-aside"  # damaged files, under the names that they had
+
 
 def image_shard(index: int) -> str:
     """An image shard's name, without its ending."""

@@ -36,6 +36,7 @@ class DataManifest(Manifest):
 class LatentsManifest(Manifest):
     """encode, and the held-out latents (which have no batch and no environment of their own)."""
 
+    shards: int
     refused: int
     digest: str
     kept: bool
@@ -50,6 +51,7 @@ class CodebookManifest(Manifest):
 
     digest: str
     wall_seconds: float
+    parts: int
     centroids: int
     classes_by_algorithm: dict[str, int]
     dropped_classes: list[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections import Counter
 from dataclasses import dataclass, field
@@ -57,13 +58,13 @@ class Data:
         """Read the prepared data of a run.
 
         Raises:
-            ValueError: When prepare has not finished.
+            ValueError: When prepare has not finished, or a file of it is not what was written.
         """
-        folder = run / layout.DATA
-        Artifact(folder, "prepare").require()
-        classes = tuple(ClassInfo(**row) for row in folder.read_json(layout.SOURCE_CLASSES))
-        train = tuple(read_shards(folder.read(layout.SHARDS)))
-        val = tuple(read_shards(folder.read(layout.VAL_SHARDS)))
+        made = Artifact(run / layout.DATA, "prepare")
+        made.require()
+        classes = tuple(ClassInfo(**row) for row in json.loads(made.read(layout.SOURCE_CLASSES)))
+        train = tuple(read_shards(made.read(layout.SHARDS)))
+        val = tuple(read_shards(made.read(layout.VAL_SHARDS)))
         return Data(run, classes, train, val)
 
 

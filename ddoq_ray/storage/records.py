@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ddoq_ray.storage.artifact import checked, with_check
+
 
 class ClassCounts(Mapping[int, int]):
     """A read-only class_id -> count, in ascending order of class_id, in 12 bytes an entry.
@@ -159,6 +161,7 @@ class ShardInfo:
         damage: Why it cannot be read to its end; empty for a whole one.
         lost: Samples that the damage took, as far as can be told (`shard_index.with_losses`).
         outside: Samples whose label is outside the class list.
+        sha256: Of the whole file, where the run packed it; empty of given shards, which are not read for it.
     """
 
     path: str
@@ -169,6 +172,7 @@ class ShardInfo:
     damage: str = ""
     lost: int = 0
     outside: LabelsOutside | None = None
+    sha256: str = ""
 
     @property
     def expected(self) -> int:
@@ -187,13 +191,16 @@ class ShardInfo:
             row |= {"damage": self.damage, "lost": self.lost}
         if self.outside is not None:
             row["outside"] = asdict(self.outside)
+        if self.sha256:
+            row["sha256"] = self.sha256
         return row
 
     @staticmethod
     def from_json(row: dict) -> ShardInfo:
         outside = LabelsOutside(**row["outside"]) if "outside" in row else None
         whole = ShardInfo(row["path"], row["samples"], row["bytes"], ClassCounts(row["images"]), row["digest"])
-        return replace(whole, damage=row.get("damage", ""), lost=row.get("lost", 0), outside=outside)
+        found = {"damage": row.get("damage", ""), "lost": row.get("lost", 0), "sha256": row.get("sha256", "")}
+        return replace(whole, outside=outside, **found)
 
 
 def shard_lines(shards: Iterable[ShardInfo]) -> Iterator[bytes]:
@@ -263,11 +270,20 @@ class ShardDone:
             "classes": self.classes.to_json(),
             "refused": self.refused,
         }
-        return (json.dumps(row) + "\n").encode()
+        return (json.dumps(with_check(row)) + "\n").encode()
 
     @staticmethod
     def loads(data: bytes) -> ShardDone:
-        row = json.loads(data)
+        """Inverse of `dumps`.
+
+        Raises:
+            NotAsWritten: It is damaged.
+        """
+        return ShardDone.of(checked(data))
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> ShardDone:
+        """From a record's row."""
         return ShardDone(
             row["shard"],
             tuple(ChunkRecord.from_json(c) for c in row["chunks"]),

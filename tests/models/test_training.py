@@ -28,6 +28,7 @@ from ddoq_ray.models.training.data import Destination, TrainingSet
 from ddoq_ray.models.training.decoder import Tuned, tune_decoder
 from ddoq_ray.models.training.pictures import Pictures
 from ddoq_ray.models.training.prior import PriorTraining
+from ddoq_ray.models.training.ranks import Alone
 from ddoq_ray.models.training.seen_by import Classifiers
 from ddoq_ray.models.training.teacher import TeacherTraining
 
@@ -105,7 +106,7 @@ def test_mapped_images_are_not_held(tmp_path):
         try:
             pictures = Pictures(found.images, found.class_ids, found.order()[0])
             assert pictures.pixels(Passes(n, 64, (0,)).rows(1), torch.device("cpu")).shape == (64, 3, 32, 32)
-            priors.write_latents(vae, pictures, 1, tmp_path / f"{n}.npy", torch.device("cpu"))
+            priors.write_latents(vae, pictures, 1, tmp_path / f"{n}.npy", Alone())
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

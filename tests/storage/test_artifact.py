@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ddoq_ray.storage.artifact import Artifact, canonical, differences, digest_of
+from ddoq_ray.storage.artifact import Artifact, NotAsWritten, canonical, checked, differences, digest_of, with_check
 from ddoq_ray.storage.folder import Folder, write_error
 
 
@@ -202,3 +202,42 @@ def test_overwrite_keeps_what_agrees(folder: Folder) -> None:
     artifact.begin({"a": 1})
     artifact.finish({"a": 1})
     assert artifact.begin({"a": 1}, overwrite=True) == "done"
+
+
+def test_a_record_knows_each_of_its_bytes() -> None:
+    """Whatever bit of a record is turned, it is refused, or says the same."""
+    row = {"seconds": 1.25, "shards": [{"name": "images-000000", "bytes": 7}], "identity": {1: None, 10: True, 2: "x"}}
+    data = (json.dumps(with_check(row), indent=1) + "\n").encode()
+    assert checked(data, strict=True) == json.loads(canonical(row))
+    for at in range(len(data)):
+        for bit in range(8):
+            turned = data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
+            try:
+                assert checked(turned, strict=True) == json.loads(canonical(row))
+            except NotAsWritten:
+                continue
+            assert data[at : at + 1].isspace(), "only white space may be another"
+    for end in range(len(data) - 2):
+        with pytest.raises(NotAsWritten):
+            checked(data[:end])
+    assert checked(b'{"a": 1}') == {"a": 1}, "records of older versions have no digest"
+
+
+def test_files_of_an_artifact_are_read_as_they_were_written(folder: Folder) -> None:
+    student = Artifact(folder, "train")
+    student.begin({"a": 1})
+    folder.publish("model.safetensors", b"weights")
+    folder.publish("notes.txt", b"of nobody's")
+    assert student.finish({"a": 1})["files"] == {"model.safetensors": {"bytes": 7, "sha256": digest_of(b"weights")}}
+    assert student.read("model.safetensors") == b"weights" and student.read("notes.txt") == b"of nobody's"
+    folder.publish("model.safetensors", b"Weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged.*ddoq-ray verify RUN repair=true.*train"):
+        student.read("model.safetensors")
+    student.amend("model.safetensors", seconds=2)
+    assert student.read("model.safetensors") == b"Weights" and student.require()["seconds"] == 2
+    folder.remove("model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        student.read("model.safetensors")
+    folder.publish("manifest.json", folder.read("manifest.json").replace(b"train", b"brain"))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged.*ddoq-ray train"):
+        student.manifest()

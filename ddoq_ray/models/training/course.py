@@ -7,7 +7,7 @@ stopped and taken up again sees what an undisturbed one sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,12 +32,14 @@ class Course:
         seconds: that it takes, whatever number of steps that makes; then the bytes depend on the machine's speed.
         done: steps made.
         spent: seconds in which they were made.
+        agree: gives all ranks of a training by time the seconds of one clock.
     """
 
     steps: int
     seconds: float | None = None
     done: int = 0
     spent: float = 0.0
+    agree: Callable[[float], float] = lambda spent: spent
 
     @property
     def fraction(self) -> float:
@@ -58,7 +60,8 @@ class Course:
             begun = monotonic()
             yield self.done
             self.done += 1
-            self.spent += monotonic() - begun
+            spent = self.spent + monotonic() - begun
+            self.spent = spent if self.seconds is None else self.agree(spent)
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "spent": self.spent}
@@ -112,3 +115,22 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Matrix products and convolutions in `precision` (float32 or bfloat16), sums and weights in float32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
+
+
+def compiled(functions: Sequence[Callable[..., Any]], wanted: bool) -> tuple[Callable[..., Any], ...]:
+    """Functions through torch.compile, where that is wanted; the networks that they belong to stay as they are.
+
+    Raises:
+        ValueError: It does not work here.
+    """
+    if not wanted:
+        return tuple(functions)
+    try:  # what fails in the middle of a network would say less
+        torch.compile(torch.neg)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"training.compile=true: torch.compile does not work here ({type(error).__name__}: {first}). On a CPU it "
+            "needs a C++ compiler, on a GPU Triton; leave the key out"
+        ) from error
+    return tuple(torch.compile(function, dynamic=False) for function in functions)

@@ -31,6 +31,7 @@ from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.course import Passes, arithmetic
 from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.phases import Phases
+from ddoq_ray.models.training.ranks import Alone
 
 # Of uint8 [3, S, S]; each draws its own operation, from torch's global generator.
 AUGMENTATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
@@ -82,7 +83,8 @@ def train_teacher(
         "options": asdict(config), "data": digest, "torch": str(torch.__version__), "device": torch.device(device).type,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    phases = Phases(Checkpoints(out.folder, identity, overwrite=out.overwrite), config.checkpoint_every, on_progress)
+    checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
+    phases = Phases(checkpoints, config.checkpoint_every, on_progress, Alone())
     phases.open()
     _train(model, data, order, config, phases)
     record: dict[str, Any] = {
@@ -136,6 +138,8 @@ def _moments(images: np.ndarray) -> Normalisation:
 
 class _Training(Resumable):
     """A classifier under training."""
+
+    network: Classifier
 
     def __init__(self, model: Classifier, config: TeacherTraining) -> None:
         self.network, self.config, self.outputs = model, config, model.num_classes

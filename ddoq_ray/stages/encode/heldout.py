@@ -169,6 +169,7 @@ class Heldout:
                 items=images,
                 unit="images",
                 bytes=images * 2 * int(np.prod(self.run.networks.latent_shape)),
+                shards=len(digests),
                 refused=refused,
                 digest=digest_of(digests),
                 kept=True,

@@ -159,6 +159,7 @@ def _finish(run: Run, artifact: Artifact, facts: dict[str, Any], batch: int, sta
         batch=batch,
         unit="images",
         bytes=encoded * 2 * int(np.prod(run.networks.latent_shape)),
+        shards=len(digests),
         refused=refused,
         refused_by_reason=dict(reasons.most_common()),
         digest=digest_of(digests),
@@ -199,7 +200,7 @@ def discard(latents: Folder, events: Events) -> None:
     manifest = artifact.manifest()
     if manifest is None or not manifest["kept"]:
         return
-    latents.publish_json(layout.MANIFEST, manifest | {"kept": False})
+    artifact.amend(kept=False)
     for name in latents.names(layout.CHUNKS):
         latents.remove(name)
     events.add("latents removed", reason="latents.keep=false")

@@ -24,6 +24,7 @@ from ddoq_ray.stages.evaluate.validation import (
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import ResultRow, Scored, StudentManifest
 
@@ -51,9 +52,9 @@ def _evaluate(
     where = device()
     models = []
     for name in folders:
-        folder = run / name
-        models.append(classifier_of(json.loads(folder.read(layout.NETWORK))).to(where))
-        models[-1].load_state_dict(safetensors.torch.load(folder.read(layout.WEIGHTS)))
+        student = Artifact(run / name, Train.name)
+        models.append(classifier_of(json.loads(student.read(layout.NETWORK))).to(where))
+        models[-1].load_state_dict(safetensors.torch.load(student.read(layout.WEIGHTS)))
     outputs, refused, scored = torch.tensor(columns, device=where), Refused(), 0
     correct = torch.zeros(len(models), 2, dtype=torch.int64, device=where)
     for pixels, ids in in_batches(scored_images(validation, size, validation.crop, refused), BATCH):
@@ -103,12 +104,15 @@ def run(run: Run, steps: Sequence[Train]) -> None:
     report.publish_json(layout.ROWS, ordered)
     report.publish_json(
         layout.EVALUATE,
-        {
-            "seconds": round(time.time() - start, 3),
-            "unit": "images",
-            "items": facts["images"] * len(whole),
-            "bytes": sum(s.bytes for s in run.data.val),
-        },
+        with_check(
+            {
+                "seconds": round(time.time() - start, 3),
+                "unit": "images",
+                "items": facts["images"] * len(whole),
+                "bytes": sum(s.bytes for s in run.data.val),
+                FILES: file_facts(report, [layout.ROWS]),
+            }
+        ),
     )
     run.events.add("stage finished", stage="evaluate", students=len(steps), **facts)
 

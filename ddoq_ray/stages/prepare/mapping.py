@@ -11,6 +11,7 @@ from typing import Any
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.workers import say
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import ClassInfo
 
@@ -46,7 +47,9 @@ def resolve(data: Data, networks: Networks, *, required: bool = True) -> Data:
             say(line)
         classes = resolve_mapping(classes, "teacher_index", "teacher", names, networks.teacher_outputs)
     if networks.teacher_id is not None or not (data.run / layout.DATA).exists(layout.CLASSES):
-        (data.run / layout.DATA).publish_json(layout.CLASSES, [c.to_json() for c in classes])
+        prepared = data.run / layout.DATA
+        prepared.publish_json(layout.CLASSES, [c.to_json() for c in classes])
+        Artifact(prepared, "prepare").amend(layout.CLASSES)
     return dataclasses.replace(data, classes=tuple(classes))
 
 

@@ -7,6 +7,7 @@ is there and was made from the same plan, so that a killed run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,7 +30,7 @@ from ddoq_ray.data.tar_writing import add_member, tar_to
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.stages.prepare.given_shards import same_images
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.artifact import NotAsWritten, checked, digest_of, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Packed
 from ddoq_ray.storage.quarantine import Refusal, publish_refusals, refused_kinds
@@ -235,13 +236,14 @@ def write_shard(
         What it holds, its refused images by reason, (size, digest) of its pictures where it is a validation shard, and
         the names of those that are `known`.
     """
-    tar_name, record_name = f"{task.split}/{task.name}.tar", f"records/{task.name}.json"
+    tar_name, record_name = f"{task.split}/{task.name}.tar", f"{layout.PACK_RECORDS}/{task.name}.json"
     digest = task.digest
     if data.exists(record_name) and data.exists(tar_name):
-        record = data.read_json(record_name)
-        fs, path = fsspec.core.url_to_fs(data.path(tar_name))
-        if record["plan"] == digest and fs.size(path) == record["shard"]["bytes"]:
-            return _written(record)
+        with contextlib.suppress(NotAsWritten):  # then both are made anew
+            record = checked(data.read(record_name))
+            fs, path = fsspec.core.url_to_fs(data.path(tar_name))
+            if record["plan"] == digest and fs.size(path) == record["shard"]["bytes"]:
+                return _written(record)
     refused: list[Refusal] = []
     digests: list[tuple[int, bytes]] = []
     same: list[str] = []
@@ -262,7 +264,8 @@ def write_shard(
                 digests.append((size, seen))
             elif known and seen in known.get(size, ()):
                 same.append(name)
-    info = dataclasses.replace(index_shard(data.path(tar_name), task.num_classes), path=f"data/{tar_name}")
+    indexed = index_shard(data.path(tar_name), task.num_classes)
+    info = dataclasses.replace(indexed, path=f"data/{tar_name}", sha256=data.digest(tar_name)[0])
     assert info.samples == len(origins), (task.name, info.samples, len(origins))
     _publish_refused(data / layout.QUARANTINE, task.name, refused)
     record = {
@@ -273,7 +276,7 @@ def write_shard(
         "pictures": [[size, digest.hex()] for size, digest in digests],
         "same": same,
     }
-    data.publish(record_name, json.dumps(record).encode())
+    data.publish(record_name, json.dumps(with_check(record)).encode())
     return _written(record)
 
 

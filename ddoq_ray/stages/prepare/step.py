@@ -200,6 +200,7 @@ def _take_class_list(config: RunConfig, data: Folder) -> None:
         rows = [c.to_json() for c in _class_list(config)]
         if rows != data.read_json(layout.SOURCE_CLASSES):
             data.publish_json(layout.SOURCE_CLASSES, rows)
+            Artifact(data, Prepare.name).amend(layout.SOURCE_CLASSES)
 
 
 def _relative(shard: ShardInfo, run_dir: Folder) -> ShardInfo:
@@ -228,6 +229,10 @@ def _write_digits(run_dir: Folder) -> Packed:
             data.publish(f"{split}/{split}-{i:06d}.tar", tar)
     classes = [ClassInfo(i, name, f"a scanned handwritten digit {name}") for i, name in enumerate(DIGIT_NAMES)]
     train, val = (
-        index_all([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes)) for split in ("train", "val")
+        [
+            dataclasses.replace(shard, sha256=data.digest(shard.path.removeprefix(f"{data.uri}/"))[0])
+            for shard in index_all([data.path(n) for n in data.names(f"{split}/*.tar")], len(classes))
+        ]
+        for split in ("train", "val")
     )
     return Packed(classes, train, val)

@@ -90,6 +90,13 @@ class Quantize(Step):
         return [Ask.of(config, "quantizer", "quantizer", config.quantizer.num_shards, "quantizer.num_shards")]
 
 
+def actors_parts(algorithm: QuantizerConfig, num_classes: int, ipc: int, dim: int) -> list[dict[int, list[int]]]:
+    """For each actor its parts: part -> class ids."""
+    parts = dict(enumerate(part_classes(num_classes, ipc, dim)))
+    num = min(algorithm.num_shards, len(parts))
+    return [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
+
+
 class Quantizers:
     """The driver's handle on a codebook's actors: it tells them which shards are done, and holds no latents."""
 
@@ -116,10 +123,8 @@ class Quantizers:
             return
         algorithm = self.step.algorithm(config)
         dim = int(np.prod(run.networks.latent_shape))
-        parts = dict(enumerate(part_classes(len(run.data.classes), config.ipc, dim)))
-        num = min(algorithm.num_shards, len(parts))
-        self.num_parts = len(parts)
-        self.parts = [{p: c for p, c in parts.items() if p % num == i} for i in range(num)]
+        self.parts = actors_parts(algorithm, len(run.data.classes), config.ipc, dim)
+        self.num_parts = sum(map(len, self.parts))
         rows = file_rows(config, run.networks)
         if config.latents.path and run.data.train:  # cut by another run: its first shard shows how
             rows = max(c.rows for c in LatentLog(run.latents).done(0).chunks)
@@ -134,7 +139,7 @@ class Quantizers:
             latent_shape=tuple(run.networks.latent_shape),
             prior_id=run.networks.latents_id,
             identity=digest_of(self.facts),
-            num_actors=num,
+            num_actors=len(self.parts),
             together=together(config),
             noise=noise_level(config, algorithm, run.networks),
             driver=uuid.uuid4().hex,
@@ -222,6 +227,7 @@ class Quantizers:
             items=latents,
             unit="latents",
             bytes=sum(r.bytes for r in records),
+            parts=len(records),
             centroids=centroids,
             classes_by_algorithm=dict(sorted(algorithms.items())),
             dropped_classes=dropped,

@@ -28,7 +28,7 @@ from ddoq_ray.stages.encode.step import Encode, quarantine_reasons
 from ddoq_ray.stages.evaluate.step import Evaluate
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
 from ddoq_ray.storage.folder import Folder
@@ -161,7 +161,10 @@ def stage_costs(run_dir: Folder, steps: Sequence[Step]) -> list[StageCost]:
         total["bytes"] += manifest["bytes"]
     report = run_dir / layout.REPORT
     if report.exists(layout.EVALUATE):
-        costs["evaluate"] = cast(StageCost, {"stage": "evaluate"} | report.read_json(layout.EVALUATE))
+        made = report.read_json(layout.EVALUATE)
+        costs["evaluate"] = cast(
+            StageCost, {"stage": "evaluate"} | {key: made[key] for key in ("seconds", "items", "unit", "bytes")}
+        )
     return list(costs.values())
 
 
@@ -271,8 +274,8 @@ def run(run: Run, asked: RunConfig, heldout: Heldout, steps: Sequence[Step]) -> 
     seconds = round(time.time() - start, 3)
     costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
     results = finite(results | {"stages": costs})
-    report.publish_json(layout.RESULTS, results)
     report.publish(layout.PAGE, render_page(results, _images(run, _shown(run))).encode())
+    report.publish_json(layout.RESULTS, with_check(results | {FILES: file_facts(report, [layout.PAGE])}))
     if results["rows"]:
         emit(accuracy_table(results), sys.stdout)
     path = report.path(layout.PAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from ddoq_ray.execution.workers import say
 from ddoq_ray.stages.synthesize.constant_images import constant_facts
 from ddoq_ray.stages.synthesize.jobs import Job
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import NotAsWritten, checked, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.transport import read_heads
@@ -25,7 +26,7 @@ RECORD_BYTES = 4096  # a record has some 400
 def publish_record(run_folder: Folder, job: Job, record: dict[str, Any]) -> dict[str, Any]:
     """Publish the record of a shard that is there, and give it back."""
     images = run_folder / Place(job.folder).images
-    images.publish_json(layout.image_record(job.unit.name), record | {"made_from": job.made_from})
+    images.publish_json(layout.image_record(job.unit.name), with_check(record | {"made_from": job.made_from}))
     return record
 
 
@@ -64,12 +65,8 @@ def _records(images: Folder) -> dict[str, dict[str, Any]]:
     heads = read_heads(images.path(layout.IMAGE_RECORDS), names, RECORD_BYTES)
     records = {}
     for name, head in zip(names, heads, strict=True):
-        try:
-            record = json.loads(head)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records[name.removesuffix(".json")] = record
+        with contextlib.suppress(NotAsWritten):
+            records[name.removesuffix(".json")] = checked(head)
     return records
 
 

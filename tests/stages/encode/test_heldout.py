@@ -27,7 +27,7 @@ from ddoq_ray.stages.encode.heldout import Heldout, shares
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.report.step import class_distances
-from ddoq_ray.storage.artifact import Artifact
+from ddoq_ray.storage.artifact import Artifact, with_check
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import Account, write_part
 from ddoq_ray.storage.folder import Folder
@@ -187,7 +187,9 @@ def test_held_out_images_are_encoded_as_the_log_was(case: tuple[Case, dict], tmp
     made = dataclasses.replace(case[0], run=Folder(str(tmp_path / "run")), latents=Folder(str(tmp_path / "log")))
     manifest = case[0].latents.read_json("manifest.json")
     there = manifest["identity"]["encoder"] | {"posterior": "sample", "batch": 3}
-    made.latents.publish_json("manifest.json", manifest | {"identity": manifest["identity"] | {"encoder": there}})
+    made.latents.publish_json(
+        "manifest.json", with_check(manifest | {"identity": manifest["identity"] | {"encoder": there}})
+    )
     assert made.config.encoder.posterior == "mode"
     made.start().wait()
     assert (made.run / "heldout").read_json("manifest.json")["identity"]["encoder"] == there
@@ -195,7 +197,7 @@ def test_held_out_images_are_encoded_as_the_log_was(case: tuple[Case, dict], tmp
     assert all(len(drawn[c]) == len(means[c]) and (drawn[c] != means[c]).any() for c in means)
 
     other = manifest["identity"] | {"encoder": there | {"path": "another"}}
-    made.latents.publish_json("manifest.json", manifest | {"identity": other})
+    made.latents.publish_json("manifest.json", with_check(manifest | {"identity": other}))
     assert "another autoencoder" in made.start().missing
 
 

@@ -27,7 +27,7 @@ from support.latent_logs import (
 
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.memory import check_memory, plan_memory
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
 from ddoq_ray.storage.codebook import part_classes
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.records import CodebookWarning, binary_rows, fixed_binary
@@ -159,7 +159,7 @@ def test_a_damaged_log_is_named(tmp_path: Path, damage: str, quantizer: str, wor
         done = chunk.with_name("done.json")
         record = json.loads(done.read_text())
         record["chunks"][1]["sha256"] = digest_of(chunk.read_bytes())
-        done.write_text(json.dumps(record))
+        done.write_text(json.dumps(with_check(record)))
     with pytest.raises(ValueError, match=r"latents/shard-000001/chunk-00001\.parquet") as error:
         quantize(tmp_path, "", settings(f"quantizer={quantizer}"))
     assert "encode again" in str(error.value) and words in str(error.value)

@@ -30,7 +30,7 @@ from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.select.choice import wanted_images
 from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.select.step import Select
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
 from ddoq_ray.storage.codebook import Account, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
@@ -186,7 +186,7 @@ def test_a_finished_choice_is_reused_until_what_it_follows_changes(
     choose(prepared, "medoids", 0, "medoids")
     assert {p: Path(run.path(p)).stat().st_mtime_ns for p in before} == before
     manifest = (run / "codebook").read_json("manifest.json")
-    (run / "codebook").publish_json("manifest.json", manifest | {"digest": "another"})
+    (run / "codebook").publish_json("manifest.json", with_check(manifest | {"digest": "another"}))
     try:
         with pytest.raises(ValueError, match=r"codebook: .*codebook.* there, .*another.* now"):
             choose(prepared, "medoids", 0, "medoids")
