@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.training import ProtocolConfig
 from ddoq_ray.execution.workers import device, pin_threads
-from ddoq_ray.stages.evaluate.validation import Refused, Validation, scored_images
+from ddoq_ray.stages.evaluate.validation import Refused, Validation, in_batches, scored_images
 from ddoq_ray.stages.label.autoencoder_check import LEAST, PIXELS, sample_of
 from ddoq_ray.stages.label.images import SharedImages
 from ddoq_ray.storage import layout
@@ -155,7 +155,7 @@ class Teacher:
         class_ids: list[int] = []
         chosen, outputs, broken = [], [], 0
         images = scored_images(validation, self.model.image_size, crop, refused)
-        for pixels, ids in _in_batches(images, self.config.teacher.batch):
+        for pixels, ids in in_batches(images, self.config.teacher.batch):
             logits = logits_of(self.model, torch.from_numpy(pixels)).cpu()
             broken += int((~logits.isfinite().all(1)).sum())
             chosen.append(logits[:, outputs_of].argmax(1).numpy())
@@ -197,22 +197,6 @@ class Teacher:
     def class_names(self) -> list[str] | None:
         """The names of the teacher's outputs, where it has them."""
         return self.model.classes
-
-
-def _in_batches(
-    images: Iterable[tuple[npt.NDArray[np.uint8], int]], size: int
-) -> Iterator[tuple[npt.NDArray[np.uint8], list[int]]]:
-    """Images one by one become batches; memory is one batch, however many images there are."""
-    pixels: list[npt.NDArray[np.uint8]] = []
-    ids: list[int] = []
-    for image, class_id in images:
-        pixels.append(image)
-        ids.append(class_id)
-        if len(ids) == size:
-            yield np.stack(pixels), ids
-            pixels, ids = [], []
-    if ids:
-        yield np.stack(pixels), ids
 
 
 _actor = ray.remote(Teacher)

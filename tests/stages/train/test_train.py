@@ -183,7 +183,7 @@ def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["logits", "features"])
 def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
-    """FakeTensorMode carries "cuda" through on a machine without one, and raises where two devices meet."""
+    """FakeTensorMode carries "cuda" through without one; it raises where two devices meet and where a value is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     job = small_job(tmp_path, codec=codec)
@@ -198,6 +198,17 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
         student = trainer._begin(job.rows[0][0], None)
         loss = student.training.loss(np.arange(4), trainer._targets(student))
     assert loss.device.type == "cuda" and loss.shape == ()
+
+
+def test_hard_labels_need_neither_labels_nor_a_teacher(tmp_path: Path) -> None:
+    keys = ("labels.mode=hard", "teacher.path=/nowhere/at/all", "protocol.cutmix=false", "protocol.min_scale=1.0")
+    job = small_job(tmp_path, *keys)
+    (row, facts) = job.rows[0]
+    row = dataclasses.replace(row, labels=None)
+    artifact = Artifact(job.run / row.folder, "train")
+    Trainer(job, ONE).one_row(row, artifact, facts, None)
+    losses = [json.loads(line)["train_loss"] for line in job.run.read(f"{row.folder}/metrics.jsonl").splitlines()]
+    assert not artifact.require()["diverged"] and losses[-1] < losses[0]
 
 
 # Students that diverge
