@@ -24,7 +24,7 @@ from ddoq_ray.core.rng import philox
 from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_order
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier
-from ddoq_ray.models.labelling import for_teacher
+from ddoq_ray.models.ensemble import Teacher, for_teacher
 
 # Of views float32 [b, 3, S, S] and the images int64 [b] that they are of: the teacher's logits float32 [b, C].
 Targets = Callable[[Tensor, Int64], Tensor]
@@ -159,7 +159,7 @@ def build_student(config: StudentConfig, outputs: int, seed: int) -> Classifier:
     return build_classifier(config.arch, outputs, config.image_size, seed=key)
 
 
-def teacher_targets(teacher: Classifier) -> Targets:
+def teacher_targets(teacher: Teacher) -> Targets:
     """The answers of a teacher that looks at the student's own views, for labels that are not stored."""
 
     def targets(pixels: Tensor, _: Int64) -> Tensor:

@@ -47,9 +47,13 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
         ValueError: No codec is as small as `labels.budget` asks for.
     """
     mode, budget = config.labels.mode, config.labels.budget_bytes
-    if mode != "auto":
-        return mode
     outputs, features = networks.teacher_outputs, networks.feature_dim
+    if mode != "auto":
+        if mode not in (*codec_sizes(outputs, features), "online"):
+            raise ValueError(
+                f"labels.mode={mode}: the teachers of an ensemble share no linear head; use logits or logits_int8"
+            )
+        return mode
     labels = images * config.protocol.epochs_for(images)
     try:
         return choose_codec(outputs, features, None if budget is None else budget / labels)
@@ -90,6 +94,8 @@ class Label(Step):
         size = config.student.image_size
         # A crop's pixels are those of the picture it is cut from; pictures of unlike sizes are kept at this one.
         views["stored"] = config.protocol.stored_side(size)
+        if len(config.teacher.paths) > 1:
+            views["temperature"] = config.protocol.temperature  # at which an ensemble's probabilities are taken
         files = {"mb": config.labels.file_mb, "labels": config.labels.file_labels}
         return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch, FILES: files}
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch: only in the worker
     from torch import Tensor
 
     from ddoq_ray.models.classifiers import Classifier
+    from ddoq_ray.models.ensemble import Teacher
     from ddoq_ray.models.training.student import Targets
 
 # A report with a checkpoint is a barrier that costs about two seconds; a row that is shorter is simply trained again.
@@ -62,7 +63,7 @@ class Trainer:
         self.columns = torch.tensor(job.teacher_index, device=self.device)
         self.sets = Sets(job.run, job.config, len(job.teacher_index), self.device)
         self._labels: tuple[str, SoftLabels] | None = None
-        self.teacher: Classifier | None = None
+        self.teacher: Teacher | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
 
@@ -157,13 +158,13 @@ class Trainer:
             stored = self._labels[1]
             packed = stored.epoch(student.epoch)
             return lambda _, index: stored.decode(packed[index], self.device)
-        from ddoq_ray.models.classifiers import load_classifier
+        from ddoq_ray.models.ensemble import load_teacher
         from ddoq_ray.models.training.student import teacher_targets
 
         if self.teacher is None:
-            path = self.config.teacher.path
-            assert path is not None, "a student has no stored labels, and there is no teacher"
-            self.teacher = load_classifier(path, self.device)
+            paths = self.config.teacher.paths
+            assert paths, "a student has no stored labels, and there is no teacher"
+            self.teacher = load_teacher(paths, self.device, self.protocol.temperature)
         return teacher_targets(self.teacher)
 
     def _student(self, seed: int) -> Classifier:
