@@ -5,6 +5,7 @@ Shapes: N images of the set, n of them, C outputs.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.labels import codec_class, make_codec
+from ddoq_ray.core.views.params import ViewSpec, view_params
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
@@ -94,6 +96,32 @@ class SoftLabels:
         _, codec, head = self._decoder
         with torch.no_grad():
             return codec.decode(packed, head, device=device)
+
+
+def views_of(manifest: Mapping[str, Any]) -> tuple[ViewSpec, int, tuple[int, int, int]]:
+    """What was labelled: how views look, their seed, and (N, H, W) of the images that they are cut from."""
+    told = dict(manifest["views"])
+    seed, (images, height, width) = told.pop("seed"), told.pop("stored")
+    return ViewSpec(**told | {"ratio": tuple(told["ratio"])}), seed, (images, height, width)
+
+
+def check_views(store: LabelStore) -> None:
+    """Draw the views of an epoch again, and refuse labels of others.
+
+    Raises:
+        ValueError: They are not those that were labelled, as with another version of this project or of SciPy.
+    """
+    spec, seed, stored = views_of(store.manifest)
+    opened = store.open(store.grid.file(0))
+    digest = hashlib.sha256()
+    for first, end in store.grid.groups(opened.file):
+        digest.update(view_params(spec, seed, opened.file.first_epoch, np.arange(first, end), stored).packed())
+    if digest.hexdigest() != opened.record.views[0]:
+        raise ValueError(
+            f"{store.folder.uri} holds labels of other views than are drawn now: they were made by another version "
+            "(core/views/params.py, or SciPy with CutMix). Use that one, or label anew (stages=[label], "
+            "overwrite=true)"
+        )
 
 
 def decoder(labels: Folder, manifest: Mapping[str, Any], device: Any = None) -> tuple[Any, Any]:
