@@ -112,7 +112,7 @@ _RULES: tuple[Rule, ...] = (
     ("labels.budget", lambda c: c.labels.mode != "auto", _fixed("labels.mode names the codec")),
     *(
         (f"labels.{key}", lambda c: c.labels.mode == "online", _fixed("labels.mode=online stores no labels"))
-        for key in ("workers", "file_mb", "file_labels")
+        for key in ("workers", "epochs", "file_mb", "file_labels")
     ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),

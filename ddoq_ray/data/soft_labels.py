@@ -50,7 +50,8 @@ class SoftLabels:
     """The labels of one image set.
 
     Labels of an epoch, indexed by images int64 [n], are uint8 [n, nbytes]: an array while they are small, else an
-    `EpochFile`. Beside the epoch that is asked for, the next one is read; small ones are kept.
+    `EpochFile`. Beside the epoch that is asked for, the next one is read, after the last the first (for a training that
+    sees them again); small ones are kept.
 
     Attributes:
         store: Where they are.
@@ -71,7 +72,7 @@ class SoftLabels:
         """
         grid = self.store.grid
         kept = max(2, KEPT_BYTES // max(1, grid.images * grid.nbytes))
-        wanted = [e for e in (epoch, epoch + 1) if e == epoch or e < grid.epochs]
+        wanted = [epoch, (epoch + 1) % grid.epochs]
         for old in [e for e in self._read if e not in wanted][: max(0, len({*self._read, *wanted}) - kept)]:
             del self._read[old]
         for e in wanted:

@@ -68,6 +68,8 @@ class StudentTraining:
         seed: Of the student: its order of images and its random layers.
         view_seed: Of the views, which all students share.
         epoch: Epochs that are finished.
+        view_epochs: Epochs that have views of their own, since labels are stored for no more; later ones see these
+            again. None: all.
     """
 
     model: Classifier
@@ -80,6 +82,7 @@ class StudentTraining:
     view_seed: int
     ranks: Ranks = field(default_factory=Alone)
     epoch: int = 0
+    view_epochs: int | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.protocol, self.model)
@@ -130,7 +133,8 @@ class StudentTraining:
         """
         mine = share(batch, self.ranks.rank, self.ranks.world)
         looked_at = mine if len(mine) else batch[:1].repeat(2)
-        pixels, _, _ = batch_views(self.images, looked_at, self.spec, self.view_seed, self.epoch)
+        seen = self.epoch if self.view_epochs is None else self.epoch % self.view_epochs
+        pixels, _, _ = batch_views(self.images, looked_at, self.spec, self.view_seed, seen)
         logits: Tensor = self.wrapped(pixels)
         if not len(mine):  # it has no image, but DDP's collectives want its (zero) gradients
             return logits.sum() * 0.0

@@ -156,7 +156,8 @@ class Trainer:
             if self._labels is None or self._labels[0] != labels:
                 self._labels = (labels, SoftLabels(self.job.run / labels))
             stored = self._labels[1]
-            packed = stored.epoch(student.epoch)
+            student.training.view_epochs = stored.store.grid.epochs
+            packed = stored.epoch(student.epoch % stored.store.grid.epochs)
             return lambda _, index: stored.decode(packed[index], self.device)
         from ddoq_ray.models.ensemble import load_teacher
         from ddoq_ray.models.training.student import teacher_targets
