@@ -102,4 +102,6 @@ def image_jobs(run_dir: Folder, folder: str, shard_images: int, identity: str = 
 
 def judge_of(config: RunConfig) -> str | None:
     """The path of the classifier that chooses among candidates; None where there is one image of each centroid."""
-    return (config.synthesizer.judge or config.teacher.path) if config.synthesizer.candidates > 1 else None
+    if config.synthesizer.candidates == 1:
+        return None
+    return config.synthesizer.judge or next(iter(config.teacher.paths), None)
