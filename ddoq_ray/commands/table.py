@@ -220,6 +220,15 @@ COMMANDS = (
         goes_on=False,
         place="out",
     ),
+    Command(
+        name="import-teacher",
+        words="a classifier that others trained (CIFAR ResNets, torchvision's, timm's) as a teacher",
+        config="ddoq_ray.config.importing:ImportTeacherConfig",
+        main="ddoq_ray.commands.import_teacher:main",
+        use="ddoq-ray import-teacher source=FILE arch=NAME image_size=SIDE out=FOLDER key=value ...",
+        goes_on=False,
+        place="out",
+    ),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ddoq_ray.commands.data_parallel import Train
 from ddoq_ray.commands.training import classifiers, train
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.network_training import DIGITS_SIDE, TrainPriorConfig
 from ddoq_ray.config.presets import BROUGHT
 from ddoq_ray.models.priors.base import PUBLISHED_GUIDANCE
+from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.prior import train_prior
+from ddoq_ray.models.training.ranks import Ranks
 
 
 def main(command: TrainPriorConfig) -> None:
@@ -18,8 +21,18 @@ def main(command: TrainPriorConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
+    train(command, "train-prior", prepared)
+
+
+def prepared(command: TrainPriorConfig) -> Train:
+    """What trains it."""
     seen_by = classifiers(command.perceptual, command.judge)
-    train(command, train_prior, "train-prior", seen_by=seen_by, run_by=run_by(command))
+    out = Destination(command.out, overwrite=command.overwrite, run_by=run_by(command))
+
+    def trained(data: TrainingSet, ranks: Ranks, on_progress: Progress) -> dict[str, Any]:
+        return train_prior(data, out, command.training, seen_by=seen_by, ranks=ranks, on_progress=on_progress)
+
+    return trained
 
 
 def run_by(command: TrainPriorConfig) -> dict[str, Any]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ddoq_ray.commands.data_parallel import Train
 from ddoq_ray.commands.training import train
 from ddoq_ray.config.network_training import TrainTeacherConfig
+from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
+from ddoq_ray.models.training.ranks import Ranks
 from ddoq_ray.models.training.teacher import train_teacher
 
 
@@ -13,4 +18,14 @@ def main(command: TrainTeacherConfig) -> None:
     Raises:
         ValueError: For bad data, or a folder in the way.
     """
-    train(command, train_teacher, "train-teacher")
+    train(command, "train-teacher", prepared)
+
+
+def prepared(command: TrainTeacherConfig) -> Train:
+    """What trains it."""
+    out = Destination(command.out, overwrite=command.overwrite)
+
+    def trained(data: TrainingSet, ranks: Ranks, on_progress: Progress) -> dict[str, Any]:
+        return train_teacher(data, out, command.training, device=ranks.device, on_progress=on_progress)
+
+    return trained

@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from ddoq_ray.commands.training_images import training_images
-from ddoq_ray.config.network_training import TrainPriorConfig, TrainTeacherConfig, TuneDecoderConfig
+from ddoq_ray.commands.data_parallel import Job, Train, train_on_workers
+from ddoq_ray.commands.training_images import read_images
+from ddoq_ray.config.network_training import ParallelCommand, TrainingCommand
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.folders import check_free
 from ddoq_ray.models.training.checkpoints import training_folder
-from ddoq_ray.models.training.data import Destination
+from ddoq_ray.models.training.ranks import Alone
 from ddoq_ray.models.training.seen_by import Classifiers
 
 
@@ -22,30 +23,29 @@ def classifiers(perceptual: str | None, judge: str | None) -> Classifiers:
     return Classifiers(*(None if path is None else load_classifier(path) for path in (perceptual, judge)))
 
 
-def train(
-    command: TrainPriorConfig | TrainTeacherConfig | TuneDecoderConfig,
-    function: Callable[..., dict[str, Any]],
-    name: str,
-    **options: Any,
-) -> None:
-    """Read the images and train with `function` (train_prior, tune_decoder or train_teacher), showing progress.
+def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train]) -> None:
+    """Read the images and train, showing progress.
 
     Args:
-        command: with its `training`.
-        function: takes a TrainingSet, a Destination, `command.training`, device and on_progress.
+        command: its keys.
         name: of the command, for lines.
-        options: what else the function takes; `run_by` goes to the Destination.
+        prepare: loads what the command needs beside the images, and gives what trains. A function of a module: each
+            worker calls it.
     """
     import torch
 
     check_lasting(command.out, "out")
     check_free(command.out, overwrite=command.overwrite)
     torch.set_num_threads(command.threads)
-    data = training_images(command)
-    out = Destination(command.out, overwrite=command.overwrite, run_by=options.pop("run_by", {}))
+    trained = prepare(command)
+    read = read_images(command)
+    data = read.open()
     say(f"{name} {len(data.images):,} images of {len(data.classes)} classes at {command.side} px")
     with StepBars() as bars:
-        facts = function(data, out, command.training, device=command.device, on_progress=bars, **options)
+        if isinstance(command, ParallelCommand) and command.workers > 1:
+            facts = train_on_workers(name, Job(prepare, command, read), bars)
+        else:
+            facts = trained(data, Alone(command.device), bars)
     shutil.rmtree(training_folder(command.out), ignore_errors=True)
     say(f"{name} {command.out}: {facts}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,10 +32,43 @@ PREPARE_FIRST = (
 )
 
 
-def training_images(command: TrainingCommand) -> TrainingSet:
+@dataclass(frozen=True)
+class ReadImages:
+    """Images that were read: small and picklable.
+
+    Attributes:
+        classes: names in label order.
+        train, held_out: their files.
+    """
+
+    classes: list[str]
+    train: ImageFile
+    held_out: ImageFile | None
+
+    def open(self) -> TrainingSet:
+        """The images, mapped.
+
+        Raises:
+            ValueError: They are not to be seen from here.
+        """
+        train, held_out = _opened(self.train), None if self.held_out is None else _opened(self.held_out)
+        return TrainingSet.mapped(train, self.classes, held_out)
+
+
+def _opened(file: ImageFile) -> Images:
+    images = file.open()
+    if images is None:
+        raise ValueError(
+            f"{file.pixels} is not to be seen from the node {platform.node()}: with several workers `out` must be on a "
+            "disk that every node sees"
+        )
+    return images
+
+
+def read_images(command: TrainingCommand) -> ReadImages:
     """Training images, and held-out ones where there are some: the digits' selection split, or dataset.val_path.
 
-    They lie in files in the training's folder; those that a stopped training left there are not read again.
+    They go to files in the training's folder; those that a stopped training left there are not read again.
 
     Raises:
         ValueError: The data is missing, empty, or has no sample that can be used; or a stopped training of other
@@ -48,7 +83,7 @@ def training_images(command: TrainingCommand) -> TrainingSet:
             _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side))
             for name in ("train", "selection")
         )
-        return TrainingSet.mapped(train, list(DIGIT_NAMES), held_out)
+        return ReadImages(list(DIGIT_NAMES), train, held_out)
     try:
         shards = list_shards(dataset.path)
     except ValueError as error:
@@ -63,12 +98,12 @@ def training_images(command: TrainingCommand) -> TrainingSet:
     if dataset.val_path is not None:
         val_shards = list_shards(dataset.val_path, key="dataset.val_path")
         held = _of_shards(command, "selection", val_shards, len(classes), "dataset.val_path")
-    return TrainingSet.mapped(train, [c.name for c in classes], held)
+    return ReadImages([c.name for c in classes], train, held)
 
 
 def _in_file(
     command: TrainingCommand, name: str, source: Mapping[str, Any], pictures: Callable[[], Pictures]
-) -> Images:
+) -> ImageFile:
     folder = training_folder(command.out)
     file = ImageFile(folder / IMAGES / name, {**source, "side": command.side, "resize": command.resize})
     if name == "train" and (folder / CHECKPOINT).exists() and file.of_another_source() and not command.overwrite:
@@ -76,12 +111,9 @@ def _in_file(
             f"{folder} holds an unfinished training of other images (its dataset keys, image_size or resize differ, or "
             "a shard has changed); give the settings it was begun with to go on, or overwrite=true to begin anew"
         )
-    if (there := file.open()) is not None:
-        return there
-    file.write(pictures(), command.side)
-    made = file.open()
-    assert made is not None, "a source without images is refused"
-    return made
+    if file.open() is None:
+        file.write(pictures(), command.side)
+    return file
 
 
 def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Pictures:
@@ -89,7 +121,7 @@ def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Pictures:
         yield int(class_id), to_square(Image.fromarray(image).convert("RGB"), size).transpose(2, 0, 1)
 
 
-def _of_shards(command: TrainingCommand, name: str, shards: list[str], num_classes: int, key: str) -> Images:
+def _of_shards(command: TrainingCommand, name: str, shards: list[str], num_classes: int, key: str) -> ImageFile:
     # Of a store's shards names must do: asking for thousands of sizes takes minutes.
     sizes = [os.path.getsize(shard) if os.path.exists(shard) else None for shard in shards]
     source = {"shards": shards, "bytes": sizes, "classes": num_classes}

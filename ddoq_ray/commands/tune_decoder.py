@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ddoq_ray.commands.data_parallel import Train
 from ddoq_ray.commands.training import classifiers, train
 from ddoq_ray.config.network_training import TuneDecoderConfig
+from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.decoder import Tuned, tune_decoder
+from ddoq_ray.models.training.ranks import Ranks
 
 
 def main(command: TuneDecoderConfig) -> None:
@@ -13,5 +18,15 @@ def main(command: TuneDecoderConfig) -> None:
     Raises:
         ValueError: For bad data, a prior of another kind, or a folder in the way.
     """
-    seen_by = classifiers(command.perceptual, command.judge)
-    train(command, tune_decoder, "tune-decoder", source=Tuned(command.source, seen_by))
+    train(command, "tune-decoder", prepared)
+
+
+def prepared(command: TuneDecoderConfig) -> Train:
+    """What tunes it."""
+    source = Tuned(command.source, classifiers(command.perceptual, command.judge))
+    out = Destination(command.out, overwrite=command.overwrite)
+
+    def tuned(data: TrainingSet, ranks: Ranks, on_progress: Progress) -> dict[str, Any]:
+        return tune_decoder(data, out, command.training, source=source, ranks=ranks, on_progress=on_progress)
+
+    return tuned

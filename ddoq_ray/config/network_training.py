@@ -56,6 +56,7 @@ class PriorTraining:
     )
     autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
     samples_every: int = option(
         1000, "steps of the denoiser between pictures of samples, on the page samples.html in OUT.training; 0 = none"
@@ -129,6 +130,7 @@ class DecoderTuning:
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a stopped tuning goes on")
 
     def __post_init__(self) -> None:
@@ -154,6 +156,16 @@ class TeacherTraining:
     min_scale: float = option(0.5, "smallest crop area of a view")
     flip: bool = option(True, "flip views left to right at random")
     cutmix: bool = option(False, "paste a box of another image's view into each view")
+    mixup: float = option(0.0, "alpha of MixUp, which mixes each view with another one of its batch; 0 = none")
+    augment: str = option(
+        "none", "torchvision's augmentation of each image before its view: randaugment, trivialaugment"
+    )
+    ema: float = option(0.0, "decay of the averaged weights, which are the ones saved; 0 = the last ones")
+    minutes: float | None = option(
+        None, "train for this long instead of for a number of epochs; the bytes then depend on the machine's speed"
+    )
+    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    checkpoint_every: int = option(500, "steps between checkpoints, from which a stopped training goes on")
     dtype: str = option("float16", "of the saved weights: float32 or float16")
 
     def __post_init__(self) -> None:
@@ -169,6 +181,23 @@ class TeacherTraining:
         require(
             self.dtype in ("float32", "float16"),
             f"teacher training: dtype must be float32 or float16, got {self.dtype!r}",
+        )
+        require(
+            self.augment in ("none", "randaugment", "trivialaugment"),
+            f"teacher training: augment must be none, randaugment or trivialaugment, got {self.augment!r}",
+        )
+        require(
+            self.precision in ("float32", "bfloat16"),
+            f"teacher training: precision must be float32 or bfloat16, got {self.precision!r}",
+        )
+        require(self.mixup >= 0, f"teacher training: mixup must be 0 or more, got {self.mixup}")
+        require(0 <= self.ema < 1, f"teacher training: ema must lie in [0, 1), got {self.ema}")
+        require(
+            self.minutes is None or self.minutes > 0, f"teacher training: minutes must be positive, got {self.minutes}"
+        )
+        require(
+            self.checkpoint_every >= 1,
+            f"teacher training: checkpoint_every must be positive, got {self.checkpoint_every}",
         )
 
 
@@ -198,7 +227,25 @@ class TrainingCommand:
 
 
 @dataclass(frozen=True)
-class TrainPriorConfig(TrainingCommand):
+class ParallelCommand(TrainingCommand):
+    """The keys of a training that several workers can share."""
+
+    workers: int = option(
+        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
+    )
+    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.workers >= 1, f"workers={self.workers}: expected 1 or more")
+        require(
+            self.workers > 1 or self.address is None,
+            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
+        )
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig(ParallelCommand):
     perceptual: str | None = option(
         None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
@@ -214,7 +261,7 @@ class TrainTeacherConfig(TrainingCommand):
 
 
 @dataclass(frozen=True)
-class TuneDecoderConfig(TrainingCommand):
+class TuneDecoderConfig(ParallelCommand):
     source: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
     perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
     judge: str | None = option(

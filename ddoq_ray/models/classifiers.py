@@ -22,7 +22,7 @@ from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_point
 
 CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_TORCHVISION_PREFIX = "torchvision:"
+TORCHVISION_PREFIX = "torchvision:"
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     Raises:
         ValueError: the folder is missing or incomplete, or its weights do not fit its config.
     """
-    if os.fspath(path).startswith(_TORCHVISION_PREFIX):
-        return _torchvision_classifier(os.fspath(path).removeprefix(_TORCHVISION_PREFIX)).to(device).eval()
+    if os.fspath(path).startswith(TORCHVISION_PREFIX):
+        return _torchvision_classifier(os.fspath(path).removeprefix(TORCHVISION_PREFIX)).to(device).eval()
     folder = resolve_folder(path, "classifier")
     config = read_json(folder / CONFIG_JSON, "classifier")
     absent = [key for key in ("arch", "num_classes", "image_size", "mean", "std") if key not in config]
@@ -200,7 +200,7 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
             "must not have run; a teacher is of one of the architectures that are known by name"
         )
     check_not_pointers(folder, "classifier")
-    file = _weights_file(folder)
+    file = weights_file(folder)
     model = classifier_of(config)
     tensors = fit_names(read_tensors(file, "classifier"), model.state_dict(), f"classifier: {file}")
     check_finite(tensors, f"classifier: {file}")
@@ -208,7 +208,8 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     return model.to(device).eval()
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """The one file of weights in a folder; a ValueError where there is none, or several."""
     if (folder / WEIGHTS_FILE).is_file():
         return folder / WEIGHTS_FILE
     others = sorted(p for p in folder.glob("*") if p.suffix in ENDINGS)

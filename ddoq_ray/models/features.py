@@ -26,12 +26,12 @@ class FeatureLevels:
     def __init__(self, classifier: Classifier) -> None:
         """Listen to the trunk's parts."""
         self.classifier = classifier.eval().requires_grad_(False)
-        self._maps: list[Tensor] = []
+        self._maps: list[Tensor] | None = None  # while it listens: others look through the classifier, too
         for part in _parts(classifier.trunk):
             part.register_forward_hook(self._keep)
 
     def _keep(self, part: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        if self._maps is not None and isinstance(output, Tensor) and output.ndim == 4:
             self._maps.append(output)
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -46,7 +46,7 @@ class FeatureLevels:
         self._maps = []
         self.classifier.features(images)
         last = {tuple(m.shape[-2:]): m for m in self._maps}
-        self._maps = []
+        self._maps = None
         if not last:
             raise ValueError(f"teacher: {self.classifier.arch} gives no feature maps; give a convolutional classifier")
         return list(last.values())

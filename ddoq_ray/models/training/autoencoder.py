@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.features import FeatureLevels
 from ddoq_ray.models.training.averaging import Average, Resumable
-from ddoq_ray.models.training.course import arithmetic, generator_of
+from ddoq_ray.models.training.course import arithmetic, compiled, generator_of
+from ddoq_ray.models.training.ranks import Part
 
 
 class AutoencoderTraining(Resumable):
@@ -34,7 +35,7 @@ class AutoencoderTraining(Resumable):
         *,
         decoder_only: bool = False,
     ) -> None:
-        """Take a network, where it is."""
+        """Take a network, where it is; each rank has a copy."""
         self.network, self.config, self.teacher = network, config, teacher
         self.device = next(network.parameters()).device
         if config.precision == "bfloat16":
@@ -46,38 +47,42 @@ class AutoencoderTraining(Resumable):
         self.trained.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99))
         self.average = Average(self.trained, config.autoencoder_ema)
+        self._encode, self._decode = compiled((network.encode, network.decode), config.compile)
 
-    def step(self, pixels: Tensor, step: int, rate: float) -> dict[str, float]:
+    def step(self, pixels: Tensor, step: int, rate: float, part: Part) -> dict[str, float]:
         """One step.
 
         Args:
-            pixels: float32 [B, 3, S, S] in [-1, 1].
+            pixels: float32 [B, 3, S, S] in [-1, 1], this rank's part of the batch.
             step: its number, which keys the noise.
             rate: the learning rate.
+            part: which one it is.
 
         Returns:
-            The loss and its parts: mse (in [-1, 1]'s scale), kl (nats a latent value), features (relative).
+            The loss over the batch and its parts: mse (in [-1, 1]'s scale), kl (nats a latent value), features
+            (relative).
         """
         generator = generator_of(self.config.seed, "autoencoder", step)
-        x = mirrored(pixels, generator) if self.config.flip else pixels
+        x = mirrored(pixels, generator, part) if self.config.flip else pixels
         with arithmetic(self.device, self.config.precision):
-            posterior = self.network.encode(x).latent_dist
+            posterior = self._encode(x).latent_dist
             mean, variance = posterior.mean.float(), posterior.var.float()
             z = mean  # a decoder alone is tuned on what it will be given: latents without the posterior's noise
             if not self.decoder_only:
                 # Noise from the CPU's generator: the same numbers on every device.
-                z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator).to(self.device)
-            output = self.network.decode(z).sample
-            parts = {"mse": F.mse_loss(output.float(), x)}
+                noise = part.of(torch.randn((part.size, *mean.shape[1:]), generator=generator))
+                z = mean + variance.sqrt() * noise.to(self.device)
+            output = self._decode(z).sample
+            terms = {"mse": F.mse_loss(output.float(), x)}
             if not self.decoder_only:
-                parts["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
+                terms["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
             if self.teacher is not None:
-                parts["features"] = self.teacher.distance(output / 2 + 0.5, x / 2 + 0.5)
+                terms["features"] = self.teacher.distance(output / 2 + 0.5, x / 2 + 0.5)
         weights = {"mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight}
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        descend(loss, self.optimizer, rate)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        descend(loss, self.optimizer, rate, part)
         self.average.update(step)
-        return {"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}}
+        return part.told({"loss": loss, **terms})
 
     def finish(self) -> AutoencoderKL:
         """The network with its averaged weights, in eval mode."""
@@ -102,16 +107,18 @@ def build_autoencoder(size: int, config: PriorTraining) -> AutoencoderKL:
     )
 
 
-def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
+def mirrored(x: Tensor, generator: torch.Generator, part: Part) -> Tensor:
     """x [B, 3, S, S], about half of the images left to right."""
-    chosen = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
+    chosen = part.of(torch.rand(part.size, generator=generator) < 0.5).to(x.device)
     return torch.where(chosen[:, None, None, None], x.flip(-1), x)
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One optimizer step at a learning rate, gradients cut to norm 1."""
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, part: Part) -> None:
+    """One optimizer step on a loss that is a mean over a rank's part, gradients of the batch cut to norm 1."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss * part.share).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    part.ranks.add_up([p.grad for p in parameters if p.grad is not None])
     for group in optimizer.param_groups:
         group["lr"] = rate
         nn.utils.clip_grad_norm_(group["params"], 1.0)

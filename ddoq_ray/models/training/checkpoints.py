@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ddoq_ray.models.training.ranks import Ranks
 
 CHECKPOINT = "checkpoint.pt"
 IMAGES = "images"  # in a training's folder: what it reads images into
@@ -16,6 +19,20 @@ IMAGES = "images"  # in a training's folder: what it reads images into
 def training_folder(out: str | os.PathLike[str]) -> Path:
     """What a training keeps until `out` is published."""
     return Path(f"{os.fspath(out).rstrip('/')}.training")
+
+
+def options(config: Any) -> dict[str, Any]:
+    """Keys and values of a training's configuration, as its identity holds them."""
+    values = asdict(config)
+    if not values["compile"]:  # what was begun before there was this key goes on
+        del values["compile"]
+    return values
+
+
+def machine(ranks: Ranks) -> dict[str, Any]:
+    """What else the bytes of a training follow from."""
+    several = {"workers": ranks.world} if ranks.world > 1 else {}
+    return {"device": torch.device(ranks.device).type, "threads": torch.get_num_threads(), **several}
 
 
 class Checkpoints:
@@ -51,9 +68,7 @@ class Checkpoints:
                     f"{self.folder} holds an unfinished training with other settings ({', '.join(sorted(keys))} "
                     "differ); give the settings it was begun with to go on, or overwrite=true to begin anew"
                 )
-            for entry in self.folder.iterdir():
-                if entry.name != IMAGES:  # they follow from the data alone, and were looked at before
-                    entry.unlink()
+            self._clear()
         self.folder.mkdir(parents=True, exist_ok=True)
         return None
 
@@ -65,5 +80,12 @@ class Checkpoints:
         os.replace(work, file)
 
     def remove(self) -> None:
-        """Nothing is kept of a training that is published."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Nothing is kept of a training that is published, but what others have put into its folder."""
+        self._clear()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.is_file():  # images, in a folder of their own, follow from the data alone
+                entry.unlink()

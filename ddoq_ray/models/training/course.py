@@ -7,7 +7,7 @@ stopped and taken up again sees what an undisturbed one sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +20,8 @@ import torch
 
 from ddoq_ray.core.rng import philox
 
+WARM_UP = 0.05  # share of a course
+
 
 @dataclass
 class Course:
@@ -30,12 +32,14 @@ class Course:
         seconds: that it takes, whatever number of steps that makes; then the bytes depend on the machine's speed.
         done: steps made.
         spent: seconds in which they were made.
+        agree: gives all ranks of a training by time the seconds of one clock.
     """
 
     steps: int
     seconds: float | None = None
     done: int = 0
     spent: float = 0.0
+    agree: Callable[[float], float] = lambda spent: spent
 
     @property
     def fraction(self) -> float:
@@ -56,12 +60,13 @@ class Course:
             begun = monotonic()
             yield self.done
             self.done += 1
-            self.spent += monotonic() - begun
+            spent = self.spent + monotonic() - begun
+            self.spent = spent if self.seconds is None else self.agree(spent)
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "spent": self.spent}
 
-    def rate(self, peak: float, warm_up: float = 0.05) -> float:
+    def rate(self, peak: float, warm_up: float = WARM_UP) -> float:
         """The learning rate now: up to `peak` by half a cosine over the share `warm_up`, then down to zero by another.
 
         By steps it is the rate of the step's middle, so that the last one is not zero.
@@ -112,23 +117,20 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def batches(n: int, batch: int, steps: int, generator: torch.Generator) -> Any:
-    """`steps` index batches from endless shuffled passes over n rows; never smaller than min(n, batch)."""
-    batch = min(n, batch)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:batch]
-        order = order[batch:]
+def compiled(functions: Sequence[Callable[..., Any]], wanted: bool) -> tuple[Callable[..., Any], ...]:
+    """Functions through torch.compile, where that is wanted; the networks that they belong to stay as they are.
 
-
-def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, *, warm_up: float) -> Any:
-    """A cosine up to `lr` over the share `warm_up` of the steps, then down to about zero; momentum stays.
-
-    OneCycleLR divides by zero where the warm-up is exactly one step (20 steps at 0.05), so it is a little longer there.
+    Raises:
+        ValueError: It does not work here.
     """
-    share = 1.5 * warm_up if warm_up * steps == 1.0 else warm_up
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=share, cycle_momentum=False
-    )
+    if not wanted:
+        return tuple(functions)
+    try:  # what fails in the middle of a network would say less
+        torch.compile(torch.neg)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"training.compile=true: torch.compile does not work here ({type(error).__name__}: {first}). On a CPU it "
+            "needs a C++ compiler, on a GPU Triton; leave the key out"
+        ) from error
+    return tuple(torch.compile(function, dynamic=False) for function in functions)

@@ -6,7 +6,7 @@ Shape suffixes: N images, B batch, S image size.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from ddoq_ray.models.folders import check_free, published_folder, read_json, res
 from ddoq_ray.models.priors.class_conditional import PRIOR_JSON
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.training.autoencoder import AutoencoderTraining
-from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.checkpoints import Checkpoints, machine, options
 from ddoq_ray.models.training.course import Passes
 from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.phases import Phases
 from ddoq_ray.models.training.pictures import Pictures
+from ddoq_ray.models.training.ranks import Alone, Part, Ranks, check_parts
 from ddoq_ray.models.training.seen_by import Classifiers
 
 
@@ -36,7 +37,7 @@ def tune_decoder(
     config: DecoderTuning,
     *,
     source: Tuned,
-    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Publish a copy of a prior whose decoder keeps what a classifier sees.
@@ -46,18 +47,20 @@ def tune_decoder(
         out: the folder. A stopped tuning is kept in `<folder>.training`, and goes on from there.
         config: see `DecoderTuning`.
         source: the prior, and the classifiers.
-        device: where to train.
+        ranks: who tunes it, and where: this process alone, or every rank by a call of its own.
         on_progress: called with ("decoder", step, steps, loss) now and then.
 
     Returns:
         What the copy's ddoq_prior.json records under "tuned": settings, losses, and what the judge sees before and
-        after.
+        after. Rank 0 alone publishes; the others give nothing.
 
     Raises:
         ValueError: images of another size, a prior of another kind, no classifier, or an existing folder.
     """
+    ranks = ranks or Alone()
     check_free(out.folder, overwrite=out.overwrite)
     data.check()
+    check_parts(len(data.images), config.batch, ranks.world, "training.batch")
     folder, prior, seen_by = resolve_folder(source.prior, "prior"), load_prior(source.prior), source.seen_by
     if seen_by.perceptual is None:
         raise ValueError("tune-decoder: expected perceptual=CLASSIFIER, whose features the decoder is to keep")
@@ -65,17 +68,20 @@ def tune_decoder(
         raise ValueError(
             f"tune-decoder: the prior makes images of {prior.image_size} px, and image_size={data.images.shape[-1]}"
         )
-    vae = cast(_autoencoder(folder), torch.device(device), torch.float32)
+    vae = cast(_autoencoder(folder), torch.device(ranks.device), torch.float32)
     order, digest = data.order()
     identity = {
-        "options": asdict(config), "data": digest, "prior": prior.id, "perceptual": seen_by.perceptual.id,
+        "options": options(config), "data": digest, "prior": prior.id, "perceptual": seen_by.perceptual.id,
         "torch": str(torch.__version__), "diffusers": str(diffusers.__version__),
-        "device": torch.device(device).type, "threads": torch.get_num_threads(),
+        **machine(ranks),
     }  # fmt: skip
-    before = seen_by.judged_autoencoder(prior.autoencoder, data)
-    phases = Phases(Checkpoints(out.folder, identity, overwrite=out.overwrite), config.checkpoint_every, on_progress)
+    before = seen_by.judged_autoencoder(prior.autoencoder, data) if ranks.rank == 0 else {}
+    checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
+    phases = Phases(checkpoints, config.checkpoint_every, on_progress, ranks)
     phases.open()
     tuned = _train(vae, Pictures(data.images, data.class_ids, order), config, seen_by.perceptual, phases)
+    if ranks.rank:
+        return {}
     record = {**identity, **phases.facts, "before": before, **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)
@@ -104,14 +110,16 @@ def _train(
 ) -> AutoencoderKL:
     rules = PriorTraining(
         seed=config.seed, flip=config.flip, precision=config.precision, feature_weight=config.feature_weight,
-        autoencoder_ema=config.ema,
+        autoencoder_ema=config.ema, compile=config.compile,
     )  # fmt: skip
     device = next(vae.parameters()).device
     training = AutoencoderTraining(vae, rules, FeatureLevels(perceptual.to(device)), decoder_only=True)
     passes = Passes(len(pictures), config.batch, (config.seed, "decoder"))
 
     def step(number: int, rate: float) -> dict[str, float]:
-        return training.step(pictures.pixels(passes.rows(number), device), number, rate)
+        rows = passes.rows(number)
+        part = Part(len(rows), phases.ranks)
+        return training.step(pictures.pixels(part.of(rows), device), number, rate, part)
 
     seconds = None if config.minutes is None else 60 * config.minutes
     phases.run("decoder", training, step, phases.course("decoder", config.steps, seconds), config.lr)

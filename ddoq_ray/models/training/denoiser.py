@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.training.autoencoder import descend
 from ddoq_ray.models.training.averaging import Average, Resumable
-from ddoq_ray.models.training.course import arithmetic, generator_of
+from ddoq_ray.models.training.course import arithmetic, compiled, generator_of
+from ddoq_ray.models.training.ranks import Part
 
 # diffusers' classes have no types: a UNet2DModel or a DiTTransformer2DModel.
 Denoiser: TypeAlias = nn.Module
@@ -29,7 +30,7 @@ class DenoiserTraining(Resumable):
     """
 
     def __init__(self, network: Denoiser, num_classes: int, config: PriorTraining) -> None:
-        """Take a network, where it is."""
+        """Take a network, where it is; each rank has a copy."""
         self.network, self.num_classes, self.config = network, num_classes, config
         self.device = next(network.parameters()).device
         # Stays in eval mode: diffusers' DiT drops labels by itself while training, in each block apart and from the
@@ -38,24 +39,26 @@ class DenoiserTraining(Resumable):
         self.scheduler = scheduler_of(config)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99))
         self.average = Average(network, config.ema)
+        (self._predict,) = compiled((network,), config.compile)
 
-    def step(self, latents: Tensor, labels: Tensor, step: int, rate: float) -> dict[str, float]:
+    def step(self, latents: Tensor, labels: Tensor, step: int, rate: float, part: Part) -> dict[str, float]:
         """One step.
 
         Args:
-            latents: float32 [B, C, h, w] of about unit deviation.
+            latents: float32 [B, C, h, w] of about unit deviation, this rank's part of the batch.
             labels: int64 [B], 0 .. num_classes - 1.
             step: its number, which keys noise, times and dropped labels.
             rate: the learning rate.
+            part: which one it is.
 
         Returns:
-            The loss: mse of the prediction, weighted by `min_snr` where that is given.
+            The loss over the batch: mse of the prediction, weighted by `min_snr` where that is given.
         """
         generator = generator_of(self.config.seed, "denoiser", step)
-        z, n = latents, len(latents)
-        noise = torch.randn(z.shape, generator=generator).to(self.device)
-        times = torch.randint(self.scheduler.config["num_train_timesteps"], (n,), generator=generator)
-        dropped = torch.rand(n, generator=generator) < self.config.label_dropout
+        z, n = latents, part.size
+        noise = part.of(torch.randn((n, *z.shape[1:]), generator=generator)).to(self.device)
+        times = part.of(torch.randint(self.scheduler.config["num_train_timesteps"], (n,), generator=generator))
+        dropped = part.of(torch.rand(n, generator=generator)) < self.config.label_dropout
         y = torch.where(dropped.to(self.device), self.num_classes, labels)
         t = times.to(self.device)
         noisy = self.scheduler.add_noise(z, noise, t)
@@ -63,12 +66,12 @@ class DenoiserTraining(Resumable):
         if self.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(z, noise, t)
         with arithmetic(self.device, self.config.precision):
-            output = self.network(noisy, timestep=t, class_labels=y).sample
+            output = self._predict(noisy, timestep=t, class_labels=y).sample
         squared = (output.float() - target).square().flatten(1).mean(1)
         loss = (squared * self._weights(times).to(self.device)).mean()
-        descend(loss, self.optimizer, rate)
+        descend(loss, self.optimizer, rate, part)
         self.average.update(step)
-        return {"loss": float(loss.detach())}
+        return part.told({"loss": loss})
 
     def _weights(self, times: Tensor) -> Tensor:
         """Min-SNR-gamma: min(SNR, gamma) on the clean latent's error (Hang et al., ICCV 2023, arXiv 2303.09556)."""

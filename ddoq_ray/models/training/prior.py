@@ -8,8 +8,10 @@ Shape suffixes: N images, B batch, C latent channels, h w latent size, S image s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from ddoq_ray.models.folders import check_free, published_folder
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
 from ddoq_ray.models.training.autoencoder import AutoencoderTraining, build_autoencoder
-from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.checkpoints import Checkpoints, machine, options
 from ddoq_ray.models.training.course import Course, Passes
 from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
 from ddoq_ray.models.training.denoiser import Denoiser, DenoiserTraining, build_denoiser, scheduler_of
 from ddoq_ray.models.training.phases import Phases
 from ddoq_ray.models.training.pictures import Pictures
+from ddoq_ray.models.training.ranks import Alone, Part, Ranks, check_parts
 from ddoq_ray.models.training.samples import draw, grid
 from ddoq_ray.models.training.seen_by import Classifiers
 
@@ -45,7 +48,7 @@ def train_prior(
     config: PriorTraining | None = None,
     *,
     seen_by: Classifiers | None = None,
-    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a prior and publish it as a folder, which `load_prior` reads.
@@ -55,35 +58,39 @@ def train_prior(
         out: the folder. A stopped training is kept in `<folder>.training`, and goes on from there.
         config: see `PriorTraining`.
         seen_by: classifiers of such images.
-        device: where to train.
+        ranks: who trains it, and where: this process alone, or every rank by a call of its own.
         on_progress: called with (phase, step, steps, loss) now and then; phases "autoencoder" and "denoiser".
 
     Returns:
         What ddoq_prior.json records under "training": the configuration, versions, final losses and, with classifiers,
-        what they see in its images.
+        what they see in its images. Rank 0 alone publishes; the others give nothing.
 
     Raises:
         ValueError: images and labels that do not fit, an existing folder, or a stopped training of other settings.
     """
-    config, seen_by = config or PriorTraining(), seen_by or Classifiers()
+    config, seen_by, ranks = config or PriorTraining(), seen_by or Classifiers(), ranks or Alone()
     check_free(out.folder, overwrite=out.overwrite)
     data.check()
     size = data.images.shape[-1]
     factor = 2 ** (len(config.autoencoder_widths) - 1)
     if size % factor:
         raise ValueError(f"prior training: images of {size} px are not divisible by {factor} (autoencoder_widths)")
+    for key in ("autoencoder_batch", "denoiser_batch"):
+        check_parts(len(data.images), getattr(config, key), ranks.world, f"training.{key}")
     order, digest = data.order()
-    identity = _identity(config, data, digest, seen_by.perceptual, torch.device(device))
+    identity = _identity(config, data, digest, seen_by.perceptual, ranks)
     checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
-    phases = Phases(checkpoints, config.checkpoint_every, on_progress)
+    phases = Phases(checkpoints, config.checkpoint_every, on_progress, ranks)
     phases.open()
     pictures = Pictures(data.images, data.class_ids, order)
-    training = _Training(pictures, config, torch.device(device), phases)
-    levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(device))
+    training = _Training(pictures, config, ranks, phases)
+    levels = None if seen_by.perceptual is None else FeatureLevels(seen_by.perceptual.to(training.device))
     vae = training.autoencoder(size, levels)
     denoiser = training.denoiser(vae, data.classes)
+    if ranks.rank:
+        return {}
     prior = ClassConditionalPrior(
-        vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=device)
+        vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=training.device)
     )
     record = {**identity, "images": len(data.images), **phases.facts, **seen_by.judged(prior, data), **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
@@ -94,26 +101,26 @@ def train_prior(
 
 
 def _identity(
-    config: PriorTraining, data: TrainingSet, digest: str, perceptual: Classifier | None, device: torch.device
+    config: PriorTraining, data: TrainingSet, digest: str, perceptual: Classifier | None, ranks: Ranks
 ) -> dict[str, Any]:
     """What a training's bytes follow from."""
     return {
-        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
+        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options(config).items()},
         "data": digest,
         "classes": list(data.classes),
         "perceptual": None if perceptual is None else perceptual.id,
         "torch": str(torch.__version__),
         "diffusers": str(diffusers.__version__),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
+        **machine(ranks),
     }
 
 
 class _Training:
     """The two phases of a prior."""
 
-    def __init__(self, data: Pictures, config: PriorTraining, device: torch.device, phases: Phases) -> None:
-        self.data, self.config, self.device, self.phases = data, config, device, phases
+    def __init__(self, data: Pictures, config: PriorTraining, ranks: Ranks, phases: Phases) -> None:
+        self.data, self.config, self.ranks, self.phases = data, config, ranks, phases
+        self.device = torch.device(ranks.device)
 
     def _course(self, name: str, steps: int, share: float) -> Course:
         minutes = self.config.minutes
@@ -129,7 +136,9 @@ class _Training:
         passes = Passes(len(self.data), config.autoencoder_batch, (config.seed, "autoencoder"))
 
         def step(number: int, rate: float) -> dict[str, float]:
-            return training.step(self.data.pixels(passes.rows(number), self.device), number, rate)
+            rows = passes.rows(number)
+            part = Part(len(rows), self.ranks)
+            return training.step(self.data.pixels(part.of(rows), self.device), number, rate, part)
 
         course = self._course("autoencoder", config.autoencoder_steps, config.autoencoder_share)
         self.phases.run("autoencoder", training, step, course, config.autoencoder_lr)
@@ -151,9 +160,11 @@ class _Training:
         shift, scale = (torch.from_numpy(x).view(1, -1, 1, 1).to(self.device) for x in (mean, std))
 
         def step(number: int, rate: float) -> dict[str, float]:
-            rows = passes.rows(number)
+            batch = passes.rows(number)
+            part = Part(len(batch), self.ranks)
+            rows = part.of(batch)
             z = torch.from_numpy(latents[rows]).to(self.device).float()
-            return training.step((z - shift) / scale, self.data.labels(rows % n, self.device), number, rate)
+            return training.step((z - shift) / scale, self.data.labels(rows % n, self.device), number, rate, part)
 
         def watch(made: int) -> None:
             if config.samples_every and made % config.samples_every == 0:
@@ -168,8 +179,8 @@ class _Training:
     def _latents(self, vae: AutoencoderKL, sides: int) -> tuple[npt.NDArray[np.float16], Any, Any]:
         """(float16 [sides N, C, h, w] in a file, mean, std float32 [C]); encoded once, mirrored ones behind."""
         file, state = self.phases.checkpoints.folder / "latents.npy", self.phases.state
-        if "moments" not in state or not file.exists():
-            moments = write_latents(vae, self.data, sides, file, self.device)
+        if not self.ranks.decide(lambda: "moments" in state and file.exists()):
+            moments = write_latents(vae, self.data, sides, file, self.ranks)
             state["moments"] = [torch.from_numpy(m) for m in moments]
             self.phases.save()
         mean, std = (m.numpy() for m in state["moments"])
@@ -178,27 +189,38 @@ class _Training:
 
 @torch.inference_mode()
 def write_latents(
-    vae: AutoencoderKL, data: Pictures, sides: int, file: Path, device: torch.device
+    vae: AutoencoderKL, data: Pictures, sides: int, file: Path, ranks: Ranks
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Encode all images into the file; their mean and deviation by channel, float32 [C] each."""
-    n, out, total, squares, count = len(data), None, 0.0, 0.0, 0
-    for side in range(sides):
-        for first in range(0, n, _ENCODED_AT_ONCE):
-            places = np.arange(first, min(first + _ENCODED_AT_ONCE, n))
-            x = data.pixels(places, device)
+    """Encode all images into the file, chunks dealt to the ranks; mean and deviation by channel, float32 [C] each."""
+    n, device = len(data), torch.device(ranks.device)
+    chunks = [(side, first) for side in range(sides) for first in range(0, n, _ENCODED_AT_ONCE)]
+    sums = []
+    begin = ranks.decide(lambda: _begin_latents(vae, data, sides * n, file))
+    with open(file, "r+b") as written:
+        for number, (side, first) in list(enumerate(chunks))[ranks.rank :: ranks.world]:
+            x = data.pixels(np.arange(first, min(first + _ENCODED_AT_ONCE, n)), device)
             z = vae.encode(x.flip(-1) if side else x).latent_dist.mode().float().cpu().numpy()
-            if out is None:
-                out = np.lib.format.open_memmap(file, "w+", np.float16, (sides * n, *z.shape[1:]))
-            out[side * n + first : side * n + first + len(z)] = z
+            # Not through a map: of a page that two nodes map, one would write over what the other wrote.
+            written.seek(begin + (side * n + first) * z[0].size * 2)
+            written.write(z.astype("<f2").tobytes())
             z64 = z.astype(np.float64)
-            total = total + z64.sum((0, 2, 3))
-            squares = squares + np.square(z64).sum((0, 2, 3))
-            count += z[:, 0].size
-    assert out is not None, "check_images refuses an empty set"
-    out.flush()
+            sums.append((number, z64.sum((0, 2, 3)), np.square(z64).sum((0, 2, 3)), z[:, 0].size))
+        written.flush()
+        os.fsync(written.fileno())
+    total, squares, count = 0.0, 0.0, 0
+    # In the order of chunks, whoever had them: the same floats on any number of ranks.
+    for _, of_chunk, of_squares, values in sorted(chain(*ranks.gather(sums)), key=itemgetter(0)):
+        total, squares, count = total + of_chunk, squares + of_squares, count + values
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - np.square(mean), 1e-12))
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+def _begin_latents(vae: AutoencoderKL, data: Pictures, rows: int, file: Path) -> int:
+    """An empty file of latents float16 [rows, C, h, w]; where in it they begin."""
+    side = data.images.shape[-1] // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (rows, vae.config["latent_channels"], side, side)
+    return int(np.lib.format.open_memmap(file, "w+", np.float16, shape).offset)
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:

@@ -33,6 +33,7 @@ from ddoq_ray.models.labelling import for_teacher
 from ddoq_ray.models.training.averaging import Average
 from ddoq_ray.models.training.course import arithmetic
 from ddoq_ray.models.training.images import Images, Views, on_device
+from ddoq_ray.models.training.ranks import Alone, Ranks
 
 
 class Targets(Protocol):
@@ -43,30 +44,6 @@ class Targets(Protocol):
         """Whether the answers are shares of classes, which sum to 1 in a row, and the loss is cross-entropy."""
 
     def __call__(self, views: Views) -> Tensor: ...
-
-
-class Ranks(Protocol):
-    """The place of this process among those that train one student together."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world(self) -> int: ...
-
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over the ranks: the same float on each."""
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process trains the student."""
-
-    rank: int = 0
-    world: int = 1
-
-    def mean(self, value: Tensor) -> float:
-        return float(value)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,45 @@
 """Train a classifier on real images, as teacher or as the full-data baseline, in one process.
 
-Teachers label views, so they are trained on the kind of views that `core.views` renders (crop, flip, CutMix).
+Teachers label views, so they are trained on the kind of views that `core.views` renders (crop, flip, CutMix). In memory
+are the images of one step: all others may lie in a file.
 
 Shape suffixes: N images, B batch, C classes, S image size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
 from ddoq_ray.config.network_training import TeacherTraining
+from ddoq_ray.core.rng import philox
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import Classifier, Normalisation, build_classifier, save_classifier
 from ddoq_ray.models.folders import check_free
-from ddoq_ray.models.training.course import batches, one_cycle
+from ddoq_ray.models.training.averaging import Average, Resumable
+from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.course import Passes, arithmetic
 from ddoq_ray.models.training.data import Destination, Progress, TrainingSet
+from ddoq_ray.models.training.phases import Phases
+from ddoq_ray.models.training.ranks import Alone
 
-_REPORT_EVERY = 20
+# Of uint8 [3, S, S]; each draws its own operation, from torch's global generator.
+AUGMENTATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+}
+_WARM_UP = 0.1
+_CHUNK = 1024  # images that are looked at together for their moments
 
 
 def train_teacher(
@@ -39,7 +54,8 @@ def train_teacher(
 
     Args:
         data: what it learns.
-        out: the folder.
+        out: the folder. A stopped training is kept in `<folder>.training`, and goes on from there to the same bytes on
+            one CPU process.
         config: see `TeacherTraining`.
         device: where to train.
         on_progress: called with ("teacher", step, steps, loss) now and then.
@@ -48,23 +64,34 @@ def train_teacher(
         What config.json records under "training".
 
     Raises:
-        ValueError: images and labels that do not fit, or an existing folder.
+        ValueError: images and labels that do not fit, an existing folder, an unfinished training with other settings,
+            or losses that are no numbers.
     """
     config = config or TeacherTraining()
     check_free(out.folder, overwrite=out.overwrite)
     data.check()
-    order, _ = data.order()
-    images, class_ids = data.images[order], data.class_ids[order]
+    order, digest = data.order()
     model = build_classifier(
-        config.arch, len(data.classes), images.shape[-1], _moments(images), seed=config.seed, classes=data.classes
+        config.arch,
+        len(data.classes),
+        data.images.shape[-1],
+        _moments(data.images),
+        seed=config.seed,
+        classes=data.classes,
     ).to(device)
-    loss = _train(model, images, class_ids, config, on_progress)
-    record: dict[str, Any] = {
-        "options": asdict(config),
-        "images": len(images),
-        "loss": loss,
-        "torch": torch.__version__,
+    identity = {
+        "options": asdict(config), "data": digest, "torch": str(torch.__version__), "device": torch.device(device).type,
         "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
+    phases = Phases(checkpoints, config.checkpoint_every, on_progress, Alone())
+    phases.open()
+    _train(model, data, order, config, phases)
+    record: dict[str, Any] = {
+        **identity,
+        "images": len(order),
+        "steps": phases.facts["teacher_steps"],
+        "loss": phases.facts["teacher_losses"]["loss"],
         **out.extra,
     }
     if data.held_out is not None:
@@ -72,60 +99,98 @@ def train_teacher(
         record["held_out_images"] = len(scored)
         record["held_out_accuracy"], _ = top1_top5(model, scored, truth)
     save_classifier(model, out.folder, extra={"training": record}, dtype=config.dtype, overwrite=out.overwrite)
+    phases.checkpoints.remove()
     return record
 
 
+def _train(
+    model: Classifier, data: TrainingSet, order: npt.NDArray[np.int64], config: TeacherTraining, phases: Phases
+) -> None:
+    """Train to the end, and leave the weights that are saved."""
+    made = _Training(model, config)
+    passes = Passes(len(order), config.batch, (config.seed, "teacher"))
+
+    def step(number: int, rate: float) -> dict[str, float]:
+        rows = order[passes.rows(number)]
+        return made.step(data.images[rows], data.class_ids[rows], number, rate)
+
+    seconds = None if config.minutes is None else 60 * config.minutes
+    steps = max(2, config.epochs * len(order) // min(config.batch, len(order)))
+    phases.run("teacher", made, step, phases.course("teacher", steps, seconds), config.lr, warm_up=_WARM_UP)
+    made.average.apply()
+    model.eval()
+
+
 def _moments(images: np.ndarray) -> Normalisation:
-    """Of uint8 [N, 3, S, S]: one channel at a time, since float64 copies of all would be eight times the set."""
-    moments = [(float(images[:, c].mean() / 255), float(images[:, c].std() / 255)) for c in range(3)]
+    """Of uint8 [N, 3, S, S], some at a time: whole numbers are added up, so that their order changes nothing."""
+    total, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for first in range(0, len(images), _CHUNK):
+        part = np.asarray(images[first : first + _CHUNK], np.int64)
+        total += part.sum(axis=(0, 2, 3))
+        squares += np.square(part).sum(axis=(0, 2, 3))
+    pixels = images.size // 3
+    mean = total / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 0)) / 255
     return Normalisation(
-        tuple(round(mean, 7) for mean, _ in moments), tuple(round(max(std, 1e-3), 7) for _, std in moments)
+        tuple(round(float(m) / 255, 7) for m in mean), tuple(round(max(float(d), 1e-3), 7) for d in std)
     )
 
 
-def _train(
-    model: Classifier,
-    images: np.ndarray,
-    class_ids: np.ndarray,
-    config: TeacherTraining,
-    on_progress: Progress | None,
-) -> float:
-    """The running loss after the last step; the images go to the model's device."""
-    device = model.mean.device
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    labels = torch.from_numpy(np.ascontiguousarray(class_ids)).long().to(device)
-    steps = max(2, config.epochs * len(pixels) // min(config.batch, len(pixels)))
-    lr, decay, parameters = config.lr, config.weight_decay, model.parameters()
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=0.9, nesterov=True)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    schedule = one_cycle(optimizer, config.lr, steps, warm_up=0.1)
-    spec = ViewSpec(size=images.shape[-1], min_scale=config.min_scale, flip=config.flip, cutmix=config.cutmix)
-    generator = torch.Generator().manual_seed(config.seed)
-    running = 0.0
-    model.train()
-    for step, index in enumerate(batches(len(pixels), config.batch, steps, generator), start=1):
-        # The step stands for the epoch: a batch may straddle two passes, and no view may come twice.
-        x, partner, kept = batch_views(pixels, index.numpy(), spec, config.seed, step)
-        logits = model(x)
-        loss = _cross_entropy(logits, labels[index.to(device)], config.label_smoothing)
-        if config.cutmix:
-            share = torch.as_tensor(kept, dtype=torch.float32, device=device)
-            other = torch.as_tensor(partner, device=device).clamp_min(0)
-            loss = share * loss + (1 - share) * _cross_entropy(logits, labels[other], config.label_smoothing)
-        loss = loss.mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
-        if on_progress is not None and (step % _REPORT_EVERY == 0 or step == steps):
-            on_progress("teacher", step, steps, running)
-    model.eval()
-    return running
+class _Training(Resumable):
+    """A classifier under training."""
 
+    network: Classifier
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    def __init__(self, model: Classifier, config: TeacherTraining) -> None:
+        self.network, self.config = model, config
+        self.average = Average(model, config.ema)
+        lr, decay = config.lr, config.weight_decay
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay, momentum=0.9, nesterov=True)
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+        cutmix = config.cutmix
+        self.spec = ViewSpec(size=model.image_size, min_scale=config.min_scale, flip=config.flip, cutmix=cutmix)
+        self.augment = AUGMENTATIONS[config.augment]() if config.augment != "none" else None
+
+    def step(self, images: np.ndarray, class_ids: np.ndarray, number: int, rate: float) -> dict[str, float]:
+        """One step at a learning rate on images uint8 [B, 3, S, S]; what it draws depends on its number alone."""
+        model, config = self.network, self.config
+        model.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(philox(config.seed, "teacher step", number).integers(2**63)))
+            pixels, shares = self._batch(torch.from_numpy(np.ascontiguousarray(images)), class_ids, number)
+            # Entered anew in each step: weights that were cast once would not see the optimizer's steps.
+            with arithmetic(pixels.device, config.precision):
+                logits = model(pixels)
+            loss = F.cross_entropy(logits.float(), shares, label_smoothing=config.label_smoothing)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        self.average.update(number)
+        return {"loss": float(loss.detach())}
+
+    def _batch(self, images: Tensor, class_ids: np.ndarray, number: int) -> tuple[Tensor, Tensor]:
+        """Views float32 [B, 3, S, S] of a step, and the share of each class in them, float32 [B, C].
+
+        Partners of CutMix and MixUp are of the same batch. The step stands for the epoch: a batch may straddle two
+        passes, and no view may come twice.
+        """
+        config, device = self.config, next(self.network.parameters()).device
+        if self.augment is not None:
+            images = torch.stack([self.augment(image) for image in images])
+        rows = np.arange(len(images))
+        pixels, partner, kept = batch_views(images.to(device), rows, self.spec, config.seed, number)
+        classes = torch.from_numpy(np.asarray(class_ids, np.int64)).to(device)
+        own = F.one_hot(classes, self.network.num_classes).float()
+        share = torch.as_tensor(kept, dtype=torch.float32, device=device).unsqueeze(1)
+        shares = share * own + (1 - share) * own[torch.as_tensor(partner, device=device).clamp_min(0)]
+        if config.mixup:
+            draw = philox(config.seed, "mixup", number)
+            weight, other = float(draw.beta(config.mixup, config.mixup)), draw.permutation(len(images))
+            there = torch.from_numpy(other).to(device)
+            pixels = weight * pixels + (1 - weight) * pixels[there]
+            shares = weight * shares + (1 - weight) * shares[there]
+        return pixels, shares

@@ -7,7 +7,7 @@ by rank 0 alone and told to the others, which is itself a collective that all of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +59,29 @@ class Ranks:
 
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    def add_up(self, tensors: Sequence[Any]) -> None:
+        """Each tensor becomes its sum over the ranks, by one collective: the same bits on each."""
+        if self.world == 1:
+            return
+        import torch
+        import torch.distributed
+
+        flat = torch.cat([t.detach().flatten() for t in tensors]).to(self.device)
+        torch.distributed.all_reduce(flat)
+        with torch.no_grad():
+            for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed
+
+        told: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(told, value)
+        return told
 
     def mean(self, value: Any) -> float:
         """The mean of a scalar tensor over the ranks: the same float on each."""

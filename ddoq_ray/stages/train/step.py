@@ -7,11 +7,9 @@ whose manifest is published is never trained again. What a worker does is in wor
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import ray.train
+from typing import Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
@@ -25,18 +23,13 @@ from ddoq_ray.stages.label.stored_check import check_stored
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.step import Synthesize
-from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.fitting import MAX_DEATHS, RAY_TRAIN, fit
 from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
 
-if TYPE_CHECKING:  # torch: not in a driver that trains nothing
-    from ray.train.torch import TorchTrainer
-
-MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
-RAY_TRAIN = "train"  # Ray Train's own folder in students/
 # Keys of cluster.trainer that change a student's bytes.
 ARITHMETIC = ("workers", "min_workers", "max_workers", "precision", "channels_last", "compile", "micro_batch")
 
@@ -189,10 +182,14 @@ def _fit(run: Run, jobs: Sequence[Job]) -> None:
             while not stop.wait(1.0):
                 look()
 
+        def lost(reason: str, deaths: int) -> None:
+            run.events.add("worker lost", stage="train", reason=reason, deaths=deaths)
+            say(f"train      a worker was lost ({deaths} of at most {MAX_DEATHS}); its students go on elsewhere")
+
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_groups(run, students, jobs)
+            _fit_groups(run, students, jobs, lost)
         finally:
             stop.set()
             watcher.join()
@@ -202,24 +199,24 @@ def _fit(run: Run, jobs: Sequence[Job]) -> None:
         (students / _own_folder(job)).remove()
 
 
-def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job]) -> None:
+def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job], lost: Callable[[str, int], None]) -> None:
     """Fit the groups side by side; one that fails lets the others finish their students first.
 
     Raises:
         What the first group that failed raised.
     """
     if len(jobs) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
-        _fit_through_deaths(run, students, jobs[0])
+        _fit_one(run, students, jobs[0], lost)
         return
     failed: list[BaseException] = []
 
-    def fit(job: Job) -> None:
+    def fit_one(job: Job) -> None:
         try:
-            _fit_through_deaths(run, students, job)
+            _fit_one(run, students, job, lost)
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=fit, args=(job,), daemon=True) for job in jobs]
+    threads = [threading.Thread(target=fit_one, args=(job,), daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -228,51 +225,10 @@ def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job]) -> None:
         raise failed[0]
 
 
+def _fit_one(run: Run, students: Folder, job: Job, lost: Callable[[str, int], None]) -> None:
+    fit(train_loop, {"job": job}, run.config.cluster.trainer, students.uri, lost, name=_own_folder(job))
+
+
 def _own_folder(job: Job) -> str:
     """Ray Train's folder of a group, in students/."""
     return RAY_TRAIN if job.group == 0 else f"{RAY_TRAIN}-{job.group}"
-
-
-def _fit_through_deaths(run: Run, students: Folder, job: Job) -> None:
-    """Fit; after a death once more, from the last checkpoint. Ray Train itself would try any exception again.
-
-    Raises:
-        ValueError: A worker's, in its own words.
-    """
-    trainer = run.config.cluster.trainer
-    for deaths in range(MAX_DEATHS + 1):
-        try:
-            _trainer(run.config, students, job).fit()
-            return
-        except ray.train.TrainingFailedError as error:
-            told = own_words(error)
-            if told is not None:
-                raise ValueError(told) from None
-            if deaths == MAX_DEATHS or not worth_retrying(error, trainer.max_workers or trainer.workers):
-                raise
-            run.events.add("worker lost", stage="train", reason=type(error).__name__, deaths=deaths + 1)
-            say(f"train      a worker was lost ({deaths + 1} of at most {MAX_DEATHS}); its students go on elsewhere")
-
-
-def _trainer(config: RunConfig, students: Folder, job: Job) -> TorchTrainer:
-    from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
-
-    resources = config.cluster.trainer
-    bounds = (resources.min_workers, resources.max_workers)
-    return TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            # Within bounds Ray Train starts with what is there, and anew from the last checkpoint when nodes come or go
-            num_workers=resources.workers if bounds == (None, None) else bounds,  # type: ignore[arg-type]
-            use_gpu=resources.num_gpus > 0,
-            resources_per_worker={"CPU": resources.num_cpus}
-            | ({"GPU": resources.num_gpus} if resources.num_gpus else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=_own_folder(job),
-            storage_path=students.uri,
-            failure_config=ray.train.FailureConfig(max_failures=0),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )

@@ -1,0 +1,88 @@
+"""A teacher's training: stopped and taken up, by time, with mixed images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddoq_ray.config.network_training import TeacherTraining
+from ddoq_ray.models.classifiers import build_classifier, load_classifier
+from ddoq_ray.models.training import teacher as teachers
+from ddoq_ray.models.training.checkpoints import Checkpoints
+from ddoq_ray.models.training.data import Destination, TrainingSet
+
+CLASSES = ["dark", "light"]
+
+
+class Stopped(Exception):
+    """Raised in the middle of a training."""
+
+
+def data(n: int = 32, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.arange(n, dtype=np.int64) % 2
+    images = np.random.default_rng(0).integers(0, 150, (n, 3, size, size)) + 100 * ids[:, None, None, None]
+    return images.astype(np.uint8), ids
+
+
+def train_teacher(images: np.ndarray, class_ids: np.ndarray, classes: list[str], out: Path, **how: Any) -> Any:
+    return teachers.train_teacher(TrainingSet(images, class_ids, classes), Destination(out), **how)
+
+
+def test_a_stopped_teacher_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """Dropout, augmentations and averages included: what a step draws depends on its number alone."""
+    images, ids = data(24, 32)
+    config = TeacherTraining(
+        arch="mobilenet_v2", epochs=4, batch=8, ema=0.5, mixup=0.3, cutmix=True, augment="randaugment",
+        checkpoint_every=5,
+    )  # fmt: skip
+    train_teacher(images, ids, CLASSES, tmp_path / "whole", config=config)
+    save, saved = Checkpoints.save, []
+
+    def stop(self, state):
+        save(self, state)
+        saved.append(state)
+        if len(saved) == 2:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Stopped):
+            train_teacher(images, ids, CLASSES, tmp_path / "cut", config=config)
+    with pytest.raises(ValueError, match=r"unfinished training.*\(options differ\)"):
+        train_teacher(images, ids, CLASSES, tmp_path / "cut", config=TeacherTraining(epochs=4))
+    torch.rand(100)
+    train_teacher(images[::-1], ids[::-1], CLASSES, tmp_path / "cut", config=config)  # shards may come in any order
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1] and sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_teacher_by_time_says_how_many_steps_it_took(tmp_path):
+    images, ids = data()
+    config = TeacherTraining(arch="convnet3-w8", epochs=10_000_000, minutes=1 / 600)
+    record = train_teacher(images, ids, CLASSES, tmp_path / "t", config=config)
+    assert 1 <= record["steps"] < 10_000 and load_classifier(tmp_path / "t").classes == CLASSES
+
+
+def test_mixed_views_have_mixed_classes(tmp_path):
+    """MixUp (Zhang et al., ICLR 2018): one weight from Beta(alpha, alpha) a batch, of pixels and classes alike."""
+    images, ids = data(6)
+    plain = TeacherTraining(arch="convnet3-w8", min_scale=1.0, flip=False)
+    mixed = dataclasses.replace(plain, mixup=1.0)
+    batches = []
+    for config in (plain, mixed):
+        model = build_classifier("convnet3-w8", 2, 8)
+        batches.append(teachers._Training(model, config)._batch(torch.from_numpy(images), ids, 3))
+    (pixels, own), (blended, shares) = batches
+    assert own.argmax(1).tolist() == ids.tolist()
+    weight = next(v for v in shares.flatten().tolist() if 0.01 < v < 0.99)
+    assert torch.allclose(shares.sum(1), torch.ones(6))
+    fitting = (weight, 1 - weight)
+    for i in range(6):
+        pairs = [(j, w) for j in range(6) for w in fitting]
+        found = [(j, w) for j, w in pairs if torch.allclose(blended[i], w * pixels[i] + (1 - w) * pixels[j], atol=1e-5)]
+        assert any(torch.allclose(shares[i], w * own[i] + (1 - w) * own[j], atol=1e-5) for j, w in found)
