@@ -24,7 +24,7 @@ from ddoq_ray.core.rescaling import rescaled
 from ddoq_ray.models.candidates import Candidates
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.fidelity import judge_autoencoder, reconstructions
-from ddoq_ray.models.priors.base import Sampling
+from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.synthesis import Asked, Synthesizer
 from studies.assets import CIFAR10, write_cifar10_teacher
@@ -88,9 +88,10 @@ def cases(ipc: int, candidates: int) -> list[Case]:
 
 @dataclass
 class Seat:
-    """What all rows share."""
+    """What all rows share; `maker` is the prior of the codebooks as images are made with it."""
 
     codebooks: Codebooks
+    maker: Prior
     judge: Any
     teacher: Any
     scored: Split
@@ -118,7 +119,7 @@ class Seat:
             [k for book in books.values() for k in range(len(book[0]))],
         )
         candidates = Candidates(case.candidates, self.judge, case.keep) if case.candidates > 1 else None  # type: ignore[arg-type]
-        made = Synthesizer(self.codebooks.prior, seed, 50, candidates).pictures(
+        made = Synthesizer(self.maker, seed, 50, candidates).pictures(
             asked, case.sampling(), {c: book[0] for c, book in books.items()}
         )
         class_ids = np.repeat(np.arange(len(CIFAR10)), [len(book[0]) for book in books.values()])
@@ -145,7 +146,9 @@ def main() -> None:
     )
     teacher.to(memory_format=torch.channels_last)
     codebooks = Codebooks(load_prior(asked.prior), train, asked.work)
-    seat = Seat(codebooks, judge, teacher, scored)
+    # The same prior in the arithmetic of the students: several times as fast where it is built in.
+    maker = load_prior(asked.prior, dtype="bfloat16", channels_last=True)
+    seat = Seat(codebooks, maker, judge, teacher, scored)
     about = {
         "dataset": "cifar10", "split": asked.split, "prior": codebooks.prior.id, "student": "convnet3",
         "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "arithmetic": "bfloat16",
