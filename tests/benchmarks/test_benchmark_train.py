@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train
+from benchmarks import train, train_memory
 
 
 def test_every_row_is_measured_with_small_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -34,3 +34,10 @@ def test_both_loops_take_steps_of_the_same_student() -> None:
     assert any(not torch.equal(p, b) for p, b in zip(made.model.parameters(), before, strict=True))
     steps = {group["lr"] for group in made.optimizer.param_groups}
     assert steps == {1e-3} and len(made.optimizer.state) == len(before)
+
+
+def test_images_in_a_file_are_decoded_and_learnt(tmp_path: Path) -> None:
+    real = train_memory.write_shards(tmp_path / "shards", 1100, 16)
+    assert real.samples == (1000, 100)
+    row = train_memory.train(str(tmp_path), real, 16)
+    assert 0 < row["start_bytes"] <= row["peak_bytes"] and [p.name for p in tmp_path.iterdir()] == ["shards"]

@@ -41,6 +41,14 @@ def test_kl_by_hand():
     assert weighted_kl(student, teacher, weights, 1.0, "weights").item() == pytest.approx(kl, rel=1e-5)
 
 
+def test_kl_as_the_paper_prints_it(batch):
+    student, teacher, weights = batch
+    swapped = weighted_kl(teacher, student.detach(), weights, 3.0)
+    torch.testing.assert_close(weighted_kl(student, teacher, weights, 3.0, direction="student-teacher"), swapped)
+    with pytest.raises(ValueError, match="direction must be one of"):
+        weighted_kl(student, teacher, weights, 3.0, direction="both")
+
+
 def test_kl_weighs_each_image(batch):
     student, teacher, weights = batch
     one = torch.stack([weighted_kl(student[i : i + 1], teacher[i : i + 1], torch.ones(1), 2.0) for i in range(8)])
@@ -115,6 +123,21 @@ def test_image_weights_by_hand():
             image_weights(weights, ids, scheme, "empirical", mass),
             image_weights(weights, ids, scheme) * factor,
         )
+
+
+def test_weights_of_mean_one():
+    shares, ids = np.array([0.75, 0.25, 1.0, 0.64, 0.36]), np.array([0, 0, 1, 2, 2])
+    mass = np.array([300.0, 100.0, 200.0])
+    for scheme in ("counts", "sqrt", "uniform"):
+        by_class = image_weights(shares, ids, scheme, normalize="class")
+        assert [by_class[ids == c].mean() for c in range(3)] == pytest.approx([1, 1, 1])
+        whole = image_weights(shares, ids, scheme, "empirical", mass, "set")
+        plain = image_weights(shares, ids, scheme, "empirical", mass)
+        assert whole.mean() == pytest.approx(1) and np.allclose(whole / whole[0], plain / plain[0])
+    half = 1.5**0.5 + 0.5**0.5
+    assert image_weights(shares, ids, "sqrt", normalize="class")[:2].tolist() == pytest.approx(
+        [2 * 1.5**0.5 / half, 2 * 0.5**0.5 / half]
+    )
 
 
 def test_image_weights_invariants():

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from ddoq_ray.config.cluster import TrainerResources
+from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
+from ddoq_ray.core.losses import image_weights
 from ddoq_ray.core.views.params import epoch_order
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
@@ -21,6 +23,7 @@ from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.models.training.images import Gathered, Images, Resident, Views
 from ddoq_ray.models.training.student import (
     HardTargets,
+    StoredTargets,
     StudentTraining,
     TeacherTargets,
     build_student,
@@ -243,3 +246,36 @@ def test_weight_decay_is_on_matrices_and_filters_only() -> None:
         of_all = dataclasses.replace(protocol, decay_all=True)
         assert {g["weight_decay"] for g in make_optimizer(of_all, build_student(STUDENT, C, 0)).param_groups} == {0.3}
         assert plain["weight_decay"] == 0 and all(p.ndim == 1 for p in plain["params"]) and plain["params"]
+
+
+def test_ddoq_v1_by_hand_and_by_torchs_kldivloss() -> None:
+    """Appendix C with Eq. 33's weights: sum of sqrt(K w) KL(teacher || student) at T = 20 over the batch, AdamW 2e-3 on
+    filters with decay 0.01, a quarter of it from epoch 250. Printed is KL(student || teacher): direction has both.
+    """
+    ruled = ["experiment=digits", "protocol=ddoq-v1", "weights=sqrt"]
+    protocol = dataclasses.replace(load_config(ruled).protocol, batch=4, cutmix=False)
+    assert [learning_rate(protocol, epoch, 300) for epoch in (0, 249, 250, 299)] == [2e-3, 2e-3, 5e-4, 5e-4]
+    assert [g["weight_decay"] for g in make_optimizer(protocol, build_student(STUDENT, C, 0)).param_groups] == [0.01, 0]
+    shares, ids = np.array([0.5, 0.3, 0.2, 1.0]), np.array([0, 0, 0, 1])
+    weights = torch.from_numpy(image_weights(shares, ids, "sqrt")).float()
+    assert weights.tolist() == pytest.approx([1.5**0.5, 0.9**0.5, 0.6**0.5, 1.0])
+
+    answers = torch.tensor([[20.0, 0.0, -20.0], [0.0, 0.0, 0.0], [40.0, 20.0, 0.0], [-20.0, 0.0, 20.0]])
+    of = training(images=Resident(IMAGES[:4]), weights=weights, protocol=protocol, spec=view_spec(protocol, 8))
+    loss = of.loss(np.arange(4), StoredTargets(lambda index: answers[index]))
+    pixels, _, _ = batch_views(IMAGES[:4], np.arange(4), of.spec, 5, 0)
+    logits = of.model(pixels).double() / 20
+    by_torch = torch.nn.KLDivLoss(reduction="none")(logits.log_softmax(1), (answers.double() / 20).softmax(1)).sum(1)
+    assert float(loss) == pytest.approx(float((weights * by_torch).sum() / 4), rel=1e-5)
+    e = np.exp(np.array([1.0, 0.0, -1.0]))  # by hand: the teacher's shares of the first image at T = 20
+    p, q = e / e.sum(), np.exp(logits[0].detach().numpy() - float(logits[0].logsumexp(0)))
+    assert float(by_torch[0]) == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-6)
+
+    printed = dataclasses.replace(protocol, direction="student-teacher")
+    other = dataclasses.replace(of, model=of.model, protocol=printed)
+    expected = torch.nn.KLDivLoss(reduction="none", log_target=True)(
+        (answers.double() / 20).log_softmax(1), logits.log_softmax(1)
+    ).sum(1)
+    found = other.loss(np.arange(4), StoredTargets(lambda index: answers[index]))
+    assert float(found) == pytest.approx(float((weights * expected).sum() / 4), rel=1e-5)
+    assert abs(float(found) - float(loss)) > 1e-4

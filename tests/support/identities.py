@@ -77,6 +77,7 @@ DECLARED = {
         for key in ("torchvision", "path", "source")
     },
     ("train", "synthesizer.shard_images"): "how images lie in files",
+    ("train", "labels.mode"): "hard labels are in the identity, and for all others their digest",
     ("train", "weights.scheme"): "which methods there are; a student's own scheme is in its identity",
     ("prepare", "ipc"): "classes that are too small are told of",
     ("prepare", "small_class"): "the same",

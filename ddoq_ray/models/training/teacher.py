@@ -142,7 +142,7 @@ class _Training(Resumable):
     network: Classifier
 
     def __init__(self, model: Classifier, config: TeacherTraining) -> None:
-        self.network, self.config = model, config
+        self.network, self.config, self.outputs = model, config, model.num_classes
         self.average = Average(model, config.ema)
         lr, decay = config.lr, config.weight_decay
         if config.optimizer == "sgd":
@@ -184,7 +184,7 @@ class _Training(Resumable):
         rows = np.arange(len(images))
         pixels, partner, kept = batch_views(images.to(device), rows, self.spec, config.seed, number)
         classes = torch.from_numpy(np.asarray(class_ids, np.int64)).to(device)
-        own = F.one_hot(classes, self.network.num_classes).float()
+        own = F.one_hot(classes, self.outputs).float()
         share = torch.as_tensor(kept, dtype=torch.float32, device=device).unsqueeze(1)
         shares = share * own + (1 - share) * own[torch.as_tensor(partner, device=device).clamp_min(0)]
         if config.mixup:

@@ -16,8 +16,9 @@ from ddoq_ray.stages.evaluate.validation import (
     Refused,
     Validation,
     check_refused,
-    load_scored,
+    in_batches,
     say_refused,
+    scored_images,
     teacher_columns,
 )
 from ddoq_ray.stages.step import Ask, Step
@@ -27,36 +28,43 @@ from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import ResultRow, Scored, StudentManifest
 
+BATCH = 500  # images of a forward pass
+
 
 @ray.remote
 def _evaluate(
     run: Folder, folders: list[str], size: int, validation: Validation, columns: tuple[int, ...], threads: int
 ) -> tuple[list[tuple[float, float]], Scored]:
-    """(top-1, top-5) of each student, and what was scored and refused; the refused ones are named in quarantine."""
+    """(top-1, top-5) of each student, and what was scored and refused; the refused ones are named in quarantine.
+
+    In memory are the students and a batch of images, however many images there are.
+    """
     import json
 
     import safetensors.torch
     import torch
 
-    from ddoq_ray.models.accuracy import top1_top5  # torch: only in the task
+    from ddoq_ray.core.metrics import top_pct
+    from ddoq_ray.models.accuracy import correct_counts  # torch: only in the task
     from ddoq_ray.models.classifiers import classifier_of
 
     pin_threads(threads)
     where = device()
-    refused = Refused()
-    pixels, ids = load_scored(validation, size, refused)
-    refused.publish(run)
-    facts: Scored = {"images": len(ids), "refused": refused.total, "reasons": refused.reasons}
-    if not len(ids):
-        return [], facts
-    images, class_ids = torch.from_numpy(pixels).to(where), torch.from_numpy(ids).to(where)
-    outputs = torch.tensor(columns, device=where)
-    scores = []
+    models = []
     for name in folders:
         student = Artifact(run / name, Train.name)
-        model = classifier_of(json.loads(student.read(layout.NETWORK))).to(where)
-        model.load_state_dict(safetensors.torch.load(student.read(layout.WEIGHTS)))
-        scores.append(top1_top5(model, images, class_ids, outputs))
+        models.append(classifier_of(json.loads(student.read(layout.NETWORK))).to(where))
+        models[-1].load_state_dict(safetensors.torch.load(student.read(layout.WEIGHTS)))
+    outputs, refused, scored = torch.tensor(columns, device=where), Refused(), 0
+    correct = torch.zeros(len(models), 2, dtype=torch.int64, device=where)
+    for pixels, ids in in_batches(scored_images(validation, size, validation.crop, refused), BATCH):
+        images, class_ids = torch.from_numpy(pixels).to(where), torch.tensor(ids, device=where)
+        scored += len(ids)
+        for row, model in enumerate(models):
+            correct[row] += correct_counts(model, images, class_ids, outputs, BATCH)
+    refused.publish(run)
+    facts: Scored = {"images": scored, "refused": refused.total, "reasons": refused.reasons}
+    scores = [(top_pct(top1, scored), top_pct(top5, scored)) for top1, top5 in correct.tolist()] if scored else []
     return scores, facts
 
 

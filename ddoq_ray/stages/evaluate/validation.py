@@ -6,7 +6,7 @@ told wherever a score is: a figure says of how many images it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -128,6 +128,20 @@ def scored_images(validation: Validation, size: int, crop: float, refused: Refus
             usable += 1
             yield middle_square(sample.image, size, crop).transpose(2, 0, 1), sample.class_id
         refused.note(shard, bad, indexed - usable)
+
+
+def in_batches(images: Iterable[tuple[UInt8, int]], size: int) -> Iterator[tuple[UInt8, list[int]]]:
+    """Images one by one become batches; memory is one batch, however many images there are."""
+    pixels: list[UInt8] = []
+    ids: list[int] = []
+    for image, class_id in images:
+        pixels.append(image)
+        ids.append(class_id)
+        if len(ids) == size:
+            yield np.stack(pixels), ids
+            pixels, ids = [], []
+    if ids:
+        yield np.stack(pixels), ids
 
 
 def load_scored(validation: Validation, size: int, refused: Refused) -> tuple[UInt8, npt.NDArray[np.int64]]:

@@ -170,6 +170,20 @@ def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_pat
         SoftLabels(labels).decode(rows, "cpu")
 
 
+def test_a_longer_training_sees_the_labelled_epochs_again(tmp_path: Path) -> None:
+    """Six epochs are labelled: the seventh has the views and the labels of the first, and another order."""
+    job = small_job(tmp_path, f"protocol.steps={4 * EPOCHS}")
+    trainer = Trainer(job, ONE)
+    student = trainer._begin(job.rows[0][0], None)
+    assert student.epochs == 2 * EPOCHS
+    losses = []
+    for epoch in (1, 1 + EPOCHS, 2):
+        student.training.epoch = epoch
+        with torch.no_grad():
+            losses.append(float(student.training.loss(np.arange(IMAGES), trainer._targets(student))))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
     job = small_job(tmp_path, "student.image_size=8", size=8)
     assert Trainer(job, ONE).sets.get("images", Real()).images.shape == (IMAGES, 3, 8, 8)
@@ -183,7 +197,7 @@ def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["logits", "features"])
 def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
-    """FakeTensorMode carries "cuda" through on a machine without one, and raises where two devices meet."""
+    """FakeTensorMode carries "cuda" through without one; it raises where two devices meet and where a value is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     job = small_job(tmp_path, codec=codec)
@@ -198,6 +212,17 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
         student = trainer._begin(job.rows[0][0], None)
         loss = student.training.loss(np.arange(4), trainer._targets(student))
     assert loss.device.type == "cuda" and loss.shape == ()
+
+
+def test_hard_labels_need_neither_labels_nor_a_teacher(tmp_path: Path) -> None:
+    keys = ("labels.mode=hard", "teacher.path=/nowhere/at/all", "protocol.cutmix=false", "protocol.min_scale=1.0")
+    job = small_job(tmp_path, *keys)
+    (row, facts) = job.rows[0]
+    row = dataclasses.replace(row, labels=None)
+    artifact = Artifact(job.run / row.folder, "train")
+    Trainer(job, ONE).one_row(row, artifact, facts, None)
+    losses = [json.loads(line)["train_loss"] for line in job.run.read(f"{row.folder}/metrics.jsonl").splitlines()]
+    assert not artifact.require()["diverged"] and losses[-1] < losses[0]
 
 
 # Students that diverge
