@@ -75,11 +75,11 @@ class LabelGrid:
         1
         """
         images, epochs = counts
-        most = max(batch, min(file_bytes // nbytes, file_labels))
-        if images <= most:
-            cuts = -(-epochs // (most // images))
+        most = min(file_bytes // nbytes, file_labels)
+        if images <= max(most, batch):
+            cuts = -(-epochs // max(1, most // images))
             return LabelGrid(images, epochs, nbytes, batch, images, -(-epochs // cuts))
-        cuts = -(-images // (most // batch * batch))
+        cuts = -(-images // (max(most, batch) // batch * batch))
         batches = -(-images // (cuts * batch))
         return LabelGrid(images, epochs, nbytes, batch, batches * batch, 1)
 

@@ -50,6 +50,7 @@ def store(folder: Folder, of: LabelGrid, only: Any = None) -> LabelStore:
         (104_500, 300, 516, 150, 64),  # ImageNet-21K-P, 10 a class, features of 512
         (104_500, 300, 2 * 10_450, 5100, 64),  # the same in logits: an epoch is 2.2 GB
         (1_000_000, 20, 100, 80, 0),
+        (20, 262_144, 20, 21, 0),  # fewer images than an inner batch: whole epochs, 13,107 a file at most
     ],
 )
 def test_files_are_few_and_of_one_size(images: int, epochs: int, nbytes: int, files: int, size: int) -> None:

@@ -67,6 +67,7 @@ DECLARED = {
     ("quantize", "encoder.chunk_samples"): "memory that is planned for readers",
     ("label", "labels.mode"): "the codec that it chooses is in the facts",
     ("label", "labels.budget"): "the same",
+    ("label", "protocol.temperature"): "in the identity of an ensemble's labels; else it tells what a codec costs",
     (
         "label",
         "protocol.val_crop",

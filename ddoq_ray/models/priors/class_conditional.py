@@ -110,6 +110,7 @@ class ClassConditionalPrior(DiffusionPrior):
             _tensors(vae, denoiser),
         )
         extra = read_json(folder / PRIOR_JSON, "prior") if (folder / PRIOR_JSON).is_file() else {}
+        latents_id = _latents_of(extra, vae, folder)  # before the networks are cast
         prior = cls(
             vae,
             denoiser,
@@ -119,14 +120,7 @@ class ClassConditionalPrior(DiffusionPrior):
             how=how,
             id=digest,
         )
-        known = extra.get("latents")
-        if known is not None:
-            if known["encoder"] != encoder_digest(vae):
-                raise ValueError(
-                    f"prior: {folder} says that its latents are those of the prior {known['prior']}, but its encoder "
-                    f'is another by now; take "latents" out of {PRIOR_JSON}, and encode anew'
-                )
-            prior._latents_id = str(known["prior"])
+        prior._latents_id = latents_id or prior._latents_id
         if extra.get("image_size", prior.image_size) != prior.image_size:
             raise ValueError(
                 f"prior: {PRIOR_JSON} says image_size {extra['image_size']}, but the networks in {folder} "
@@ -218,6 +212,19 @@ def _latent_shape(
 def _tensors(vae: AutoencoderKL | AutoencoderTiny, denoiser: UNet2DModel | DiTTransformer2DModel) -> dict[str, Tensor]:
     networks = {"vae": vae, "denoiser": denoiser}
     return {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
+
+
+def _latents_of(extra: dict[str, Any], vae: Any, folder: Path) -> str | None:
+    """Whose latents those of a copy with another decoder are, where the folder says so of this encoder."""
+    known = extra.get("latents")
+    if known is None:
+        return None
+    if known["encoder"] != encoder_digest(vae):
+        raise ValueError(
+            f"prior: {folder} says that its latents are those of the prior {known['prior']}, but its encoder "
+            f'is another by now; take "latents" out of {PRIOR_JSON}, and encode anew'
+        )
+    return str(known["prior"])
 
 
 def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | None:

@@ -54,9 +54,11 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
                 f"labels.mode={mode}: the teachers of an ensemble share no linear head; use logits or logits_int8"
             )
         return mode
+    if budget is None:
+        return choose_codec(outputs, features)
     labels = images * config.labels.labelled(config.protocol.epochs_for(images))
     try:
-        return choose_codec(outputs, features, None if budget is None else budget / labels)
+        return choose_codec(outputs, features, budget / labels)
     except ValueError:
         sizes = {name: in_bytes(n * labels) for name, n in codec_sizes(outputs, features).items()}
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
