@@ -16,7 +16,7 @@ _PLACES = {
     "Codebook": "ddoq_ray.storage.records",
     "DistilledDataset": "ddoq_ray.data.image_set",
     "distill": "ddoq_ray.pipeline",
-    "load": "ddoq_ray.data.image_set",
+    "load": "ddoq_ray.data.loading",
 }
 
 

@@ -94,6 +94,8 @@ def run(config: RunConfig) -> str | None:
         if where is None and not ray.is_initialized():
             demands.plan(config, planned, [own_node(config.cluster)], may_grow=False)
         known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
+        if known is not None:
+            networks.check_side(config, known)
         with ray_session(config.cluster, where):
             fitted = _fit(config, planned)
             places.check_nodes(run_dir, places.named_paths(config))

@@ -124,8 +124,8 @@ def test_a_commands_help_names_each_of_its_keys_with_words() -> None:
             every |= set(read)
             for r in command.reads:
                 assert any(k == r or (r.endswith(".") and k.startswith(r)) for k, _, _ in keys), (command.name, r)
-    # Every key of a run is read by a stage, but for those that choose stages or only name something.
-    assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages"}
+    # Every key of a run is read by a stage, but for those that choose stages or are for a plan.
+    assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages", "cluster.calibration"}
     assert "soft labels" in command_help(BY_NAME["label"]) and "synthesizer" not in command_help(BY_NAME["label"])
 
 

@@ -119,7 +119,7 @@ def test_every_command_shown_composes(page: str, words: list[str]) -> None:
 
 def test_the_imagenet_commands_are_what_they_say() -> None:
     found = [compose(w) for _, w in COMMANDS if "experiment=imagenet-1k-dit" in w]
-    assert len(found) == 4  # a run in README; in cluster/ its calibration, its plan and its submission
+    assert len(found) == 5  # a run in README; in cluster/ what prepares, measures, plans and submits one
     for c in found:
         s = c.synthesizer
         assert (c.prior.path, c.teacher.path) == ("facebook/DiT-XL-2-256", "torchvision:resnet18")

@@ -83,7 +83,8 @@ def _keys(command: Command) -> list[str]:
 
 def _group_line(cls: type, group: str) -> str:
     words = next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == group)
-    return f"{group}: {words}" + (f" ({group}={'|'.join(choices(group))})" if group in groups_of(cls) else "")
+    known = f" ({group}={' | '.join(choices(group))})" if group in groups_of(cls) else ""
+    return textwrap.fill(f"{group}: {words}{known}", 110, break_on_hyphens=False, subsequent_indent="  ")
 
 
 def keys_of(cls: type) -> list[tuple[str, str, Any]]:

@@ -73,6 +73,8 @@ def value_of(kind: Any, text: str) -> Any:
 
     >>> value_of(str, "1e5"), value_of(int, "01"), value_of(float | None, "null"), value_of(tuple[str, ...], "d4m")
     ('1e5', 1, None, ('d4m',))
+    >>> value_of(str | tuple[str, ...] | None, "a,b"), value_of(str | tuple[str, ...] | None, "[a,b]")
+    ('a,b', ('a', 'b'))
     """
     plain, quoted = _unquoted(text)
     options = [a for a in get_args(kind) if a is not type(None)] if _is_union(kind) else [kind]
@@ -83,7 +85,10 @@ def value_of(kind: Any, text: str) -> Any:
             inside = plain.strip()
             if not inside:  # an unset variable; none is []
                 return plain
-            inside = inside[1:-1] if inside[:1] + inside[-1:] in ("[]", "()") else inside
+            listed = inside[:1] + inside[-1:] in ("[]", "()")
+            if not listed and str in options:  # one, where one or several may be given
+                return plain
+            inside = inside[1:-1] if listed else inside
             return tuple(value_of(get_args(option)[0], part) for part in _parts(inside))
         word = plain.strip()
         if option is bool and word.lower() in ("true", "false"):

@@ -116,7 +116,7 @@ _RULES: tuple[Rule, ...] = (
             lambda c: not c.labels.stored,
             lambda c: f"here: labels.mode={c.labels.mode} stores no labels; leave one of the two out",
         )
-        for key in ("workers", "file_mb", "file_labels")
+        for key in ("workers", "epochs", "file_mb", "file_labels")
     ),
     *(
         (f"protocol.{key}", lambda c: c.labels.mode == "hard", _fixed("labels.mode=hard takes no soft labels"))

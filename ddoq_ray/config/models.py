@@ -19,7 +19,9 @@ class PriorConfig:
         False, "take the folder's autoencoder alone: centroids are decoded as they are, and nothing is denoised"
     )
     image_size: int | None = option(
-        None, "side of the images, in pixels, where the folder does not fix it; null: what the folder says"
+        None,
+        "side of the images that the prior reads and makes, in pixels, where the folder does not fix it; null: what it "
+        "says (stored ones may be smaller: synthesizer.image_size)",
     )
 
     scheduler: Literal["folder", "ddim", "pndm", "dpm++2m"] = option(
@@ -52,8 +54,10 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str | None = option(
-        "shipped:digits-teacher", "folder with config.json and model.safetensors; shipped:NAME; torchvision:NAME"
+    path: str | tuple[str, ...] | None = option(
+        "shipped:digits-teacher",
+        "folder with config.json and model.safetensors; shipped:NAME; torchvision:NAME; [A,B]: the mean of their "
+        "probabilities",
     )
     min_top1: float | None = option(
         None, "stop before labelling when its top-1 on real validation images is below, in %; null = 3 times chance"
@@ -68,13 +72,21 @@ class TeacherConfig:
             self.min_top1 is None or 0 <= self.min_top1 <= 100,
             f"teacher.min_top1={self.min_top1}: expected a percentage, 0 to 100",
         )
+        require(self.path != (), "teacher.path=[]: expected a path, or several")
         require(0 <= self.min_kept <= 1, f"teacher.min_kept={self.min_kept}: expected 0 to 1")
         require(self.batch >= 1, f"teacher.batch={self.batch}: expected 1 or more")
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Of its members: one, where it is no ensemble; none without a teacher."""
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
     def title(self) -> str:
-        """A word for it in tables and in folders' names: the last part of its path."""
-        return re.split(r"[/:]", (self.path or "none").rstrip("/"))[-1]
+        """A word for it in tables and in folders' names: the last part of its path, or of each."""
+        return "+".join(re.split(r"[/:]", path.rstrip("/"))[-1] for path in self.paths or ("none",))
 
     def threshold(self, num_classes: int) -> float:
         """The least top-1 in % that is accepted; without a figure, what no wrong class mapping reaches."""

@@ -40,7 +40,9 @@ class SynthesizerConfig:
         "the candidate that is kept: confident: the one the judge is surest of; cell: the surest of those whose own "
         "latent is nearest to this centroid",
     )
-    judge: str | None = option(None, "classifier that chooses among candidates, as teacher.path; null = the teacher")
+    judge: str | None = option(
+        None, "classifier that chooses among candidates, as teacher.path; null = the teacher, of several the first"
+    )
     retries: int = option(
         2, "how often an image of one colour, or of NaN or infinite values, is made anew from other noise"
     )

@@ -28,16 +28,24 @@ class LabelsConfig:
         None, "most bytes of one image set's labels, such as 2GB: the most exact codec that fits; null: no bound"
     )
     workers: int = option(2, "teacher actors")
+    epochs: int | None = option(
+        None, "epochs that are labelled; a longer training sees their views, with their labels, again; null: all"
+    )
     file_mb: int = option(128, "largest size of a label file: a range of epochs of a range of images")
     file_labels: int = option(262_144, "most labels in a file, which is a unit of work for a teacher")
 
     def __post_init__(self) -> None:
         for key in ("workers", "file_mb", "file_labels"):
             require(getattr(self, key) >= 1, f"labels.{key}={getattr(self, key)}: expected 1 or more")
+        require(self.epochs is None or self.epochs >= 1, f"labels.epochs={self.epochs}: expected 1 or more, or null")
         require(
             self.budget is None or _SIZE.fullmatch(self.budget) is not None,
             f"labels.budget={self.budget}: expected a size such as 500MB or 2.5GB",
         )
+
+    def labelled(self, epochs: int) -> int:
+        """Of so many epochs of a training, those that have labels of their own."""
+        return epochs if self.epochs is None else min(epochs, self.epochs)
 
     @property
     def budget_bytes(self) -> float | None:

@@ -333,19 +333,13 @@ class DistilledDataset:
         return image, item.class_id, item.weight * self.ipc[item.class_id]
 
 
-def load(path: str, transform: Callable[[Any], Any] | None = None, cache: str | None = None) -> DistilledDataset:
-    """Load a distilled dataset.
-
-    Args:
-        path: A run directory, its images/ folder, or a glob of image shards; local or a URL.
-        transform: Applied to each PIL picture; by default it becomes a uint8 tensor [3, H, W].
-        cache: Of shards in a store: a folder for their copies, which the next `load` finds there. By default they are
-            removed with the dataset.
+def image_tars(path: str) -> list[str]:
+    """The image shards of a run directory, of its images/ folder, or of a glob.
 
     Raises:
-        ValueError: When there are no image shards.
+        ValueError: There are none.
     """
     folder = Folder(path)
     if folder.names("images/*.tar"):
         path = folder.path("images")
-    return DistilledDataset(list_shards(path, key="path"), transform, cache)
+    return list_shards(path, key="path")

@@ -5,6 +5,7 @@ Shapes: N images of the set, n of them, C outputs.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.labels import codec_class, make_codec
+from ddoq_ray.core.views.params import ViewSpec, view_params
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
@@ -48,7 +50,8 @@ class SoftLabels:
     """The labels of one image set.
 
     Labels of an epoch, indexed by images int64 [n], are uint8 [n, nbytes]: an array while they are small, else an
-    `EpochFile`. Beside the epoch that is asked for, the next one is read; small ones are kept.
+    `EpochFile`. Beside the epoch that is asked for, the next one is read, after the last the first (for a training that
+    sees them again); small ones are kept.
 
     Attributes:
         store: Where they are.
@@ -69,7 +72,7 @@ class SoftLabels:
         """
         grid = self.store.grid
         kept = max(2, KEPT_BYTES // max(1, grid.images * grid.nbytes))
-        wanted = [e for e in (epoch, epoch + 1) if e == epoch or e < grid.epochs]
+        wanted = [epoch, (epoch + 1) % grid.epochs]
         for old in [e for e in self._read if e not in wanted][: max(0, len({*self._read, *wanted}) - kept)]:
             del self._read[old]
         for e in wanted:
@@ -94,6 +97,32 @@ class SoftLabels:
         _, codec, head = self._decoder
         with torch.no_grad():
             return codec.decode(packed, head, device=device)
+
+
+def views_of(manifest: Mapping[str, Any]) -> tuple[ViewSpec, int, tuple[int, int, int]]:
+    """What was labelled: how views look, their seed, and (N, H, W) of the images that they are cut from."""
+    told = dict(manifest["views"])
+    seed, (images, height, width) = told.pop("seed"), told.pop("stored")
+    return ViewSpec(**told | {"ratio": tuple(told["ratio"])}), seed, (images, height, width)
+
+
+def check_views(store: LabelStore) -> None:
+    """Draw the views of an epoch again, and refuse labels of others.
+
+    Raises:
+        ValueError: They are not those that were labelled, as with another version of this project or of SciPy.
+    """
+    spec, seed, stored = views_of(store.manifest)
+    opened = store.open(store.grid.file(0))
+    digest = hashlib.sha256()
+    for first, end in store.grid.groups(opened.file):
+        digest.update(view_params(spec, seed, opened.file.first_epoch, np.arange(first, end), stored).packed())
+    if digest.hexdigest() != opened.record.views[0]:
+        raise ValueError(
+            f"{store.folder.uri} holds labels of other views than are drawn now: they were made by another version "
+            "(core/views/params.py, or SciPy with CutMix). Use that one, or label anew (stages=[label], "
+            "overwrite=true)"
+        )
 
 
 def decoder(labels: Folder, manifest: Mapping[str, Any], device: Any = None) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ class Networks:
         image_size: Side of the images that the prior reads and makes, in pixels.
         encoder_id: Content digest of `encoder.path`'s autoencoder; empty when the prior's own encodes.
         latents_of: The prior whose latents the prior's latents are, where it is a copy with another decoder.
+        feature_dim: Of the teacher's penultimate features; None for an ensemble, which has no linear head.
         judge_id: Content digest of the classifier that chooses among candidates; None where nothing is chosen.
         prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
@@ -46,7 +47,7 @@ class Networks:
     teacher_arch: str | None
     teacher_classes: tuple[str, ...] | None
     teacher_outputs: int
-    feature_dim: int
+    feature_dim: int | None
     environment: dict[str, Any]
     encoder_id: str = ""
     judge_id: str | None = None
@@ -72,7 +73,9 @@ class Inspection:
         """
         wanted, s = set(config.stages), config.synthesizer
         size = config.student.image_size
-        judge = s.judge or config.teacher.path if "synthesize" in wanted and s.candidates > 1 else None
+        judge = (
+            s.judge or next(iter(config.teacher.paths), None) if "synthesize" in wanted and s.candidates > 1 else None
+        )
         question = {
             "threads": config.cluster.threads,
             "prior": {"path": config.prior.path} | config.prior.loading,
@@ -84,13 +87,13 @@ class Inspection:
             "noise": [config.quantizer.noise_level, s.steps],
             "synthesizer": {key: getattr(s, key) for key in SAMPLING} if "synthesize" in wanted else None,
             "judge": judge,
-            "teacher": config.teacher.path if teacher else None,
+            "teacher": config.teacher.paths if teacher else None,
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
         }
         self._threads = config.cluster.threads
         self._question = json.dumps(question)
-        taught = config.teacher.path if teacher else None
-        self._networks = [path for path in (config.prior.path, config.encoder.path, taught, judge) if path]
+        taught = config.teacher.paths if teacher else ()
+        self._networks = [path for path in (config.prior.path, config.encoder.path, *taught, judge) if path]
         self._place: Path | None = None
         self._facts: dict[str, Any] | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -169,6 +172,20 @@ def _ask(question: str, threads: int) -> subprocess.Popen[str]:
     process.stdin.write(question)
     process.stdin.flush()
     return process
+
+
+def check_side(config: RunConfig, networks: Networks) -> None:
+    """Refuse to store images larger than they are made.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    side = config.synthesizer.image_size
+    if "synthesize" in config.stages and side is not None and side > networks.image_size:
+        raise ValueError(
+            f"synthesizer.image_size={side}: the prior makes images of {networks.image_size} px, and enlarged ones "
+            "hold nothing more. Leave the key out; where the prior's folder does not fix it, prior.image_size does"
+        )
 
 
 def check_batches(sizes: Mapping[str, int], config: RunConfig, networks: Networks) -> None:

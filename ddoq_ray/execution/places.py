@@ -94,11 +94,10 @@ def named_paths(config: RunConfig) -> list[Named]:
         "latents.path": config.latents.path,
         "prior.path": config.prior.path,
         "encoder.path": config.encoder.path,
-        "teacher.path": config.teacher.path,
         "synthesizer.judge": config.synthesizer.judge,
     }
     found = []
-    for key, path in given.items():
+    for key, path in [*given.items(), *(("teacher.path", path) for path in config.teacher.paths)]:
         if path is None or "://" in path:
             continue
         place = os.path.abspath(fixed_part(path))

@@ -219,9 +219,13 @@ def _quiet_ray_data() -> None:
 
 
 def _kill_own() -> None:
+    """Kill this run's own Ray, its raylet last, and wait for none of it (see `signals.leave`)."""
     node = ray._private.worker._global_node
     if node is not None and node.is_head():
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        for kind in sorted(node.all_processes, key=lambda kind: kind == "raylet"):
+            for info in node.all_processes[kind]:
+                with contextlib.suppress(OSError):
+                    info.process.kill()
 
 
 # ---------------------------------------------------------------------- what is waited for

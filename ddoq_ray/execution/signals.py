@@ -127,13 +127,17 @@ def tell(line: str) -> None:
 
 
 def leave(code: int) -> None:
-    """End the process now, from any thread, freeing what is registered."""
-    for free in reversed(_last_resorts):
-        with contextlib.suppress(Exception):
-            free()
+    """End the process now, from any thread, freeing what is registered: what was registered last is freed last.
+
+    That is Ray. A thread that is in Ray's core ends the process with exit code 1 as soon as its raylet is gone, so
+    nothing may lie between that and the end here.
+    """
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
+    for free in list(_last_resorts):
+        with contextlib.suppress(Exception):
+            free()
     os._exit(code)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
+from ddoq_ray.models.ensemble import Teacher, feature_dim, load_teacher
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.provenance import environment
@@ -39,7 +40,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         check_synthesizer(prior, question["synthesizer"])
     teacher = None
     if question["teacher"] is not None:
-        teacher = load_classifier(question["teacher"])
+        teacher = load_teacher(question["teacher"])
         check_teacher(teacher)
     judge = None
     if question["judge"] is not None:
@@ -60,7 +61,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "teacher_arch": teacher.arch if teacher else None,
         "teacher_classes": (teacher.classes or None) if teacher else None,
         "teacher_outputs": teacher.num_classes if teacher else 0,
-        "feature_dim": teacher.head.in_features if teacher else 0,
+        "feature_dim": feature_dim(teacher) if teacher else 0,
         "encoder_id": autoencoder.id if encoder["path"] else "",
         "judge_id": judge.id if judge else None,
         "latents_of": prior.latents_id if prior.latents_id != prior.id else None,
@@ -100,7 +101,7 @@ def check_synthesizer(prior: Prior, settings: dict[str, Any]) -> None:
         raise ValueError(f"{error} ({given})") from error
 
 
-def check_judge(judge: Classifier, teacher: Classifier | None) -> None:
+def check_judge(judge: Classifier, teacher: Teacher | None) -> None:
     """Whether the classifier that chooses among candidates knows the classes by the teacher's outputs."""
     if teacher is None:
         return
@@ -115,7 +116,7 @@ def check_judge(judge: Classifier, teacher: Classifier | None) -> None:
         )
 
 
-def check_teacher(teacher: Classifier) -> None:
+def check_teacher(teacher: Teacher) -> None:
     """Whether the teacher answers an image of its size."""
     with torch.inference_mode():
         logits = teacher(torch.full((1, 3, teacher.image_size, teacher.image_size), 0.5))

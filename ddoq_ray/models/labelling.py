@@ -16,14 +16,9 @@ from ddoq_ray.core.labels import codec_sizes, make_codec
 from ddoq_ray.core.views.params import Int64, ViewSpec, view_params
 from ddoq_ray.core.views.render import batch_views, render
 from ddoq_ray.models.classifiers import Classifier
+from ddoq_ray.models.ensemble import Teacher, feature_dim
+from ddoq_ray.models.ensemble import for_teacher as for_teacher
 from ddoq_ray.models.protocol_views import view_spec as view_spec
-
-
-def for_teacher(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Views [B, 3, S, S] at the teacher's own resolution; unchanged when the student's is the same."""
-    if pixels.shape[-1] == size:
-        return pixels
-    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
 class Labeller:
@@ -33,7 +28,7 @@ class Labeller:
         codec: What its answers are packed by.
     """
 
-    def __init__(self, teacher: Classifier, codec: str, spec: ViewSpec, *, seed: int, batch: int) -> None:
+    def __init__(self, teacher: Teacher, codec: str, spec: ViewSpec, *, seed: int, batch: int) -> None:
         """Make it ready.
 
         Args:
@@ -44,7 +39,7 @@ class Labeller:
             batch: Views of an inner batch; another gives some answers other last bits.
         """
         self.teacher, self.spec, self.seed, self.batch = teacher, spec, seed, batch
-        self.codec = make_codec(codec, teacher.num_classes, teacher.head.in_features)
+        self.codec = make_codec(codec, teacher.num_classes, feature_dim(teacher))
 
     def labels(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
         """Labels of the views of some images at an epoch, and what those views are.
@@ -73,14 +68,15 @@ class Labeller:
             index: int64 [n].
             temperature: Of the loss.
         """
-        head, costs = self.teacher.head, {}
+        teacher, costs = self.teacher, {}
         pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], self.teacher.image_size)
         with torch.inference_mode():
-            features = torch.cat([self.teacher.features(part) for part in pixels.split(self.batch)])
-            logits = head(features)
-            for name, nbytes in codec_sizes(self.teacher.num_classes, head.in_features).items():
-                codec = make_codec(name, self.teacher.num_classes, head.in_features)
-                packed = codec.encode(features if codec.packs_features else logits)
+            head = teacher.head if isinstance(teacher, Classifier) else None
+            answers = torch.cat([self._answers(part, head is not None) for part in pixels.split(self.batch)])
+            logits = answers if head is None else head(answers)
+            for name, nbytes in codec_sizes(teacher.num_classes, feature_dim(teacher)).items():
+                codec = make_codec(name, teacher.num_classes, feature_dim(teacher))
+                packed = codec.encode(answers if codec.packs_features else logits)
                 kl, relative = relative_kl(logits, codec.decode(packed, head, logits.device), temperature)
                 costs[name] = {"nbytes": nbytes, "kl": kl, "relative": relative}
         return costs
@@ -92,5 +88,11 @@ class Labeller:
         pixels = render(images, index, self.spec.size, params, params_of)
         with torch.inference_mode():
             pixels = for_teacher(pixels, self.teacher.image_size)
-            answers = self.teacher.features(pixels) if self.codec.packs_features else self.teacher(pixels)
-            return self.codec.encode(answers), params.packed()
+            return self.codec.encode(self._answers(pixels, self.codec.packs_features)), params.packed()
+
+    def _answers(self, pixels: torch.Tensor, features: bool) -> torch.Tensor:
+        """Penultimate features, where they are wanted and there are any, or logits."""
+        if features and isinstance(self.teacher, Classifier):
+            return self.teacher.features(pixels)
+        logits: torch.Tensor = self.teacher(pixels)
+        return logits

@@ -86,9 +86,9 @@ def _synthesized(config: RunConfig, prior: Prior, z: torch.Tensor) -> torch.Tens
 
 def _students(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[str, float]]:
     """The teacher that labels views, and a student that learns by them."""
-    if config.teacher.path is None:
+    if not config.teacher.paths:
         return
-    teacher = load_classifier(config.teacher.path, device)
+    teacher = load_classifier(config.teacher.paths[0], device)
     size = config.student.image_size
     spec, batch = view_spec(config.protocol, size), config.teacher.batch
     side = config.protocol.stored_side(size)

@@ -241,6 +241,22 @@ class LabelStore:
         assert at == len(rows)
         return rows
 
+    def check_images(self, images: str) -> None:
+        """Refuse labels of another image set.
+
+        Args:
+            images: Digest of the one there is.
+
+        Raises:
+            ValueError: With both digests.
+        """
+        labelled = self.manifest["identity"]["images"]
+        if labelled != images:
+            raise ValueError(
+                f"{self.folder.uri} holds labels of another image set ({labelled[:16]}) than the one beside it "
+                f"({images[:16]}): bring that set back, or label this one (stages=[label], with overwrite=true)"
+            )
+
     def open(self, file: LabelFile) -> OpenLabels:
         return OpenLabels(self.folder, self.grid, file, self.manifest["identity_digest"])
 

@@ -184,3 +184,17 @@ def test_nobody_reads_what_is_said() -> None:
     ends = [(p.communicate(timeout=120), p.returncode) for p in started]
     assert [code for _, code in ends] == [0, 2, 2]
     assert not any(filter(None, (text for told, _ in ends for text in told))), ends
+
+
+@pytest.mark.processes
+def test_by_force_ray_is_ended_last_and_the_exit_code_is_the_signal_s() -> None:
+    """A lease's release takes time; were Ray gone before it, its core would end the process with exit code 1."""
+    code = """
+import os, threading
+from ddoq_ray.execution.signals import last_resort, leave
+with last_resort(lambda: print("lease", flush=True)), last_resort(lambda: os.write(1, b"ray")):
+    threading.Thread(target=leave, args=(143,)).start()
+    threading.Event().wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (143, "lease\nray")

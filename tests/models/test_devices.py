@@ -30,7 +30,7 @@ from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
-from ddoq_ray.models.labelling import for_teacher
+from ddoq_ray.models.ensemble import for_teacher
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.execution.known_networks import keep, kept, place_of
-from ddoq_ray.execution.networks import Inspection, Networks, check_batches
+from ddoq_ray.execution.networks import Inspection, Networks, check_batches, check_side
 from ddoq_ray.models import inspect
 from ddoq_ray.models.classifiers import build_classifier, load_classifier, save_classifier
 from ddoq_ray.models.folders import resolve_folder
@@ -74,6 +74,15 @@ def test_batch_norm_refuses_a_batch_of_one_and_the_run_says_so() -> None:
     ):
         check_batches({"the set": 10}, config, facts)
     check_batches({"the set": 11}, config, facts)
+
+
+def test_images_are_not_stored_larger_than_the_prior_makes_them() -> None:
+    facts = Networks("", (4,), 8, None, 10, None, None, None, 0, 0, {})
+    for words in ([], ["synthesizer.image_size=8"], ["synthesizer.image_size=4"]):
+        check_side(load_config(words), facts)
+    with pytest.raises(ValueError, match=r"synthesizer.image_size=9: the prior makes images of 8 px.*prior.image_size"):
+        check_side(load_config(["synthesizer.image_size=9"]), facts)
+    check_side(load_config(["synthesizer.image_size=9", "stages=[label]"]), facts)
 
 
 @pytest.mark.parametrize(("batch", "images", "works"), [

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddoq_ray.config.network_training import DecoderTuning
 from ddoq_ray.data.image_file import ImageFile
@@ -285,6 +289,8 @@ def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
     assert after.id != before.id and after.latents_id == before.latents_id == before.id
     x = torch.from_numpy(images).float() / 127.5 - 1
     assert torch.equal(before.encode(x), after.encode(x))
+    sizes = {d: (tmp_path / d / "vae/diffusion_pytorch_model.safetensors").stat().st_size for d in ("p", "tuned")}
+    assert sizes["tuned"] == sizes["p"]  # kept in half precision, as the source is
     real = torch.from_numpy(images).float() / 255
 
     def distance(prior):
@@ -307,3 +313,29 @@ def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
     with pytest.raises(ValueError, match="the prior makes images of 8 px"):
         wide = TrainingSet(np.repeat(images, 2, 3).repeat(2, 2), ids, CLASSES)
         tune_decoder(wide, Destination(tmp_path / "x"), config, source=Tuned(str(tmp_path / "p"), seen_by))
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(tmp_path):
+    images, ids = data()
+    tiny = {**TINY, "autoencoder_steps": 3, "denoiser_steps": 3, "samples_every": 2}
+    records = [
+        train_prior(images, ids, CLASSES, tmp_path / str(wanted), config=PriorTraining(**tiny, compile=wanted))
+        for wanted in (False, True)
+    ]
+    for key in ("autoencoder_losses", "denoiser_losses"):
+        assert records[1][key] == pytest.approx(records[0][key], rel=1e-4)
+    assert records[1]["options"]["compile"] and "compile" not in records[0]["options"]
+    for part in ("vae", "unet"):  # the same names: what is compiled is no other network
+        files = [tmp_path / wanted / part / "diffusion_pytorch_model.safetensors" for wanted in ("False", "True")]
+        a, b = (load_file(file) for file in files)
+        assert a.keys() == b.keys()
+
+
+@pytest.mark.slow
+def test_compiling_where_there_is_no_compiler_is_refused_in_words(tmp_path):
+    code = "from ddoq_ray.models.training.course import compiled; compiled((abs,), True)"
+    here = {**os.environ, "CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=False)
+    assert "ValueError: training.compile=true: torch.compile does not work here" in ended.stderr
+    assert "leave the key out" in ended.stderr

@@ -5,12 +5,14 @@ Shape suffixes: N images, B batch, S image size.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors
 import torch
 from diffusers import AutoencoderKL
 
@@ -136,10 +138,21 @@ def _autoencoder(folder: Path) -> AutoencoderKL:
 
 def _write(folder: Path, vae: AutoencoderKL, record: dict[str, Any], latents_id: str) -> None:
     place = folder / "vae" if (folder / "vae").is_dir() else folder
+    dtype = _stored_dtype(place)
     for old in [*place.glob("*.safetensors"), *place.glob("*.bin"), *place.glob("*.index.json")]:
         old.unlink()
-    vae.save_pretrained(place)
+    copy.deepcopy(vae).to(dtype=dtype).save_pretrained(place)
     file = folder / PRIOR_JSON
     known = read_json(file, "prior") if file.is_file() else {}
     known |= {"tuned": record, "latents": {"prior": latents_id, "encoder": encoder_digest(vae)}}
     write_json(file, known)
+
+
+def _stored_dtype(place: Path) -> torch.dtype:
+    """What the weights there are kept in: a tuned copy is no larger, and its encoder's are the same."""
+    for file in sorted(place.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+                found: torch.dtype = tensors.get_tensor(name).dtype
+                return found
+    return torch.float32

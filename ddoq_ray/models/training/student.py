@@ -29,7 +29,7 @@ from ddoq_ray.core.losses import weighted_cross_entropy, weighted_kl
 from ddoq_ray.core.rng import philox
 from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_order
 from ddoq_ray.models.classifiers import Classifier, build_classifier
-from ddoq_ray.models.labelling import for_teacher
+from ddoq_ray.models.ensemble import Teacher, for_teacher
 from ddoq_ray.models.training.averaging import Average
 from ddoq_ray.models.training.course import arithmetic
 from ddoq_ray.models.training.images import Images, Views, on_device
@@ -77,6 +77,8 @@ class StudentTraining:
         how: Arithmetic, and how many images are in a forward pass.
         cutmix_weight: See `weights.cutmix`.
         epoch: Epochs that are finished.
+        view_epochs: Epochs that have views of their own, since labels are stored for no more; later ones see these
+            again. None: all.
     """
 
     model: Classifier
@@ -91,6 +93,7 @@ class StudentTraining:
     how: TrainerResources = field(default_factory=TrainerResources)
     cutmix_weight: str = WeightsConfig.cutmix
     epoch: int = 0
+    view_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if self.how.channels_last:
@@ -166,7 +169,8 @@ class StudentTraining:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _views(self, parts: Iterator[Part]) -> Iterator[Views]:
-        return self.images.views((part.index for part in parts), self.spec, self.view_seed, self.epoch)
+        seen = self.epoch if self.view_epochs is None else self.epoch % self.view_epochs
+        return self.images.views((part.index for part in parts), self.spec, self.view_seed, seen)
 
     def _gathering(self) -> Any:
         """Gradients are added up on this rank alone."""
@@ -257,7 +261,7 @@ class StoredTargets:
 class TeacherTargets:
     """The answers of a teacher that looks at the student's own views, for labels that are not stored."""
 
-    teacher: Classifier
+    teacher: Teacher
     hard = False
 
     def __call__(self, views: Views) -> Tensor:

@@ -47,10 +47,14 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
         ValueError: No codec is as small as `labels.budget` asks for.
     """
     mode, budget = config.labels.mode, config.labels.budget_bytes
-    if mode != "auto":
-        return mode
     outputs, features = networks.teacher_outputs, networks.feature_dim
-    labels = images * config.protocol.epochs_for(images)
+    if mode != "auto":
+        if mode not in (*codec_sizes(outputs, features), "online"):
+            raise ValueError(
+                f"labels.mode={mode}: the teachers of an ensemble share no linear head; use logits or logits_int8"
+            )
+        return mode
+    labels = images * config.labels.labelled(config.protocol.epochs_for(images))
     try:
         return choose_codec(outputs, features, None if budget is None else budget / labels)
     except ValueError:
@@ -58,7 +62,7 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
             f"labels.budget={config.labels.budget} is too small for {labels:,} labels of {images:,} images ({told}): "
-            "raise it, take fewer epochs (protocol.epochs), or let the teacher label while students train "
+            "raise it, label fewer epochs (labels.epochs), or let the teacher label while students train "
             "(labels.mode=online)"
         ) from None
 
@@ -90,6 +94,10 @@ class Label(Step):
         size = config.student.image_size
         # A crop's pixels are those of the picture it is cut from; pictures of unlike sizes are kept at this one.
         views["stored"] = config.protocol.stored_side(size)
+        if config.labels.epochs is not None:
+            views["labelled"] = config.labels.epochs
+        if len(config.teacher.paths) > 1:
+            views["temperature"] = config.protocol.temperature  # at which an ensemble's probabilities are taken
         files = {"mb": config.labels.file_mb, "labels": config.labels.file_labels}
         return {"views": views, "size": size, "seed": config.seed, "teacher_batch": config.teacher.batch, FILES: files}
 
@@ -108,7 +116,7 @@ class Label(Step):
         """The files of its labels."""
         config, images = run.config, self.count(run)
         return LabelGrid.of(
-            (images, config.protocol.epochs_for(images)),
+            (images, config.labels.labelled(config.protocol.epochs_for(images))),
             make_codec(self.codec(run), run.networks.teacher_outputs, run.networks.feature_dim).nbytes,
             batch=config.teacher.batch,
             file_bytes=config.labels.file_mb << 20,

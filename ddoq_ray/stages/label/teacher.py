@@ -90,13 +90,13 @@ def teacher_crop(path: str, protocol: ProtocolConfig) -> float:
 class Teacher:
     """Holds the teacher, and one image set at a time."""
 
-    def __init__(self, path: str, run: Folder, config: RunConfig) -> None:
-        from ddoq_ray.models.classifiers import load_classifier  # torch: only in the actor
+    def __init__(self, run: Folder, config: RunConfig) -> None:
+        from ddoq_ray.models.ensemble import load_teacher  # torch: only in the actor
 
         pin_threads(config.cluster.threads)
         self.device = device()
-        self.model = load_classifier(path, self.device)
-        self.path, self.run_folder, self.config = path, run, config
+        self.model = load_teacher(config.teacher.paths, self.device, config.protocol.temperature)
+        self.run_dir, self.config = run, config
         self._set: tuple[str, Any] | None = None
 
     def run(self, unit: LabelUnit) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Teacher:
             return labeller.labels(images, np.arange(first, end), epoch)
 
         making = Making(unit.grid, unit.codec, unit.made_from, stored)
-        size = write_labels(self.run_folder / unit.labels, unit.file, making, answer)
+        size = write_labels(self.run_dir / unit.labels, unit.file, making, answer)
         return {"labels": unit.file.labels, "bytes": size}
 
     def _labeller(self, codec: str) -> Labeller:
@@ -140,8 +140,11 @@ class Teacher:
         """The linear head beside the features, so that a label can be decoded without the teacher."""
         import safetensors.torch
 
+        from ddoq_ray.models.classifiers import Classifier
+
+        assert isinstance(self.model, Classifier), "an ensemble has no head"
         head = {k: v.cpu().contiguous() for k, v in self.model.head.state_dict().items()}
-        (self.run_folder / labels).publish(layout.HEAD, safetensors.torch.save(head))
+        (self.run_dir / labels).publish(layout.HEAD, safetensors.torch.save(head))
 
     def name_images(self, validation: Validation, columns: tuple[int, ...]) -> Named:
         """What the real validation images are called; those that cannot be read are named in quarantine."""
@@ -150,7 +153,7 @@ class Teacher:
         from ddoq_ray.models.accuracy import logits_of
 
         refused = Refused()
-        crop = teacher_crop(self.path, self.config.protocol)
+        crop = teacher_crop(self.config.teacher.paths[0], self.config.protocol)
         outputs_of = torch.tensor(columns)
         class_ids: list[int] = []
         chosen, outputs, broken = [], [], 0
@@ -161,7 +164,7 @@ class Teacher:
             chosen.append(logits[:, outputs_of].argmax(1).numpy())
             outputs.append(logits.argmax(1).numpy())
             class_ids += ids
-        refused.publish(self.run_folder)
+        refused.publish(self.run_dir)
         empty = [np.empty(0, np.int64)]
         return Named(
             np.asarray(class_ids, np.int64),
@@ -173,10 +176,12 @@ class Teacher:
         )
 
     def judge_autoencoder(self, validation: Validation, columns: tuple[int, ...]) -> dict[str, Any]:
-        """`fidelity.judge_autoencoder` on some of the real validation images, at the prior's resolution."""
+        """`fidelity.judge_autoencoder` on some of the real validation images, at the prior's resolution,
+        by the first of several teachers."""
         from itertools import islice
 
         from ddoq_ray.models.autoencoder import load_autoencoder
+        from ddoq_ray.models.ensemble import first_of
         from ddoq_ray.models.fidelity import judge_autoencoder
         from ddoq_ray.models.priors.load import load_prior
 
@@ -192,7 +197,7 @@ class Teacher:
             for image, class_id in islice(scored_images(one, side, 1.0, Refused()), samples):
                 pixels.append(image)
                 ids.append(columns[class_id])
-        return judge_autoencoder(autoencoder, self.model, np.stack(pixels), np.asarray(ids))
+        return judge_autoencoder(autoencoder, first_of(self.model), np.stack(pixels), np.asarray(ids))
 
     def class_names(self) -> list[str] | None:
         """The names of the teacher's outputs, where it has them."""
@@ -202,12 +207,12 @@ class Teacher:
 _actor = ray.remote(Teacher)
 
 
-def spawner(config: RunConfig, run_folder: Folder) -> Callable[[], Any]:
+def spawner(config: RunConfig, run_dir: Folder) -> Callable[[], Any]:
     """What makes a teacher actor."""
-    resources, path = config.cluster.teacher, config.teacher.path
-    assert path is not None, "labels are made, and there is no teacher"
+    resources = config.cluster.teacher
+    assert config.teacher.paths, "labels are made, and there is no teacher"
 
     def spawn() -> Any:
-        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(path, run_folder, config)
+        return _actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus).remote(run_dir, config)
 
     return spawn

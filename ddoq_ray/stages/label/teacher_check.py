@@ -56,9 +56,7 @@ def check_teacher(run: Run) -> dict[str, Any]:
     return found | {"arch": arch, "id": run.networks.teacher_id}
 
 
-def judge(
-    config: RunConfig, run_folder: Folder, data: Data, named: Named, names: Sequence[str] | None
-) -> dict[str, Any]:
+def judge(config: RunConfig, run_dir: Folder, data: Data, named: Named, names: Sequence[str] | None) -> dict[str, Any]:
     """Whether labels of the teacher that said this may be used; its figures.
 
     Args:
@@ -73,8 +71,8 @@ def judge(
     columns = teacher_columns(data)
     images = len(named.class_ids)
     facts: Scored = {"images": images, "refused": named.refused, "reasons": named.reasons}
-    check_refused(config, run_folder, images, named.refused, named.reasons)
-    say_refused("label", run_folder, facts)
+    check_refused(config, run_dir, images, named.refused, named.reasons)
+    say_refused("label", run_dir, facts)
     if named.not_finite:
         raise ValueError(
             f"the teacher's outputs are not finite (NaN or infinite) on {named.not_finite} of {images} real validation "

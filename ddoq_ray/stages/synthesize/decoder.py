@@ -53,7 +53,7 @@ class ClassBook:
 class Decoder:
     """Holds the prior and makes image shards."""
 
-    def __init__(self, config: RunConfig, run_folder: Folder, classes: Sequence[ClassInfo]) -> None:
+    def __init__(self, config: RunConfig, run_dir: Folder, classes: Sequence[ClassInfo]) -> None:
         from ddoq_ray.models.candidates import Candidates
         from ddoq_ray.models.classifiers import load_classifier
         from ddoq_ray.models.priors.load import load_prior
@@ -65,7 +65,7 @@ class Decoder:
             candidates = Candidates(how.candidates, load_classifier(judge, device()), how.keep)
         prior = load_prior(config.prior.given, device=device(), **config.prior.loading, **how.loading)
         self.synthesizer = Synthesizer(prior, config.seed, how.batch, candidates, how.image_size, how.retries)
-        self.run_folder = run_folder
+        self.run_dir = run_dir
         self.how, self.seed, self.classes = how, config.seed, classes
         self.rows: dict[str, LastRows] = {}  # of each set
         # Of two units at a time, one has the prior. Both read from the same rows.
@@ -76,7 +76,7 @@ class Decoder:
 
         A batch is encoded while the next one is made; another unit's call has the prior while this one publishes.
         """
-        codebook = self.run_folder / Place(job.folder).codebook
+        codebook = self.run_dir / Place(job.folder).codebook
         books, sampling = self._books(job, codebook), self._sampling(codebook)
         asked, all_centroids = self._asked(job, books), {c: b.centroids for c, b in books.items()}
         with ThreadPoolExecutor(1, "encode") as thread:
@@ -92,10 +92,10 @@ class Decoder:
             NewImage(c, k, float(books[c].weights[k]), self.classes[c].prompt, self.seed, data, fact, extension)
             for (c, k), data, fact in zip(job.unit.keys, files, facts, strict=True)
         ]
-        record = write_images(self.run_folder / Place(job.folder).images, job.unit.name, images)
+        record = write_images(self.run_dir / Place(job.folder).images, job.unit.name, images)
         pictures = (picture for made, _ in parts for picture in made.pictures)
         record |= constant_facts(zip(job.unit.keys, pictures, strict=True))
-        return publish_record(self.run_folder, job, record | {"retried": sum("attempt" in fact for fact in facts)})
+        return publish_record(self.run_dir, job, record | {"retried": sum("attempt" in fact for fact in facts)})
 
     def _books(self, job: Job, codebook: Folder) -> dict[int, ClassBook]:
         with self.at_rows:

@@ -73,11 +73,11 @@ class Job:
         return digest_of([self.identity, self.unit.index, self.unit.ranges])
 
 
-def image_jobs(run_folder: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
+def image_jobs(run_dir: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
     names: list[str] = []
     classes, counts, holders = [], [], []
-    for part in open_parts(run_folder / Place(folder).codebook):
+    for part in open_parts(run_dir / Place(folder).codebook):
         classes.append(part.class_ids)
         counts.append(part.rows)
         holders.append(np.full(len(part.rows), len(names), np.int32))
@@ -102,4 +102,6 @@ def image_jobs(run_folder: Folder, folder: str, shard_images: int, identity: str
 
 def judge_of(config: RunConfig) -> str | None:
     """The path of the classifier that chooses among candidates; None where there is one image of each centroid."""
-    return (config.synthesizer.judge or config.teacher.path) if config.synthesizer.candidates > 1 else None
+    if config.synthesizer.candidates == 1:
+        return None
+    return config.synthesizer.judge or next(iter(config.teacher.paths), None)

@@ -23,14 +23,14 @@ from ddoq_ray.storage.transport import read_heads
 RECORD_BYTES = 4096  # a record has some 400
 
 
-def publish_record(run_folder: Folder, job: Job, record: dict[str, Any]) -> dict[str, Any]:
+def publish_record(run_dir: Folder, job: Job, record: dict[str, Any]) -> dict[str, Any]:
     """Publish the record of a shard that is there, and give it back."""
-    images = run_folder / Place(job.folder).images
+    images = run_dir / Place(job.folder).images
     images.publish_json(layout.image_record(job.unit.name), with_check(record | {"made_from": job.made_from}))
     return record
 
 
-def published(run_folder: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+def published(run_dir: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """The records of the image shards, by their jobs' names, that an earlier, cut-off run published.
 
     A set's folder is listed once, and its records are asked for together: to ask an object store for each of 20,000
@@ -39,14 +39,14 @@ def published(run_folder: Folder, jobs: Sequence[Job]) -> dict[str, dict[str, An
     """
     found = {}
     for folder in {job.folder: None for job in jobs}:
-        images = run_folder / Place(folder).images
+        images = run_dir / Place(folder).images
         sizes = images.sizes(layout.IMAGE_SHARDS)
         records = _records(images) if sizes else {}
         unfit = []
         for job in (j for j in jobs if j.folder == folder and f"{j.unit.name}.tar" in sizes):
             record = records.get(job.unit.name)
             if record is None:
-                found[job.name] = publish_record(run_folder, job, _read(run_folder, job))
+                found[job.name] = publish_record(run_dir, job, _read(run_dir, job))
             elif (record.get("bytes"), record.pop("made_from", "")) == (sizes[f"{job.unit.name}.tar"], job.made_from):
                 found[job.name] = record
             else:
@@ -70,16 +70,16 @@ def _records(images: Folder) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _read(run_folder: Folder, job: Job) -> dict[str, Any]:
+def _read(run_dir: Folder, job: Job) -> dict[str, Any]:
     """The record of a published shard, by what is in it."""
     name, retried = f"{job.name}.tar", 0
 
     def pictures() -> Iterator[tuple[tuple[int, int], npt.NDArray[np.uint8]]]:
         nonlocal retried
-        for image in read_images([run_folder.path(name)]):
+        for image in read_images([run_dir.path(name)]):
             retried += image.attempt > 0
             yield (image.class_id, image.centroid_id), np.asarray(image.picture)
 
     facts = constant_facts(pictures())
-    record = shard_record(job.unit.name, len(job.unit), run_folder.read(name))
+    record = shard_record(job.unit.name, len(job.unit), run_dir.read(name))
     return record | facts | {"retried": retried}

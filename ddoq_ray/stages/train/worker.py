@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch: only in the worker
     from torch import Tensor
 
     from ddoq_ray.models.classifiers import Classifier
+    from ddoq_ray.models.ensemble import Teacher
     from ddoq_ray.models.training.student import StudentTraining, Targets
 
 # A report with a checkpoint is a barrier that costs about two seconds; a row that is shorter is simply trained again.
@@ -66,7 +67,7 @@ class Trainer:
         self.columns = torch.tensor(job.teacher_index, device=self.device)
         self.sets = Sets(job.run, job.config, len(job.teacher_index), ranks, room or Room(), job.group)
         self._labels: tuple[str, SoftLabels] | None = None
-        self.teacher: Classifier | None = None
+        self.teacher: Teacher | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
 
@@ -157,7 +158,7 @@ class Trainer:
 
     def _targets(self, student: Student) -> Targets:
         """What the student is to answer in the epoch that comes: classes, stored labels, or the teacher's own."""
-        from ddoq_ray.models.classifiers import load_classifier
+        from ddoq_ray.models.ensemble import load_teacher
         from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import HardTargets, StoredTargets, TeacherTargets
 
@@ -169,12 +170,13 @@ class Trainer:
             if self._labels is None or self._labels[0] != labels:
                 self._labels = (labels, SoftLabels(self.job.run / labels))
             stored = self._labels[1]
-            packed = stored.epoch(student.epoch)
+            student.training.view_epochs = stored.store.grid.epochs
+            packed = stored.epoch(student.epoch % stored.store.grid.epochs)
             return StoredTargets(lambda index: stored.decode(packed[index], self.device))
         if self.teacher is None:
-            path = self.config.teacher.path
-            assert path is not None, "a student has no stored labels, and there is no teacher"
-            self.teacher = load_classifier(path, self.device)
+            paths = self.config.teacher.paths
+            assert paths, "a student has no stored labels, and there is no teacher"
+            self.teacher = load_teacher(paths, self.device, self.protocol.temperature)
         return TeacherTargets(self.teacher)
 
     def _student(self, seed: int) -> Classifier:

@@ -147,6 +147,20 @@ def test_feature_labels_are_decoded_by_the_head_that_was_saved_with_them(tmp_pat
         SoftLabels(labels).decode(rows, "cpu")
 
 
+def test_a_longer_training_sees_the_labelled_epochs_again(tmp_path: Path) -> None:
+    """Six epochs are labelled: the seventh has the views and the labels of the first, and another order."""
+    job = small_job(tmp_path, f"protocol.steps={4 * EPOCHS}")
+    trainer = Trainer(job, ONE)
+    student = trainer._begin(job.rows[0][0], None)
+    assert student.epochs == 2 * EPOCHS
+    losses = []
+    for epoch in (1, 1 + EPOCHS, 2):
+        student.training.epoch = epoch
+        with torch.no_grad():
+            losses.append(float(student.training.loss(np.arange(IMAGES), trainer._targets(student))))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
     job = small_job(tmp_path, "student.image_size=8", size=8)
     assert Trainer(job, ONE).sets.get("images", Real()).images.shape == (IMAGES, 3, 8, 8)

@@ -1,0 +1,47 @@
+"""Measured rates: kept by device and settings, found for the same settings only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.models.rates import measured
+from ddoq_ray.storage.calibration import Rate, add_rates, asked_of, rates_for, read_rates
+
+
+def rates(device: str, per_second: float, *keys: str) -> list[Rate]:
+    asked = asked_of(load_config(keys))
+    return [
+        {"what": what, "device": device, "gpu": True, "per_second": per_second, "asked": asked[what]} for what in asked
+    ]
+
+
+def test_rates_are_found_for_the_settings_that_they_depend_on(tmp_path: Path) -> None:
+    file = str(tmp_path / "new" / "calibration.json")
+    assert read_rates(file) == []
+    for device, per_second in (("A", 5.0), ("B", 7.0), ("A", 6.0)):  # measured again: the last counts
+        add_rates(file, rates(device, per_second))
+    add_rates(file, rates("A", 9.0, "synthesizer.batch=7"))
+    kept = read_rates(file)
+    shared = {"encode": 9.0, "label": 9.0, "train": 9.0}  # which do not depend on the synthesizer's batch
+
+    def found(*keys: str, gpu: bool = True) -> dict[str, dict[str, float]]:
+        return rates_for(kept, asked_of(load_config(keys)), gpu=gpu)
+
+    assert found() == {"A": shared | {"decode": 6.0, "denoise": 6.0}, "B": dict.fromkeys(found()["A"], 7.0)}
+    assert found("ipc=3", "encoder.workers=4", "seed=9") == found(), "rates do not depend on these"
+    assert found("synthesizer.batch=7")["A"] == shared | {"decode": 9.0, "denoise": 9.0}
+    assert "label" not in found("teacher.batch=3")["A"] and found(gpu=False) == {}
+    Path(file).write_text("[1]")
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration file"):
+        read_rates(file)
+
+
+def test_each_rate_of_the_shipped_networks_is_measured() -> None:
+    config = load_config(["synthesizer.batch=4", "teacher.batch=4", "protocol.batch=4", "encoder.batch=4"])
+    found = dict(measured(config, "cpu", 0.01))
+    assert found.keys() == asked_of(config).keys() and all(rate > 0 for rate in found.values())
+    plain = dict(measured(load_config(["synthesizer.strength=0", "synthesizer.batch=4"]), "cpu", 0.01))
+    assert "denoise" not in plain
