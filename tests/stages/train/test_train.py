@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
+from support import ranks
 from support.students import EPOCHS, IMAGES, Apart, small_job
 
 from ddoq_ray.core.labels import make_codec
@@ -84,33 +84,10 @@ def test_a_rank_without_an_image_takes_part_with_zero_gradients(tmp_path: Path) 
     assert float(loss.detach()) == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def _rank(rank: int, world: int, folder: str, size: int) -> None:
-    """One of the ranks of a student, alone in its process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    job = small_job(Path(folder) / str(rank), "protocol.batch=5", "protocol.optimizer=sgd", "protocol.steps=6",
-                    "cluster.trainer.micro_batch=3", size=size)  # fmt: skip
-    (row, facts) = job.rows[0]
-    Trainer(job, Ranks(rank, world, torch.device("cpu"))).one_row(
-        row, Artifact(job.run / row.folder, "train"), facts, None
-    )
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.processes
 def test_one_two_and_four_ranks_train_and_score_the_same_student(tmp_path: Path) -> None:
     """Three epochs of eight images by five: the last batch of three has too few for three ranks, and none for one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ddoq_ray.models.training.student"])
-    for world in (1, 2, 4):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        ranks = [context.Process(target=_rank, args=(rank, world, str(folder), 8)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
-            assert process.exitcode == 0
-    students = [tmp_path / str(world) / "0" / "students/s-t-p-8px-seed0" for world in (1, 2, 4)]
+    students = [ranks.train(tmp_path / str(world), world) for world in (1, 2, 4)]
     weights = [safetensors.torch.load_file(folder / "model.safetensors") for folder in students]
     curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in students]
     for other, curve in zip(weights[1:], curves[1:], strict=True):
