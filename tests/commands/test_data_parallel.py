@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray.cloudpickle
 import torch
+from safetensors.torch import load_file
 
-from ddoq_ray.commands.data_parallel import check_room
+from ddoq_ray.commands import train_prior, tune_decoder
+from ddoq_ray.commands.data_parallel import Job, Train, check_room, fit_job
 from ddoq_ray.commands.table import BY_NAME
-from ddoq_ray.commands.training_images import ReadImages
+from ddoq_ray.commands.training_images import ReadImages, read_images
 from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.data.image_file import ImageFile
 from ddoq_ray.models.training.ranks import Alone, Part, check_parts
 from ddoq_ray.stages.train.ranks import Ranks
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
+
+# Adam divides a gradient by its size: where that is nothing but rounding, a weight goes either way, by about the rate.
+TINY = [
+    "training.autoencoder_steps=6", "training.denoiser_steps=6", "training.autoencoder_batch=10",
+    "training.denoiser_batch=11", "training.autoencoder_widths=[16,16]", "training.unet_widths=[16]",
+    "training.autoencoder_lr=2e-5", "training.denoiser_lr=1e-5", "training.flip=true", "training.dtype=float32",
+    "training.checkpoint_every=4", "training.samples_every=0", "training.kl_weight=0.1", "image_size=16",
+    "perceptual=shipped:digits-teacher",
+]  # fmt: skip
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def on(workers: int, out: Path, prepare: Callable[[Any], Train], words: list[str]) -> dict[str, Any]:
+    """Train with that many workers; one is this process."""
+    name = "tune-decoder" if prepare is tune_decoder.prepared else "train-prior"
+    command = BY_NAME[name].compose([f"out={out}", f"workers={workers}", *words])
+    read = read_images(command)
+    if workers == 1:
+        torch.set_num_threads(1)
+        return prepare(command)(read.open(), Alone(), quiet)
+    return fit_job(name, Job(prepare, command, read), TrainerResources(workers, num_cpus=0.4), quiet)
+
+
+def assert_same(one: Path, other: Path, *parts: str) -> None:
+    """All weights to 1e-5."""
+    for part in parts:
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        a, b = load_file(one / file), load_file(other / file)
+        assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5, part
 
 
 def test_parts_are_the_batch_and_their_means_its_mean() -> None:
@@ -51,3 +93,53 @@ def test_keys_that_cannot_work_are_refused(words: list[str], said: str) -> None:
 def test_images_that_a_node_does_not_see_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.pixels is not to be seen from the node .* every node sees"):
         ReadImages(["a"], ImageFile(tmp_path / "train", {}), None).open()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_two_ranks_train_the_prior_that_one_process_trains(tmp_path: Path) -> None:
+    alone = on(1, tmp_path / "one", train_prior.prepared, TINY)
+    record = on(2, tmp_path / "two", train_prior.prepared, TINY)
+    assert_same(tmp_path / "one", tmp_path / "two", "vae", "unet")
+    assert record["workers"] == 2 and "workers" not in alone
+    assert json.loads((tmp_path / "two/ddoq_prior.json").read_text())["training"] == record
+    for key in ("autoencoder_losses", "denoiser_losses"):
+        assert record[key] == pytest.approx(alone[key], rel=1e-5)
+    assert not (tmp_path / "two.training/checkpoint.pt").exists()
+
+
+def dies_once(command: Any) -> Train:
+    """As train-prior, with a rank that dies after the denoiser's first checkpoint."""
+    trained = train_prior.prepared(command)
+    mark = Path(command.out).with_name("died")
+
+    def dying(data: Any, ranks: Any, on_progress: Any) -> dict[str, Any]:
+        sums = iter(range(1, 10**6))
+
+        class Dying(Ranks):
+            def add_up(self, tensors: Sequence[Any]) -> None:
+                # Two sums a step: this is in the eleventh, the denoiser's fifth.
+                if next(sums) == 22 and self.rank == 1 and not mark.exists():
+                    mark.touch()
+                    os._exit(1)
+                super().add_up(tensors)
+
+        return trained(data, Dying(ranks.rank, ranks.world, ranks.device), on_progress)
+
+    return dying
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_four_ranks_and_a_death_make_the_same_prior_and_decoder(tmp_path: Path) -> None:
+    on(1, tmp_path / "one", train_prior.prepared, TINY)
+    on(4, tmp_path / "four", dies_once, TINY)
+    assert (tmp_path / "died").exists()
+    assert_same(tmp_path / "one", tmp_path / "four", "vae", "unet")
+    words = [
+        f"source={tmp_path / 'one'}", "perceptual=shipped:digits-teacher", "training.steps=6", "training.batch=9",
+        "training.lr=1e-5",
+    ]  # fmt: skip
+    for workers in (1, 4):
+        on(workers, tmp_path / f"tuned-{workers}", tune_decoder.prepared, words)
+    assert_same(tmp_path / "tuned-1", tmp_path / "tuned-4", "vae")
