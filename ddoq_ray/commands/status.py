@@ -12,7 +12,7 @@ from typing import Any
 
 from ddoq_ray import pipeline
 from ddoq_ray.config.run import STAGES, RunConfig
-from ddoq_ray.config.run_folder import StatusConfig
+from ddoq_ray.config.run_directory import StatusConfig
 from ddoq_ray.execution.lease import why_stale
 from ddoq_ray.execution.streams import emit
 from ddoq_ray.stages.evaluate.step import Evaluate

@@ -175,7 +175,7 @@ COMMANDS = (
     Command(
         name="status",
         words="where a run stands, from the files of its run directory alone",
-        config="ddoq_ray.config.run_folder:StatusConfig",
+        config="ddoq_ray.config.run_directory:StatusConfig",
         main="ddoq_ray.commands.status:main",
         use="ddoq-ray status RUN",
         about="Prints who holds the run directory RUN, what each stage has done of what it has to do, and the last "
@@ -185,7 +185,7 @@ COMMANDS = (
     Command(
         name="verify",
         words="every file of a run directory against its record; repair=true makes damaged ones anew",
-        config="ddoq_ray.config.run_folder:VerifyConfig",
+        config="ddoq_ray.config.run_directory:VerifyConfig",
         main="ddoq_ray.commands.verify:main",
         use="ddoq-ray verify RUN [repair=true]",
         about="Reads every file of the run directory RUN once and compares it with the digest that was recorded when "

@@ -7,7 +7,7 @@ import time
 
 from ddoq_ray import pipeline
 from ddoq_ray.config.run import STAGES, RunConfig
-from ddoq_ray.config.run_folder import VerifyConfig
+from ddoq_ray.config.run_directory import VerifyConfig
 from ddoq_ray.execution import lease
 from ddoq_ray.execution.workers import say
 from ddoq_ray.storage import layout

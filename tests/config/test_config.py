@@ -145,7 +145,7 @@ def test_training_commands_read_values_in_the_same_way() -> None:
     assert (command.out, command.dataset.path, command.training.unet_widths) == ("1e5", "a,b=[c] é", (8, 8))
 
 
-def test_run_folder_has_a_word_for_the_data() -> None:
+def test_run_directory_has_a_word_for_the_data() -> None:
     assert load_config(["ipc=1"]).folder == "runs/digits-ipc1"
     for path, title in [
         ("data/flowers", "flowers"), ("data/flowers/train-{0000..0003}.tar", "flowers"),

@@ -90,7 +90,7 @@ def test_every_format_is_written_and_read_back(tmp_path: Path, form: PictureForm
         assert len(encode_picture(pixels, form, 30)) < len(data)
 
 
-def test_load_by_run_folder_images_folder_or_pattern(run: Path) -> None:
+def test_load_by_run_directory_images_folder_or_pattern(run: Path) -> None:
     for path in (run, run / "images", f"{run}/images/images-*.tar", f"{run}/images/images-{{000000..000001}}.tar"):
         data = ddoq_ray.load(str(path))
         assert len(data) == 6

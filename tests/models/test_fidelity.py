@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from ddoq_ray.models.fidelity import (
     psnr,
     reconstructions,
 )
+from ddoq_ray.models.folders import resolve_folder
 from ddoq_ray.models.priors.base import Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.storage.records import ClassInfo
+from studies.assets import CIFAR10, write_cifar10_teacher
+from studies.small_images import read
 
 
 class Blurring:
@@ -76,3 +80,26 @@ def test_samples_of_the_shipped_prior_look_like_their_classes() -> None:
     assert facts["frechet"] < noise["frechet"]
     assert reconstructions(prior.autoencoder, made[:3]).shape == (3, 3, 16, 16)
     assert answers(judge, made)[1].shape == (40, judge.head.in_features)
+
+
+def test_the_shipped_cifar10_prior_makes_images() -> None:
+    prior = load_prior("shipped:cifar10-prior")
+    assert (prior.latent_shape, prior.image_size, prior.has_null) == ((16, 8, 8), 32, True)
+    classes = [ClassInfo(c, name, name, c, c) for c, name in enumerate(prior.classes[:2])]
+    made = generate(prior, classes, Sampling(1.0, 4, "noise", guidance=3.0), seed=0)
+    assert made.shape == (2, 3, 32, 32) and made.std() > 20
+    folder = resolve_folder("shipped:cifar10-prior", "prior")
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 15.5e6  # with its teacher to come at most 16 MB
+
+
+@pytest.mark.assets
+def test_the_shipped_cifar10_prior_keeps_what_a_classifier_sees(tmp_path: Path) -> None:
+    """By a ResNet-56 that neither its autoencoder nor its denoiser saw."""
+    prior, judge = load_prior("shipped:cifar10-prior"), load_classifier(write_cifar10_teacher(56, tmp_path / "judge"))
+    real = read("test-000000")
+    kept = judge_autoencoder(prior.autoencoder, judge, real.images[:400], real.class_ids[:400])
+    assert kept["top1_reconstructed_pct"] > 80
+    class_ids = np.arange(60) % 10
+    classes = [ClassInfo(int(c), CIFAR10[c], CIFAR10[c], int(c), int(c)) for c in class_ids]
+    made = generate(prior, classes, Sampling(1.0, 25, "noise", guidance=3.0), seed=0)
+    assert judge_samples(made, real.images, judge, class_ids)["class_consistency_pct"] > 65

@@ -291,6 +291,7 @@ def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
     assert torch.equal(before.encode(x), after.encode(x))
     assert load_prior(tmp_path / "tuned", dtype="bfloat16").latents_id == before.id  # whatever it runs in
     sizes = {d: (tmp_path / d / "vae/diffusion_pytorch_model.safetensors").stat().st_size for d in ("p", "tuned")}
+    assert str(tmp_path) not in (tmp_path / "tuned/vae/config.json").read_text()
     assert sizes["tuned"] == sizes["p"]  # kept in half precision, as the source is
     real = torch.from_numpy(images).float() / 255
 

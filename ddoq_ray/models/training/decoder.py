@@ -142,6 +142,9 @@ def _write(folder: Path, vae: AutoencoderKL, record: dict[str, Any], latents_id:
     for old in [*place.glob("*.safetensors"), *place.glob("*.bin"), *place.glob("*.index.json")]:
         old.unlink()
     copy.deepcopy(vae).to(dtype=dtype).save_pretrained(place)
+    config = read_json(place / "config.json", "prior")
+    config.pop("_name_or_path", None)  # where the source lay on this machine
+    write_json(place / "config.json", config)
     file = folder / PRIOR_JSON
     known = read_json(file, "prior") if file.is_file() else {}
     known |= {"tuned": record, "latents": {"prior": latents_id, "encoder": encoder_digest(vae)}}
