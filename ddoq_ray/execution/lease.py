@@ -8,6 +8,7 @@ a moment later, read again. It belongs to no artifact, and it goes when the run 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -87,10 +88,12 @@ class Lease:
                 gone = why_stale(there)
                 if not gone:
                     raise ValueError(_refusal(self.run, there))
-                if not self._remove(there):
-                    continue
-                say(f"lease      {self.run.uri} was held by {_holder(there)}; {gone}: this run takes it over")
-            if self._create():
+                taken = self._take_over(there)
+                if taken:
+                    say(f"lease      {self.run.uri} was held by {_holder(there)}; {gone}: this run takes it over")
+            else:
+                taken = self._create()
+            if taken:
                 self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
                 self._thread.start()
                 return
@@ -157,24 +160,32 @@ class Lease:
         finally:
             os.unlink(temporary)
 
-    def _remove(self, stale: dict[str, Any]) -> bool:
-        """Take a stale lease away, by a rename that one of two can make; False when it is another's by now."""
+    def _take_over(self, stale: dict[str, Any]) -> bool:
+        """Put this run's lease in a stale one's place; False when it is another's by now.
+
+        There is a lease at all times, so that a third run cannot make its own meanwhile; and one run looks and replaces
+        at a time, by a lock on the directory that the kernel gives back when its holder dies.
+        """
         if not self.run.local:
-            return True  # _create writes over it
-        aside = self.run.path(f"{layout.LEASE}.{self.token[:8]}{TEMPORARY}")
+            return self._create()  # writes over it
+        path = self.run.path(layout.LEASE)
+        temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
+        directory = os.open(self.run.uri, os.O_RDONLY)
         try:
-            os.rename(self.run.path(layout.LEASE), aside)
-        except FileNotFoundError:
-            return False
-        try:
-            with contextlib.suppress(ValueError):
-                if json.loads(Path(aside).read_bytes())["token"] != stale["token"]:
-                    with contextlib.suppress(OSError):
-                        os.link(aside, self.run.path(layout.LEASE))  # a new one: it goes back
-                    return False
+            with contextlib.suppress(OSError):  # a file system without locks: the moment is short
+                fcntl.flock(directory, fcntl.LOCK_EX)
+            there = self._read()
+            if there is None or there["token"] != stale["token"]:
+                return False
+            Path(temporary).write_bytes(self._content())
+            os.replace(temporary, path)
             return True
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise ValueError(write_error(path, error)) from error
         finally:
-            os.unlink(aside)
+            os.close(directory)
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):

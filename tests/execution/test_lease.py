@@ -87,6 +87,29 @@ def _race(place: str, start: float, out: str) -> None:
     os._exit(0)
 
 
+def test_a_stale_lease_is_replaced_and_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs have both seen the dead one's: the slower must not put the faster one's aside, not for a moment."""
+    run = Folder(str(tmp_path))
+    dead = Lease(Folder("memory://nothing")).facts | {"token": "x", "process": "no", "renewed": 0}
+    (tmp_path / LEASE).write_text(json.dumps(dead))
+    slow, fast = Lease(run), Lease(run)
+    seen = slow._read()
+    assert seen is not None
+    fast.acquire()
+    try:
+        removed = []
+        for name in ("rename", "unlink", "remove"):
+            monkeypatch.setattr(os, name, lambda *path, name=name: removed.append((name, path)))
+        assert not slow._take_over(seen) and not removed
+        monkeypatch.undo()
+        held = slow._read()
+        assert held is not None and held["token"] == fast.token
+        with pytest.raises(ValueError, match="another run holds"):
+            slow.acquire()
+    finally:
+        fast.release()
+
+
 def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> None:
     (tmp_path / "won").mkdir()
     (tmp_path / "run").mkdir()
