@@ -79,7 +79,13 @@ def go(run: Path, corpus: Path, *overrides: str, data: str = "train") -> None:
 def files(run: Path) -> dict[str, bytes]:
     """Everything made so far, but for the log and what is always that of the latest command."""
     logs = ("events.jsonl", "config.yaml", "classes.json", "source-classes.json")
-    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in logs}
+    made = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in logs}
+    if "data/manifest.json" in made:  # it holds digests of the class lists
+        manifest = json.loads(made["data/manifest.json"])
+        made["data/manifest.json"] = json.dumps(
+            {k: v for k, v in manifest.items() if k not in ("files", "check")}
+        ).encode()
+    return made
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def test_labels_are_keyed_by_image_and_epoch_in_order(run: Path) -> None:
     """20 images in 12 epochs, five epochs a file at most: three files of four."""
     files = sorted((run / LABELS).glob("labels-*.parquet"))
     manifest = json.loads((run / LABELS / "manifest.json").read_text())
-    assert manifest["files"] == len(files) == 3 and manifest["items"] == 240
+    assert manifest["label_files"] == len(files) == 3 and manifest["items"] == 240
     assert manifest["bytes"] == sum(f.stat().st_size for f in files)
     table = pq.read_table(io.BytesIO(files[1].read_bytes()))
     assert table["image_id"].to_pylist() == list(range(20)) * 4
@@ -226,7 +226,11 @@ def test_plan_and_run_agree_on_bytes(run: Path) -> None:
     assert made.problems == []
     there: dict[str, int] = {}
     for step in pipeline.steps(config):
-        files = [p for p in (run / step.place).rglob("*") if p.suffix in (".parquet", ".tar") or p.match("part-*.json")]
+        files = [
+            p
+            for p in (run / step.place).rglob("*")
+            if p.suffix in (".parquet", ".tar") or p.match("part-*.json") or p.match("labels-*.json")
+        ]
         files = [p for p in files if step.name != "prepare" or p.parent.name == "train"]
         if step.name in made.written:
             there[step.name] = there.get(step.name, 0) + sum(p.stat().st_size for p in files)

@@ -81,7 +81,7 @@ class LabelsManifest(Manifest):
     """label: soft labels of an image set, or (codec `online`) only the check of the teacher that will make them.
 
     Attributes:
-        files: How many hold them.
+        label_files: How many hold them.
         codec_costs: `Labeller.codec_costs`, where the codec rounds more than fp16 does.
         head: sha256 of the teacher's head, which lies beside labels of features.
         grid: How labels lie in the files (`LabelGrid`).
@@ -94,7 +94,7 @@ class LabelsManifest(Manifest):
     teacher_index: list[int]
     teacher: dict[str, Any]
     environment: dict[str, Any]
-    files: NotRequired[int]
+    label_files: NotRequired[int]
     grid: NotRequired[dict[str, int]]
     views: NotRequired[dict[str, Any]]
     head: NotRequired[str]

@@ -83,7 +83,7 @@ def store_labels(labels: Folder, counts: tuple[int, int], codec: Codec, answer: 
     made_from = digest_of({})
     for file in grid.all():
         write_labels(labels, file, Making(grid, codec.name, made_from, (counts[0], 8, 8)), answer)
-    Artifact(labels, "label").finish({}, codec=codec.name, grid=asdict(grid), files=grid.files, **facts)
+    Artifact(labels, "label").finish({}, codec=codec.name, grid=asdict(grid), label_files=grid.files, **facts)
     return grid
 
 

@@ -186,7 +186,7 @@ def _stored(run: Run, step: Label, grid: LabelGrid) -> dict[str, Any]:
     return {
         **({"head": labels.digest(HEAD)[0]} if labels.exists(HEAD) else {}),
         "bytes": sum(record.bytes for record in records.values()),
-        "files": grid.files,
+        "label_files": grid.files,
         "grid": asdict(grid),
         "views": asdict(spec) | {"seed": run.config.seed, "stored": records[0].stored},
     }
