@@ -16,7 +16,7 @@ from ddoq_ray.data.image_set import NewImage, encode_picture, load_image_arrays,
 from ddoq_ray.data.labelled_set import LabelledDataset
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import Labeller
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelGrid
 from ddoq_ray.storage.label_log import Making, write_labels
@@ -128,7 +128,7 @@ def test_labels_of_something_else_are_refused(run: Path, tmp_path: Path) -> None
     told = run / "labels/t-p-16px/manifest.json"
     text = told.read_text()
     try:
-        told.write_text(text.replace('"min_scale": 0.3', '"min_scale": 0.6'))
+        told.write_text(json.dumps(with_check(json.loads(text.replace('"min_scale": 0.3', '"min_scale": 0.6')))))
         with pytest.raises(ValueError, match="other views than are drawn now"):
             ddoq_ray.load(str(run), labels=True)
     finally:
