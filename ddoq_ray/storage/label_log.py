@@ -9,7 +9,6 @@ for what it is not. Beside labels of the `features` codec lies the teacher's lin
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, NotAsWritten, checked, digest_of, with_check
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
 from ddoq_ray.storage.parquet import row_group_writer
@@ -29,7 +28,6 @@ from ddoq_ray.storage.records import binary_rows, fixed_binary, label_schema
 from ddoq_ray.storage.row_groups import MAGIC, DamagedGroup, file_digests, metadata_of, read_groups, span_of
 
 AT_ONCE = 8  # records that are read
-CHECK = "check"  # in a record: sha256 of the rest of it
 
 # Of an epoch and of images first to end - 1: their labels uint8 [n, nbytes], and the bytes of their views' parameters.
 Answer = Callable[[int, int, int], tuple[npt.NDArray[np.uint8], bytes]]
@@ -92,7 +90,7 @@ def write_labels(labels: Folder, file: LabelFile, making: Making, answer: Answer
         groups, footer = file_digests(f.name)
         size = os.path.getsize(f.name)
     row = asdict(LabelRecord(making.made_from, size, groups, footer, views, list(making.stored)))
-    labels.publish_json(file.record, row | {CHECK: digest_of(row)})
+    labels.publish_json(file.record, with_check(row))
     return size
 
 
@@ -103,13 +101,10 @@ def read_record(labels: Folder, file: LabelFile) -> LabelRecord:
         ValueError: It is gone or damaged.
     """
     try:
-        row = json.loads(labels.read(file.record))
-        if row.pop(CHECK, None) != digest_of(row):
-            raise ValueError("not as it was written")
-        return LabelRecord(**row)
+        return LabelRecord(**checked(labels.read(file.record), strict=True))
     except FileNotFoundError:
         raise _missing(labels, file.record, file) from None
-    except (ValueError, TypeError, AttributeError):
+    except (NotAsWritten, TypeError):
         raise _damaged(labels, file.record, file, "it is not as it was written") from None
 
 
