@@ -185,7 +185,7 @@ def against_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for name, k in dict.fromkeys((row["latents"], row["k"]) for row in rows):
         case = {method: table[name, k, method] for method in METHODS if (name, k, method) in table}
-        if set(case) < {"gram", "clvq-corrected", *PEERS} or k not in CPU_TARGET:
+        if not {"gram", "clvq-corrected", *PEERS} <= set(case) or k not in CPU_TARGET:
             continue
         ours, kmeans, best = case["gram"], case["sklearn-kmeans"], min(case[m]["distortion"] for m in PEERS)
         streamed, d4m_row = case["clvq-corrected"], case["d4m"]
