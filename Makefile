@@ -37,7 +37,7 @@ test-all: $(VENV)/.installed  ## also the tests marked slow and assets
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ddoq_ray
+	$(BIN)/mypy ddoq_ray benchmarks studies
 
 lock: $(VENV)/.installed  ## write what is installed now to requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \

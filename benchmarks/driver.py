@@ -144,7 +144,7 @@ def tell_quantizers(w: World) -> None:
         w.quantizers.shard_done(shard)
 
 
-class Bookkeeper(Quantizer.__ray_actor_class__):  # type: ignore[misc]
+class Bookkeeper(Quantizer.__ray_actor_class__):  # type: ignore[misc,name-defined]
     """A quantizer actor that keeps its books, and makes neither codebooks nor snapshots (a fixed share of its time)."""
 
     def _take_up(self) -> None:

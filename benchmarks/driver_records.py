@@ -22,10 +22,10 @@ from ddoq_ray.stages.cells import label_key
 from ddoq_ray.stages.label.step import Label
 from ddoq_ray.stages.quantize.step import Quantizers
 from ddoq_ray.stages.synthesize.step import Synthesize
-from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
 from ddoq_ray.storage.codebook import Account, part_classes, write_part
 from ddoq_ray.storage.folder import Folder
-from ddoq_ray.storage.label_log import CHECK, LabelRecord
+from ddoq_ray.storage.label_log import LabelRecord
 from ddoq_ray.storage.latent_index import LatentIndex
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data
@@ -117,7 +117,7 @@ def make_world(run: Folder, order: str, shards: int, classes: int, samples: int,
     record = dataclasses.asdict(LabelRecord(digest_of(step.identity(told)), 0, [], [], [], []))
     for file in islice(step.grid(told).all(), LABELLED):
         put(labels, file.name)
-        put(labels, file.record, json.dumps(record | {CHECK: digest_of(record)}).encode())
+        put(labels, file.record, json.dumps(with_check(record)).encode())
     return World(run, config, listed, infos, infos[: -(-shards // 20)], networks, exact)
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -207,7 +208,9 @@ class WorkerPeaks(threading.Thread):
     def run(self) -> None:
         import ray
 
-        raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+        node = ray._private.worker._global_node
+        assert node is not None, "Ray runs before its workers are watched"
+        raylet = node.all_processes["raylet"][0].process.pid
         while not self.ended.wait(0.1):
             for entry in Path(f"/proc/{raylet}/task").glob("*/children"):
                 try:
@@ -221,7 +224,7 @@ def start_ray(processes: int, store_bytes: int | None = None) -> None:
     import ray
 
     ray.init(
-        address="local", num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        address="local", num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         object_store_memory=store_bytes,
     )  # fmt: skip
     from ddoq_ray.execution.session import _quiet_ray_data

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -97,12 +98,13 @@ def measure(images: int, epochs: int, folder: str, workers: int) -> dict[str, An
     from ddoq_ray.core.labels import make_codec
     from ddoq_ray.execution.pool import Elastic, run_elastic
 
-    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     labels = Folder(folder)
     nbytes = make_codec("logits", CLASSES, None).nbytes
     grid = LabelGrid.of((images, epochs), nbytes, batch=BATCH, file_bytes=128 << 20, file_labels=1 << 18)
     writer = ray.remote(num_cpus=1)(Writer)
-    start, peaks = time.monotonic(), []
+    start = time.monotonic()
+    peaks: list[int] = []
     for _, made in run_elastic(
         lambda: writer.remote(labels, grid), list(grid.all()), Elastic("labels", workers, workers), name=str
     ):
@@ -112,7 +114,8 @@ def measure(images: int, epochs: int, folder: str, workers: int) -> dict[str, An
     facts = {"codec": "logits", "outputs": CLASSES, "files": grid.files, "grid": dataclasses.asdict(grid)}
     Artifact(labels, "label").finish(IDENTITY, **facts)
     seconds = time.monotonic() - start
-    read = ray.get(ray.remote(num_cpus=1)(Reader).remote().replay.remote(labels))
+    reader: Any = ray.remote(num_cpus=1)(Reader).remote()
+    read = ray.get(reader.replay.remote(labels))
     return {
         "images": images,
         "epochs": epochs,

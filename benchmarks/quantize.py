@@ -68,6 +68,7 @@ def gram(x: np.ndarray, k: int, seed: int) -> Codebook:
 def gram_shrunk(x: np.ndarray, k: int, seed: int) -> Codebook:
     """As `quantizer=gram quantizer.shrink=true` runs it, less the pass that makes the counts those of the new cells."""
     centroids, counts = gram(x, k, seed)
+    assert counts is not None
     return shrunk(centroids, counts, float(assign(x, centroids)[1].mean())), counts
 
 
@@ -115,7 +116,7 @@ def faiss(x: np.ndarray, k: int, seed: int) -> Codebook:
         x.shape[1], k, niter=25, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x) // k + 1
     )
     model.train(x)
-    return model.centroids, None
+    return np.asarray(model.centroids), None
 
 
 METHODS: dict[str, Callable[[np.ndarray, int, int], Codebook]] = {

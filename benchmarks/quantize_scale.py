@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -64,12 +65,12 @@ def write_log(run: Folder, layout: str, classes: int, per_class: int, dim: int, 
         counts = ClassCounts(Counter(ids.tolist()))
         (run / "latents").publish(f"shard-{shard:06d}/done.json", ShardDone(shard, tuple(records), counts, 0).dumps())
         infos.append(ShardInfo(f"/data/{shard}.tar", len(ids), 1, counts, str(shard)))
-    data = run / "data"
+    prepared = run / "data"
     names = [{"class_id": c, "name": f"n{c}", "prompt": f"n{c}"} for c in range(classes)]
-    data.publish_json("source-classes.json", names)
-    data.publish_json("shards.json", [i.to_json() for i in infos])
-    data.publish_json("val-shards.json", [])
-    Artifact(data, "prepare").finish({})
+    prepared.publish_json("source-classes.json", names)
+    prepared.publish_json("shards.json", [i.to_json() for i in infos])
+    prepared.publish_json("val-shards.json", [])
+    Artifact(prepared, "prepare").finish({})
     Artifact(run / "latents", "encode").finish({"prior": "synthetic", "data": "synthetic"}, kept=True)
 
 
@@ -157,7 +158,7 @@ def actors(run: Folder, k: int, buffer: int, dim: int, number: int) -> dict[str,
         ]
     )  # fmt: skip
     networks = Networks("synthetic", (dim,), 16, None, 0, None, None, None, 0, 0, {})
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     data = Data.load(run)
     made = Quantizers(Run(config, run, data, networks, Events(run)), Quantize(SPECS["ddoq"], Place(f"actors-{number}")))
     made.plan()
