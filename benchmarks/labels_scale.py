@@ -98,7 +98,9 @@ def measure(images: int, epochs: int, folder: str, workers: int) -> dict[str, An
     from ddoq_ray.core.labels import make_codec
     from ddoq_ray.execution.pool import Elastic, run_elastic
 
-    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
     labels = Folder(folder)
     nbytes = make_codec("logits", CLASSES, None).nbytes
     grid = LabelGrid.of((images, epochs), nbytes, batch=BATCH, file_bytes=128 << 20, file_labels=1 << 18)
