@@ -31,6 +31,9 @@ class PriorTraining:
     feature_weight: float = option(
         0.1, "weight of the relative squared distance of the teacher's feature maps, where a teacher is given"
     )
+    logit_weight: float = option(
+        0.0, "weight of the relative squared distance of the teacher's logits, of which soft labels are made; 0 = none"
+    )
     autoencoder_ema: float = option(0.998, "decay of the autoencoder's averaged weights, which are the ones saved")
     denoiser: str = option("unet", "the denoiser's architecture: unet or dit")
     unet_widths: tuple[int, ...] = option((32, 64), "unet: channels of the levels")
@@ -89,7 +92,7 @@ class PriorTraining:
             not self.zero_snr or self.prediction_type == "v_prediction",
             "prior training: zero_snr=true needs prediction_type=v_prediction: from pure noise, epsilon says nothing",
         )
-        for name in ("kl_weight", "feature_weight"):
+        for name in ("kl_weight", "feature_weight", "logit_weight"):
             require(getattr(self, name) >= 0, f"prior training: {name} must be 0 or more, got {getattr(self, name)}")
         require(
             self.min_snr is None or self.min_snr > 0, f"prior training: min_snr must be positive, got {self.min_snr}"
@@ -127,6 +130,10 @@ class DecoderTuning:
     feature_weight: float = option(
         0.3, "weight of the relative squared distance of the classifier's feature maps against the squared pixel error"
     )
+    logit_weight: float = option(
+        0.0,
+        "weight of the relative squared distance of the classifier's logits, of which soft labels are made; 0 = none",
+    )
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
@@ -138,7 +145,7 @@ class DecoderTuning:
         for key in ("steps", "batch", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"decoder tuning: {key} must be positive, got {getattr(self, key)}")
         PriorTraining(minutes=self.minutes, precision=self.precision, autoencoder_ema=self.ema,
-                      feature_weight=self.feature_weight)  # fmt: skip
+                      feature_weight=self.feature_weight, logit_weight=self.logit_weight)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class AutoencoderTraining(Resumable):
 
         Returns:
             The loss over the batch and its parts: mse (in [-1, 1]'s scale), kl (nats a latent value), features
-            (relative).
+            and logits (relative).
         """
         generator = generator_of(self.config.seed, "autoencoder", step)
         x = mirrored(pixels, generator, part) if self.config.flip else pixels
@@ -77,8 +77,12 @@ class AutoencoderTraining(Resumable):
             if not self.decoder_only:
                 terms["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
             if self.teacher is not None:
-                terms["features"] = self.teacher.distance(output / 2 + 0.5, x / 2 + 0.5)
-        weights = {"mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight}
+                terms["features"], logits = self.teacher.distances(output / 2 + 0.5, x / 2 + 0.5)
+                terms |= {"logits": logits} if self.config.logit_weight else {}
+        weights = {
+            "mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight,
+            "logits": self.config.logit_weight,
+        }  # fmt: skip
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         descend(loss, self.optimizer, rate, part)
         self.average.update(step)
