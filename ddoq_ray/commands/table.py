@@ -87,7 +87,7 @@ def _stage(name: str, words: str, reads: str) -> Command:
 
 _VIEWS = (
     "student.image_size protocol.epochs protocol.steps protocol.batch protocol.min_scale protocol.flip protocol.cutmix "
-    "protocol.val_crop "
+    "protocol.mixup protocol.shuffle_patches protocol.cutout protocol.val_crop "
 )
 
 RUN = Command(
