@@ -217,7 +217,6 @@ COMMANDS = (
         config="ddoq_ray.config.network_training:TrainTeacherConfig",
         main="ddoq_ray.commands.train_teacher:main",
         use="ddoq-ray train-teacher [dataset=digits] out=FOLDER key=value ...",
-        goes_on=False,
         place="out",
     ),
     Command(
