@@ -79,7 +79,7 @@ def _mix(base: torch.Tensor, other: torch.Tensor, params: ViewParams, out: torch
     """Into float32 [B, 3, S, S]: the partner's view in the box; where there is no box, blended in by lambda."""
     boxed = params.mix_box[:, 2] > params.mix_box[:, 0]
     if (boxed | (params.partner < 0)).all():
-        torch.where(on_device(_box_mask(params.mix_box, base.shape[-1]), base.device), other, base, out=out)
+        torch.where(_inside(params.mix_box, base), other, base, out=out)
         return
     # Two products and a sum, each rounded by itself: a fused operation would not round every row of a batch alike.
     kept = params.lam.astype(np.float32)[:, None, None, None]
@@ -135,7 +135,7 @@ def _views(images: torch.Tensor, rows: Int64, params: ViewParams, size: int) -> 
     views = _crop_resize(images, rows, params, size)
     if not params.cutout.size:
         return views
-    inside = on_device(_box_mask(params.cutout[:, :4], size), images.device)
+    inside = _inside(params.cutout[:, :4], views)
     colour = on_device(params.cutout[:, 4:].astype(np.float32), images.device)
     return torch.where(inside, colour[:, :, None, None], views)
 
@@ -206,12 +206,12 @@ def _grid_axis(start: Float64, length: Float64, offset: Float64, extent: int) ->
     return (2 * position / extent - 1).astype(np.float32)
 
 
-def _box_mask(mix_box: Int64, size: int) -> npt.NDArray[np.bool_]:
-    """bool [B, 1, S, S]: True inside the box."""
-    line = np.arange(size)
-    in_rows = (line >= mix_box[:, 0, None]) & (line < mix_box[:, 2, None])
-    in_columns = (line >= mix_box[:, 1, None]) & (line < mix_box[:, 3, None])
-    return np.asarray((in_rows[:, :, None] & in_columns[:, None, :])[:, None])
+def _inside(boxes: Int64, views: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, S, S] for views [B, 3, S, S], where they are: True inside the boxes int64 [B, 4]."""
+    ends = on_device(np.ascontiguousarray(boxes.T), views.device)[:, :, None]  # [4, B, 1]
+    line = torch.arange(views.shape[-1], device=views.device)
+    in_rows, in_columns = (line >= ends[:2]) & (line < ends[2:])
+    return (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
 
 
 def _as_numpy(index: Any) -> Int64:
