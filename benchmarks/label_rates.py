@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def pool(images: int, epochs: int) -> list[dict[str, Any]]:
         keys = [f"teacher.path={place}/teacher", "student.image_size=32", "protocol.steps=100", "teacher.batch=50"]
         config, run = load_config(keys), Folder(f"{place}/run")
         made = [NewImage(0, i, 1 / images, "", 0, encode_picture(p.transpose(1, 2, 0))) for i, p in enumerate(pixels)]
-        shards = [ImageShard(**write_images(run / "images", "images-000000", made))]
+        shards = [cast(ImageShard, write_images(run / "images", "images-000000", made))]
         spec, batch = view_spec(config.protocol, 32), config.teacher.batch
         labeller = Labeller(build_classifier("resnet20-cifar", 10, 32).eval(), "logits", spec, seed=0, batch=batch)
         start = time.perf_counter()

@@ -167,8 +167,8 @@ class _Training(Resumable):
         with torch.random.fork_rng(devices=[]):
             pixels, shares = self._batch(rows, number, part)
             # Before there were ranks there was no rank in the key.
-            key = (config.seed, "teacher step", number, *([part.ranks.rank] if part.ranks.rank else []))
-            torch.manual_seed(int(philox(*key).integers(2**63)))
+            own = (part.ranks.rank,) if part.ranks.rank else ()
+            torch.manual_seed(int(philox(config.seed, "teacher step", number, *own).integers(2**63)))
             # Entered anew in each step: weights that were cast once would not see the optimizer's steps.
             with arithmetic(pixels.device, config.precision):
                 logits = model(pixels)
