@@ -82,9 +82,8 @@ def train_teacher(
         seed=config.seed,
         classes=data.classes,
     ).to(torch.device(ranks.device))
-    identity = {
-        "options": asdict(config), "data": digest, "torch": str(torch.__version__), **machine(ranks),
-    }  # fmt: skip
+    versions = {"torch": str(torch.__version__), **machine(ranks)}
+    identity = {"options": asdict(config), "data": digest, **versions}
     checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
     phases = Phases(checkpoints, config.checkpoint_every, on_progress, ranks)
     phases.open()
