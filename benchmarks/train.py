@@ -28,10 +28,11 @@ from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.losses import weighted_kl
+from ddoq_ray.core.transfers import on_device
 from ddoq_ray.data.pixel_rows import FileRows, MemoryRows
 from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.models.training.course import arithmetic
-from ddoq_ray.models.training.images import Gathered, Images, Resident, on_device
+from ddoq_ray.models.training.images import Gathered, Images, Resident
 from ddoq_ray.models.training.student import StoredTargets, StudentTraining, build_student
 
 FEATURES = 512  # of the teacher whose head decodes the labels, as ResNet-18's

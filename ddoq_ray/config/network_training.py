@@ -210,7 +210,7 @@ class TeacherTraining:
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """The keys of both commands; each adds `training`, how its network is trained."""
+    """The keys of each training command, which adds `training`, how its network is trained."""
 
     dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
     out: str = option("model", "folder to write")
@@ -219,10 +219,19 @@ class TrainingCommand:
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(1, "torch threads; the weights' bytes depend on it")
     overwrite: bool = option(False, "replace the folder when it exists")
+    workers: int = option(
+        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
+    )
+    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
 
     def __post_init__(self) -> None:
         require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
-        require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
+        for key in ("threads", "workers"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: expected 1 or more")
+        require(
+            self.workers > 1 or self.address is None,
+            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
+        )
 
     @property
     def side(self) -> int:
@@ -234,25 +243,7 @@ class TrainingCommand:
 
 
 @dataclass(frozen=True)
-class ParallelCommand(TrainingCommand):
-    """The keys of a training that several workers can share."""
-
-    workers: int = option(
-        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
-    )
-    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.workers >= 1, f"workers={self.workers}: expected 1 or more")
-        require(
-            self.workers > 1 or self.address is None,
-            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
-        )
-
-
-@dataclass(frozen=True)
-class TrainPriorConfig(ParallelCommand):
+class TrainPriorConfig(TrainingCommand):
     perceptual: str | None = option(
         None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
@@ -268,7 +259,7 @@ class TrainTeacherConfig(TrainingCommand):
 
 
 @dataclass(frozen=True)
-class TuneDecoderConfig(ParallelCommand):
+class TuneDecoderConfig(TrainingCommand):
     source: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
     perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
     judge: str | None = option(
