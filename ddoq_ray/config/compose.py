@@ -54,8 +54,9 @@ def load(cls: type[T], overrides: Sequence[str] = ()) -> T:
         config = from_mapping(cls, plain_paths(_composed(cls, given)))
         check_effective(config, given)
         return config
-    run = configured(cls, _composed(cls, {**dict(implied(given)), **given}))
-    _check_experiment(given)
+    values = _composed(cls, {**dict(implied(given)), **given})
+    _check_experiment(given, values, cls)
+    run = configured(cls, values)
     check_effective(run, given)
     ask(run, given)
     for part in parts_of(run):
@@ -170,7 +171,10 @@ def _check_networks(config: RunConfig) -> None:
             raise ValueError(f"{group}.path=null: {', '.join(sorted(needing))} need one; leave it out, or give a path")
 
 
-def _check_experiment(given: Mapping[str, Any]) -> None:
+def _check_experiment(given: Mapping[str, Any], values: Mapping[str, Any], cls: type) -> None:
+    name = given.get("experiment")
+    if cls is RunConfig and name is not None and {"methods", "ipcs"} & set(values) - set(given):
+        raise ValueError(f"experiment={name} is a comparison: `ddoq-ray compare experiment={name}`")
     if not given.get("experiment", "digits").startswith("digits") and not {"dataset", "dataset.path"} & set(given):
         raise ValueError(
             f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "

@@ -80,6 +80,14 @@ def test_other_data_is_asked_for_networks_that_the_lists_may_name() -> None:
     assert [part.teacher.path for part in asked.parts()] == ["folder/one", "folder/one"]
 
 
+def test_an_experiment_may_be_a_comparison() -> None:
+    asked = compare("experiment=digits-compare", "num_seeds=2")
+    assert asked.hard_labels and asked.num_seeds == 2 and asked.cluster.trainer.groups == 2
+    assert {part.student.arch for part in asked.parts()} == {"convnet3-w8"}
+    with pytest.raises(ValueError, match="is a comparison: `ddoq-ray compare experiment=digits-compare`"):
+        load(RunConfig, ["experiment=digits-compare"])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
