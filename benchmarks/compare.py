@@ -1,7 +1,7 @@
 """What a comparison costs beside its trainings: its wall time over the sum of its trainings divided by the groups.
 
 `ddoq-ray compare` as a process of its own, on the digits: from nothing (Ray's start, data, encoding, codebooks, images,
-labels, students, report), and again with everything but the students there.
+labels, students, report), and again with all but the students there (not with --once).
 """
 
 from __future__ import annotations
@@ -17,46 +17,52 @@ from typing import Any
 
 from benchmarks.provenance import finish, parser
 
-METHODS = ("ddoq", "ddoq-sqrt", "d4m", "random")
-COLUMNS = ["what", "students", "groups", "wall_s", "trainings_s", "ratio"]
+WORDS = ["methods=[ddoq,ddoq-sqrt,d4m,random]", "ipcs=[1,5,10]", "num_seeds=10", "cluster.trainer.groups=2"]
+COLUMNS = ["what", "students", "groups", "wall_s", "trainings_s", "train_stage_s", "ratio", "ratio_of_training"]
 
 
-def measured(words: list[str], run: Path, what: str, groups: int) -> dict[str, Any]:
-    """One row: the command from its start to its end, and what its students took."""
-    command = [sys.executable, "-m", "ddoq_ray", "compare", *words, f"run_dir={run}"]
-    start = time.perf_counter()
+def measured(words: list[str], run: Path, what: str) -> dict[str, Any]:
+    """One row: the command from its start to its end, and what its students took.
+
+    `train_stage_s` is the time from the last label to the last student; `ratio_of_training` is that over the trainings.
+    """
+    command = [sys.executable, "-m", "ddoq_ray", "compare", *words, "cluster.address=local", f"run_dir={run}"]
+    start, began = time.perf_counter(), time.time()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     wall = time.perf_counter() - start
-    students = json.loads((run / "report/results.json").read_text())["students"]
-    trainings = sum(row["seconds"] for row in students)
+    results = json.loads((run / "report/results.json").read_text())
+    groups = results["config"]["cluster"]["trainer"]["groups"]
+    trainings = sum(row["seconds"] for row in results["students"])
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    stages = [e for e in events if e["time"] >= began and e["event"] in ("stage finished", "teacher checked")]
+    ended = next(e["time"] for e in stages if e.get("stage") == "train")
+    training = ended - max((e["time"] for e in stages if e["time"] < ended), default=began)
     return {
         "what": what,
-        "students": len(students),
+        "students": len(results["students"]),
         "groups": groups,
         "wall_s": round(wall, 1),
         "trainings_s": round(trainings, 1),
+        "train_stage_s": round(training, 1),
         "ratio": round(wall / (trainings / groups), 3),
+        "ratio_of_training": round(training / (trainings / groups), 3),
         "keys": words,
     }
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--steps", type=int, default=400, help="optimization steps of a student")
-    arguments.add_argument("--seeds", type=int, default=5)
-    arguments.add_argument("--ipcs", default="1,5,10")
-    arguments.add_argument("--groups", type=int, default=2)
+    arguments.add_argument("--keep", type=Path, help="run directory, which stays; by default one that goes")
+    arguments.add_argument("--once", action="store_true", help="from nothing only")
+    arguments.add_argument("words", nargs="*", default=WORDS, help="key=value for the comparison")
     given = arguments.parse_args()
-    words = [
-        f"methods=[{','.join(METHODS)}]", f"ipcs=[{given.ipcs}]", f"num_seeds={given.seeds}",
-        f"protocol.steps={given.steps}", f"cluster.trainer.groups={given.groups}", "cluster.address=local",
-    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        rows = [measured(words, run, "from nothing", given.groups)]
-        for students in run.glob("compare/*/students"):
-            shutil.rmtree(students)
-        rows.append(measured(words, run, "images and labels there", given.groups))
+        run = given.keep or Path(folder) / "run"
+        rows = [measured(given.words, run, "from nothing")]
+        if not given.once:
+            for students in run.glob("compare/*/students"):
+                shutil.rmtree(students)
+            rows.append(measured(given.words, run, "images and labels there"))
     finish(rows, COLUMNS, given.json)
 
 

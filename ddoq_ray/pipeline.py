@@ -226,10 +226,8 @@ def _steps(
     if wanted & {"quantize", "synthesize"}:
         for part in parts:
             prepare.check_small_classes(part, data.counts, data.classes)
-    runs = [
-        Run(part, run_dir, mapping.resolve(data, facts, required=wanted != {"prepare"}), facts, events)
-        for part, facts in zip(parts, known, strict=True)
-    ]
+    resolved = {f.teacher_id: mapping.resolve(data, f, required=wanted != {"prepare"}) for f in _each_teachers(known)}
+    runs = [Run(part, run_dir, resolved[f.teacher_id], f, events) for part, f in zip(parts, known, strict=True)]
     planned = _each_once(runs)
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
@@ -279,6 +277,11 @@ def _work(
     if "report" in wanted and isinstance(asked, CompareConfig):
         return comparison.run(planned, asked)
     return None
+
+
+def _each_teachers(known: Sequence[networks.Networks]) -> list[networks.Networks]:
+    """The facts of one part for each teacher, which alone decides where the classes are."""
+    return list({facts.teacher_id: facts for facts in known}.values())
 
 
 def _each_once(runs: Sequence[Run]) -> list[tuple[Run, list[Step]]]:

@@ -139,6 +139,7 @@ def comparison_section(results: Mapping[str, Any], slots: Mapping[str, str]) -> 
         groups.append({"title": words, "ipcs": _by_ipc(lines, slots)} | _charts(lines, slots))
     return {
         "groups": groups,
+        "methods": len({line["method"] for line in comparison["lines"]}),
         "reference": comparison["reference"],
         "recovery": any(line["hlr_pct"] is not None for line in comparison["lines"]),
         "published": any(line["reported"] for line in comparison["lines"]),

@@ -23,6 +23,7 @@ from ddoq_ray.stages.report.step import finite, set_images, stage_costs
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.work import estimate
 from ddoq_ray.storage import layout
@@ -165,10 +166,11 @@ def _cost(run: Run, step: Train) -> dict[str, Any]:
     if step.source is not None:
         images = run.finished(step.source.artifact(run.dir))
         seconds = images["seconds"]
-        if not isinstance(step.source, Select) or step.source.method.reads:
+        made = isinstance(step.source, Synthesize)
+        if made or (isinstance(step.source, Select) and step.source.method.reads):
             seconds += run.finished(Artifact(run.latents, "encode"))["seconds"]
-        if not isinstance(step.source, Select):
-            seconds += run.finished(Artifact(run.dir / step.source.at.codebook, "quantize"))["seconds"]
+        book = Artifact(run.dir / step.source.at.codebook, "quantize").manifest() if made else None
+        seconds += book["seconds"] if book is not None else 0.0
     labels = run.finished(step.labels.artifact(run.dir)) if step.labels is not None else {"bytes": 0, "seconds": 0.0}
     trained = run.finished(step.artifact(run.dir))
     how = run.config.cluster.trainer
