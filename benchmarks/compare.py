@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import finish, parser
+from benchmarks.provenance import finish, parser, provenance
 
 WORDS = ["methods=[ddoq,ddoq-sqrt,d4m,random]", "ipcs=[1,5,10]", "num_seeds=10", "cluster.trainer.groups=2"]
 COLUMNS = ["what", "students", "groups", "wall_s", "trainings_s", "train_stage_s", "ratio", "ratio_of_training"]
@@ -53,12 +53,16 @@ def measured(words: list[str], run: Path, what: str) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--keep", type=Path, help="run directory, which stays; by default one that goes")
+    arguments.add_argument("--lines", type=Path, help="write the comparison's lines here, for `benchmarks.tables`")
     arguments.add_argument("--once", action="store_true", help="from nothing only")
     arguments.add_argument("words", nargs="*", default=WORDS, help="key=value for the comparison")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = given.keep or Path(folder) / "run"
         rows = [measured(given.words, run, "from nothing")]
+        if given.lines is not None:
+            lines = json.loads((run / "report/results.json").read_text())["comparison"]["lines"]
+            given.lines.write_text(json.dumps([line | provenance() for line in lines], indent=1) + "\n")
         if not given.once:
             for students in run.glob("compare/*/students"):
                 shutil.rmtree(students)
