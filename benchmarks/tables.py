@@ -122,6 +122,28 @@ def label_codecs(rows: Sequence[Row]) -> dict[str, str]:
     return {"label-codecs": markdown(head, [line(*key) for key in dict.fromkeys(key[:3] for key in at)])}
 
 
+def compared(rows: Sequence[Row]) -> dict[str, str]:
+    """Top-1 of each method of a comparison, and its differences from random with their intervals."""
+    sizes = sorted({row["ipc"] for row in rows if row["ipc"] is not None})
+    at = {(row["labels"], row["method"], row["ipc"]): row for row in rows}
+
+    def score(row: Row | None) -> str:
+        return "-" if row is None else f"{row['mean_pct']:.1f} +- {row['std_pct']:.1f}"
+
+    def difference(row: Row | None) -> str:
+        d = (row or {}).get("against")
+        return "-" if d is None else f"{d['mean_pct']:+.1f} [{d['low_pct']:+.1f}, {d['high_pct']:+.1f}]"
+
+    lines = []
+    for labels, method in dict.fromkeys((row["labels"], row["method"]) for row in rows):
+        mine = [at.get((labels, method, ipc)) for ipc in sizes]
+        if method == "full":
+            mine = [at[labels, method, None]] * len(sizes)
+        lines.append([labels, f"`{method}`", *map(score, mine), *map(difference, mine)])
+    head = ["labels", "method", *(f"IPC {k}" for k in sizes), *(f"against random, IPC {k}" for k in sizes)]
+    return {"digits-compare": markdown(head, lines)}
+
+
 # Page, result file, and what makes the page's tables from its rows, by name.
 SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),

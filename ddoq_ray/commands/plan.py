@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +26,7 @@ from ddoq_ray.stages.quantize.memory import log_readings, plan_memory
 from ddoq_ray.stages.quantize.step import Quantize, actors_parts
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.work import work_of
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.calibration import asked_of, default_file, rates_for, read_rates
@@ -239,7 +239,7 @@ def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) ->
     """Seconds of a device and of the clock, by measured rates."""
     path = config.cluster.calibration or default_file()
     cluster = config.cluster
-    work = _work(config, steps, sizes)
+    work = work_of(config, steps, sizes)
     for gpu in (True, False):
         mine = {s: w for s, w in work.items() if (getattr(cluster, w.group).num_gpus > 0) == gpu}
         found = rates_for(read_rates(path), asked_of(config), gpu=gpu) if mine else {}
@@ -264,39 +264,6 @@ def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) ->
                 f"{', '.join(mine)}: no {'GPU' if gpu else 'processor'} rates of these settings in {path}; "
                 "`ddoq-ray calibrate` with the same keys measures them in a minute",
             )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What of a stage is measured by rates: what -> items; who does it, how many."""
-
-    items: Mapping[str, float]
-    group: str
-    workers: int
-
-
-def _work(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> dict[str, _Work]:
-    own = config.synthesizer
-    run = own.steps if own.start in ("noise", "guided") else math.floor(own.steps * own.strength + 1e-9)
-    count: Callable[[str], int] = lambda name: sum(s.name == name for s in steps)
-    made = count("synthesize") * sizes.centroids * own.candidates
-    views = count("label") * sizes.centroids * sizes.epochs
-    full = sum(s.name == "train" and getattr(s, "source", None) is None for s in steps)
-    trained = (count("train") - full) * sizes.centroids * sizes.epochs
-    images = sum(sizes.data.counts.values())
-    if full:
-        trained += full * images * config.protocol.epochs_for(images, full=True)
-    found = {}
-    if count("encode"):
-        found["encode"] = _Work({"encode": images}, "encoder", config.encoder.pool[1])
-    if made:
-        denoised = {"denoise": made * run} if run else {}
-        found["synthesize"] = _Work({"decode": made} | denoised, "decoder", own.max_workers)
-    if views and config.labels.stored:
-        found["label"] = _Work({"label": views}, "teacher", config.labels.workers)
-    if trained:
-        found["train"] = _Work({"train": trained}, "trainer", config.cluster.trainer.workers)
-    return found
 
 
 def _size(amount: float) -> str:

@@ -162,6 +162,18 @@ COMMANDS = (
         "in the run's way, each with its words. Nothing is written. The keys are those of a run:",
     ),
     Command(
+        name="compare",
+        words="methods x IPC x students x teachers x seeds as one job, with paired intervals",
+        config="ddoq_ray.config.compare:CompareConfig",
+        main="ddoq_ray.pipeline:run",
+        use="ddoq-ray compare methods=[...] ipcs=[...] students=[...] teachers=[...] num_seeds=N key=value ...",
+        about="Data are prepared and encoded once, a codebook and images are made once for each method and IPC, labels "
+        "once for each image set and teacher, and students are trained by cluster.trainer.groups at a time. What is "
+        "finished is kept: the same command goes on where it was cut off, and more methods, IPCs or seeds leave the "
+        "others as they are. report/ holds the page, results.json, table.md and table.csv. The other keys are those of "
+        "a run:",
+    ),
+    Command(
         name="calibrate",
         words="the rates of a run's networks on this machine's device, measured in about a minute, for plan",
         config="ddoq_ray.config:RunConfig",

@@ -56,7 +56,7 @@ def implied(given: Given) -> list[tuple[str, Any]]:
             before.append(("baselines", ELSEWHERE))
         if "prior" not in given and given.get("prior.path") is None:
             before.append(("prior", OWN))
-        if not _chosen("teacher", given):
+        if given.get("teachers") or not _chosen("teacher", given):
             before.append(("teacher.path", None))
     return before
 
@@ -97,6 +97,8 @@ def ask(config: RunConfig, given: Given) -> None:
 
 
 def _chosen(group: str, given: Given) -> bool:
+    if given.get(f"{group}s"):  # of a comparison, which lists them
+        return True
     if group in given and (group, given[group]) != ("prior", OWN):
         return True
     return all(given.get(key) is not None for key in _OWN_KEYS.get(group, (group,)))

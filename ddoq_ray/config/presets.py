@@ -41,7 +41,7 @@ def config_dir() -> Path:
 @cache
 def groups_of(cls: type) -> tuple[str, ...]:
     """The keys of a configuration whose value is a choice's name; an experiment chooses for a whole run."""
-    fields = {f.name for f in dataclasses.fields(cls)} | ({"experiment"} if cls is RunConfig else set())
+    fields = {f.name for f in dataclasses.fields(cls)} | ({"experiment"} if issubclass(cls, RunConfig) else set())
     return tuple(sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name in fields))
 
 

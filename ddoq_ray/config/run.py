@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
@@ -18,11 +18,14 @@ from ddoq_ray.config.schema import from_mapping, option, require
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
+Config = TypeVar("Config", bound="RunConfig")
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    compared: ClassVar[bool] = False  # whether it is a comparison, or a part of one
+
     run_dir: str | None = option(None, "where everything goes; by default runs/<dataset>-ipc<ipc>")
     seed: int = option(0, "the one seed from which everything derives")
     ipc: int = option(10, "images per class")
@@ -101,7 +104,12 @@ class RunConfig:
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """The frozen configuration from plain nested values.
+    """`configured` of a run."""
+    return configured(RunConfig, values)
+
+
+def configured(cls: type[Config], values: dict[str, Any]) -> Config:
+    """The frozen configuration of a run or of a comparison, from plain nested values.
 
     Raises:
         ValueError: Naming the key, what was expected and what came.
@@ -111,5 +119,5 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     name = quantizer.get("name", ClvqConfig.name)
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer.name={name}: expected one of {', '.join(QUANTIZERS)}")
-    config = from_mapping(RunConfig, values)
+    config = from_mapping(cls, values)
     return dataclasses.replace(config, quantizer=from_mapping(QUANTIZERS[name], quantizer, "quantizer."))

@@ -37,6 +37,8 @@ ROWS = "rows.json"
 EVALUATE = "evaluate.json"
 RESULTS = "results.json"
 PAGE = "index.html"
+TABLE = "table.md"  # of a comparison
+TABLE_CSV = "table.csv"
 
 # A student's folder.
 METRICS = "metrics.jsonl"

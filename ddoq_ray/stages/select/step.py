@@ -14,6 +14,7 @@ from typing import Any
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.execution.run import Run
+from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.encode.step import Encode
 from ddoq_ray.stages.select.choice import Choice, Picks
 from ddoq_ray.stages.select.images import publish, where
@@ -61,7 +62,7 @@ class Select(Step):
         if self.method.reads:
             facts["latents"] = run.finished(Artifact(run.latents, Encode.name))["digest"]
         if "codebook" in self.method.reads:
-            facts["codebook"] = run.finished(Artifact(run.dir / Place().codebook, "quantize"))["digest"]
+            facts["codebook"] = run.finished(Artifact(run.dir / own_set(run.config).codebook, "quantize"))["digest"]
         return facts
 
     def asks(self, config: RunConfig) -> list[Ask]:
