@@ -9,7 +9,7 @@ Shape suffixes: N images, b of a batch on this rank, n rows that are read for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +21,11 @@ from torch import Tensor
 
 from ddoq_ray.core.transfers import pinned
 from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
-from ddoq_ray.core.views.render import batch_views, render
+from ddoq_ray.core.views.render import render
 from ddoq_ray.data.pixel_rows import PixelRows
+
+ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
+_AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ class Resident:
         return len(self.images)
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        params_of = epoch_params(spec, seed, epoch, self.images.shape)
         for index in batches:
-            pixels, partner, kept = batch_views(self.images, index, spec, seed, epoch)
-            yield Views(pixels, index, partner, kept)
+            params = params_of(index)
+            yield Views(render(self.images, index, spec.size, params, params_of), index, params.partner, params.lam)
 
 
 @dataclass(frozen=True)
@@ -97,31 +101,38 @@ class Gathered:
         return self.rows.shape[0]
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        params_of = epoch_params(spec, seed, epoch, self.shape)
         with ThreadPoolExecutor(1) as thread:
             ahead: Future[_Read] | None = None
             for index in batches:
-                coming = thread.submit(self._read, index, spec, seed, epoch)
+                coming = thread.submit(self._read, index, params_of)
                 if ahead is not None:
-                    yield self._render(ahead.result(), spec, seed, epoch)
+                    yield self._render(ahead.result(), params_of, spec.size)
                 ahead = coming
             if ahead is not None:
-                yield self._render(ahead.result(), spec, seed, epoch)
+                yield self._render(ahead.result(), params_of, spec.size)
 
-    def _params(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> ViewParams:
-        n, _, height, width = self.rows.shape
-        return view_params(spec, seed, epoch, index, (n, height, width))
-
-    def _read(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> _Read:
-        params = self._params(index, spec, seed, epoch)
+    def _read(self, index: Int64, params_of: ParamsOf) -> _Read:
+        params = params_of(index)
         rows = with_partners(index, params)
         pixels = torch.empty((len(rows), *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=pinned(self.device))
         self.rows.take(rows, pixels.numpy())
         return _Read(index, params, rows, pixels)
 
-    def _render(self, read: _Read, spec: ViewSpec, seed: int, epoch: int) -> Views:
+    def _render(self, read: _Read, params_of: ParamsOf, size: int) -> Views:
         pixels = read.pixels.to(self.device, non_blocking=True)
-        params_of = partial(self._params, spec=spec, seed=seed, epoch=epoch)
-        return views_among(pixels, read.rows, read.index, read.params, params_of, spec.size)
+        return views_among(pixels, read.rows, read.index, read.params, params_of, size)
+
+
+def epoch_params(spec: ViewSpec, seed: int, epoch: int, shape: Sequence[int]) -> ParamsOf:
+    """Parameters of the views of an epoch, by images int64 [b] of a set of `shape` (N, 3, H, W).
+
+    Those of a small set are drawn at once: one by one batch they would take longer than its pixels.
+    """
+    stored = (shape[0], shape[2], shape[3])
+    if shape[0] > _AT_ONCE:
+        return partial(view_params, spec, seed, epoch, stored=stored)
+    return view_params(spec, seed, epoch, np.arange(shape[0]), stored).take
 
 
 def with_partners(index: Int64, params: ViewParams) -> Int64:
@@ -134,7 +145,7 @@ def views_among(
     rows: Int64,
     index: Int64,
     params: ViewParams,
-    params_of: Callable[[Int64], ViewParams],
+    params_of: ParamsOf,
     size: int,
 ) -> Views:  # fmt: skip
     """Views of images where only those that are looked at are on the device.
