@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from ddoq_ray import __version__
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config, to_yaml
 from ddoq_ray.config.run import run_config
-from ddoq_ray.execution import lease, networks, places, signals
-from ddoq_ray.execution.console import doing
+from ddoq_ray.execution import lease, metrics, networks, places, signals
+from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.execution.workers import Events, say
@@ -34,6 +35,7 @@ from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
 from ddoq_ray.stages.report import step as report
+from ddoq_ray.stages.report import trackers
 from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.synthesize import step as synthesize
@@ -81,13 +83,20 @@ def run(config: RunConfig) -> str | None:
         ValueError: For anything that users can mend: data, configuration, permissions, class mappings.
     """
     start = time.time()
+    lines_as(config.cluster.log)
+    trackers.check(config.tracking)
     places.check_lasting(config.folder, "run_dir")
     places.check_apart(config)
     run_dir = Folder(config.folder)
     run_dir.check_writable()
     planned = steps(config)
     check_run_dir(config, run_dir, planned)
-    with lease.held(run_dir) as hold, doing("run"):
+    # A report of a run that is at work is made beside it, of what is finished; it writes nothing else there.
+    beside = lease.at_work(run_dir) if config.stages == ("report",) else ""
+    if beside:
+        say(f"report     {run_dir.uri} is at work ({beside}): of what is finished by now")
+        prepare.Prepare().artifact(run_dir).require()
+    with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
         teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
@@ -96,13 +105,13 @@ def run(config: RunConfig) -> str | None:
         known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
         if known is not None:
             networks.check_side(config, known)
-        with ray_session(config.cluster, where):
+        with ray_session(config.cluster, where), metrics.published(posixpath.basename(run_dir.uri)) as hear:
             fitted = _fit(config, planned)
             places.check_nodes(run_dir, places.named_paths(config))
-            events = Events(run_dir)
+            events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
-                path = _steps(config, fitted, run_dir, events, known, hold.check)
+                path = _steps(config, fitted, run_dir, events, known, hold.check if hold else None)
             except BaseException as error:
                 with contextlib.suppress(Exception):
                     events.add("run stopped", reason=type(error).__name__)
@@ -181,7 +190,7 @@ def _steps(
     run_dir: Folder,
     events: Events,
     known: networks.Networks | None,
-    still_ours: Callable[[], None],
+    still_ours: Callable[[], None] | None,
 ) -> str | None:
     """Prepare, then everything that is wanted.
 
@@ -189,7 +198,8 @@ def _steps(
         asked: The configuration as given, which is recorded.
         config: The same, with pools that fit the cluster.
         known: Facts of the networks; None where data is prepared for a prior that is yet to be chosen.
-        still_ours: Raises when another run has taken the run directory over.
+        still_ours: Raises when another run has taken the run directory over; None where another holds it, and this
+            one only reports.
     """
     wanted = set(config.stages)
     with doing("prepare"):
@@ -203,6 +213,8 @@ def _steps(
     data = mapping.resolve(data, known, required=wanted != {"prepare"})
     run = Run(config, run_dir, data, known, events)
     planned = steps(config)
+    if still_ours is None:
+        return report.run(run, asked, heldout.Heldout(run).left_alone(), planned)
     labels, students = of_kind(label.Label, planned), of_kind(train.Train, planned)
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:

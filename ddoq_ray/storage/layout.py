@@ -37,6 +37,7 @@ ROWS = "rows.json"
 EVALUATE = "evaluate.json"
 RESULTS = "results.json"
 PAGE = "index.html"
+TENSORBOARD = "tensorboard"  # a folder: what tracking=tensorboard wrote
 
 # A student's folder.
 METRICS = "metrics.jsonl"
@@ -121,6 +122,11 @@ def codebook_part(part: int) -> str:
 
 def codebook_record(part: int) -> str:
     return f"part-{part:05d}.json"
+
+
+def record_part(name: str) -> int:
+    """Inverse of `codebook_record`."""
+    return int(name.removeprefix("part-").removesuffix(".json"))
 
 
 def label_file(index: int) -> str:
