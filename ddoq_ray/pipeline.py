@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.compose import load_config, parts_of, to_yaml
 from ddoq_ray.config.methods import SPECS
 from ddoq_ray.config.run import configured
-from ddoq_ray.execution import lease, networks, places, signals
-from ddoq_ray.execution.console import doing
+from ddoq_ray.execution import lease, metrics, networks, places, signals
+from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.execution.workers import Events, say
@@ -35,7 +36,7 @@ from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
-from ddoq_ray.stages.report import comparison
+from ddoq_ray.stages.report import comparison, trackers
 from ddoq_ray.stages.report import step as report
 from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.step import Step
@@ -93,6 +94,8 @@ def run(config: RunConfig) -> str | None:
         ValueError: For anything that users can mend: data, configuration, permissions, class mappings.
     """
     start = time.time()
+    lines_as(config.cluster.log)
+    trackers.check(config.tracking)
     places.check_lasting(config.folder, "run_dir")
     places.check_apart(config)
     run_dir = Folder(config.folder)
@@ -100,7 +103,12 @@ def run(config: RunConfig) -> str | None:
     parts = parts_of(config)
     for part in parts:
         check_run_dir(part, run_dir, steps(part))
-    with lease.held(run_dir) as hold, doing("run"):
+    # A report of a run that is at work is made beside it, of what is finished; it writes nothing else there.
+    beside = lease.at_work(run_dir) if config.stages == ("report",) else ""
+    if beside:
+        say(f"report     {run_dir.uri} is at work ({beside}): of what is finished by now")
+        prepare.Prepare().artifact(run_dir).require()
+    with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
         teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
@@ -108,13 +116,13 @@ def run(config: RunConfig) -> str | None:
             for part in parts:
                 demands.plan(part, steps(part), [own_node(config.cluster)], may_grow=False)
         known = _known(parts, teacher) if config.prior.path is not None else None
-        with ray_session(config.cluster, where):
+        with ray_session(config.cluster, where), metrics.published(posixpath.basename(run_dir.uri)) as hear:
             fitted = _fit(parts)
             places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
-            events = Events(run_dir)
+            events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
-                path = _steps(config, fitted, run_dir, events, known, hold.check)
+                path = _steps(config, fitted, run_dir, events, known, hold.check if hold else None)
             except BaseException as error:
                 with contextlib.suppress(Exception):
                     events.add("run stopped", reason=type(error).__name__)
@@ -206,7 +214,7 @@ def _steps(
     run_dir: Folder,
     events: Events,
     known: Sequence[networks.Networks] | None,
-    still_ours: Callable[[], None],
+    still_ours: Callable[[], None] | None,
 ) -> str | None:
     """Prepare, then everything that is wanted.
 
@@ -214,7 +222,8 @@ def _steps(
         asked: The configuration as given, which is recorded.
         parts: The same, with pools that fit the cluster; of a comparison, each of its runs.
         known: Facts of the networks of each part; None where data is prepared for a prior that is yet to be chosen.
-        still_ours: Raises when another run has taken the run directory over.
+        still_ours: Raises when another run has taken the run directory over; None where another holds it, and this
+            one only reports.
     """
     wanted = set(asked.stages)
     with doing("prepare"):
@@ -229,6 +238,8 @@ def _steps(
     resolved = {f.teacher_id: mapping.resolve(data, f, required=wanted != {"prepare"}) for f in _each_teachers(known)}
     runs = [Run(part, run_dir, resolved[f.teacher_id], f, events) for part, f in zip(parts, known, strict=True)]
     planned = _each_once(runs)
+    if still_ours is None:
+        return _report(asked, planned, None if asked.compared else heldout.Heldout(runs[0]).left_alone())
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
         counts = data.counts
@@ -272,11 +283,17 @@ def _work(
     if "evaluate" in wanted:
         with doing("evaluate"):
             evaluate.evaluate(students)
-    if unseen is not None:
-        return report.run(first, asked, unseen, planned[0][1])
-    if "report" in wanted and isinstance(asked, CompareConfig):
+    return _report(asked, planned, unseen) if "report" in wanted else None
+
+
+def _report(
+    asked: RunConfig, planned: Sequence[tuple[Run, Sequence[Step]]], unseen: heldout.Heldout | None
+) -> str | None:
+    """The page of a run or of a comparison; `unseen`: a run's held-out latents, on their way."""
+    if isinstance(asked, CompareConfig):
         return comparison.run(planned, asked)
-    return None
+    assert unseen is not None
+    return report.run(planned[0][0], asked, unseen, planned[0][1])
 
 
 def _each_teachers(known: Sequence[networks.Networks]) -> list[networks.Networks]:

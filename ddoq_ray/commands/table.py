@@ -80,7 +80,7 @@ def _stage(name: str, words: str, reads: str) -> Command:
         use=f"ddoq-ray {name} run_dir=FOLDER key=value ...",
         about=f"The stage `{name}` of a run: {words}. The stages before it must be done in run_dir; give the keys that "
         "they were given, which config.yaml there holds. The keys that it reads:",
-        reads=("run_dir", *reads.split(), "overwrite"),
+        reads=("run_dir", *reads.split(), "overwrite", "cluster.log"),
         means=(f"stages=[{name}]",),
     )
 
@@ -144,7 +144,7 @@ STAGE_COMMANDS = (
         "report",
         "results.json, the page and the table, with the codebooks measured on unseen images",
         "seed ipc baselines num_seeds dataset. latents. prior. encoder. teacher.path weights.scheme student. "
-        "report. cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
+        "report. tracking cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
     ),
 )
 COMMANDS = (

@@ -83,6 +83,11 @@ _RULES: tuple[Rule, ...] = (
     ("dataset.heldout", lambda c: c.dataset.val_path is not None, _fixed("dataset.val_path gives validation images")),
     *(rule for key in ("resort", *WRITTEN) for rule in _packing(key)),
     (
+        "tracking",
+        lambda c: "report" not in c.stages,
+        lambda _: "without the stage report, which hands results over; leave it out, or add report to stages",
+    ),
+    (
         "latents.keep",
         lambda c: c.latents.path is not None and not c.latents.keep,
         lambda _: "with latents.path: a run never removes another run's latents; leave it out",

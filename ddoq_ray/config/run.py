@@ -38,6 +38,9 @@ class RunConfig:
     )
     num_seeds: int = option(3, "students of each method, with seeds 0 to num_seeds - 1")
     max_bad_fraction: float = option(0.01, "stop when more than this part of the samples is refused")
+    tracking: Literal["tensorboard", "wandb", "mlflow"] | None = option(
+        None, "hand the report's curves, table and sample images to a tracker too, by an extra of this package"
+    )
     overwrite: bool = option(False, "make anew a stage that another configuration made in the same run_dir")
     dataset: DatasetConfig = option(DatasetConfig, "what is distilled")
     latents: LatentsConfig = option(LatentsConfig, "the latent store")

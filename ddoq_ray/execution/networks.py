@@ -35,6 +35,7 @@ class Networks:
         prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
         student_takes_one: Whether the student trains on a batch of one image, which batch norm refuses.
+        student_bytes: Of the student's weights, in its published form.
         environment: Versions, threads and device kind of a worker: what the same bytes depend on.
     """
 
@@ -55,6 +56,7 @@ class Networks:
     prior_needs: tuple[str, ...] = ("prior_label",)
     noise_scales: tuple[float, float] | None = None
     student_takes_one: bool = True
+    student_bytes: int = 0
 
     @property
     def latents_id(self) -> str:

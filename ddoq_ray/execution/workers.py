@@ -50,13 +50,21 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
 
 
 class Events:
-    """``events.jsonl`` of the run: node lost, unit requeued, stage finished. The driver alone writes it."""
+    """``events.jsonl`` of the run: node lost, unit requeued, stage finished. The driver alone writes it.
 
-    def __init__(self, run: Folder) -> None:
-        self.run = run
+    Attributes:
+        run: Where it lies; None where another run writes there: nothing is written.
+        hear: Told of each event too; the metrics are.
+    """
+
+    def __init__(self, run: Folder | None, hear: Callable[..., None] = lambda event, **facts: None) -> None:
+        self.run, self.hear = run, hear
         self._lines: list[str] | None = None
 
     def add(self, event: str, **facts: Any) -> None:
+        self.hear(event, **facts)
+        if self.run is None:
+            return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str) + "\n"
         if self.run.local:
             os.makedirs(self.run.uri, exist_ok=True)

@@ -39,6 +39,7 @@ RESULTS = "results.json"
 PAGE = "index.html"
 TABLE = "table.md"  # of a comparison
 TABLE_CSV = "table.csv"
+TENSORBOARD = "tensorboard"  # a folder: what tracking=tensorboard wrote
 
 # A student's folder.
 METRICS = "metrics.jsonl"
@@ -123,6 +124,11 @@ def codebook_part(part: int) -> str:
 
 def codebook_record(part: int) -> str:
     return f"part-{part:05d}.json"
+
+
+def record_part(name: str) -> int:
+    """Inverse of `codebook_record`."""
+    return int(name.removeprefix("part-").removesuffix(".json"))
 
 
 def label_file(index: int) -> str:

@@ -255,7 +255,7 @@ def _label(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[Label, int]:
             progress=progress,
         ):
             made[of[unit.labels]] += result["labels"]
-            progress.advance(result["labels"])
+            progress.advance(result["labels"], bytes=result["bytes"])
             left[unit.labels] -= 1
             if not left[unit.labels]:
                 unit.images.release()

@@ -117,7 +117,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
             progress=progress,
         ):
             shards[job.name] = result
-            progress.advance(result["images"])
+            progress.advance(result["images"], bytes=result["bytes"])
     return shards
 
 
