@@ -27,12 +27,14 @@ from ddoq_ray.stages.cells import cells, label_key, methods
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.evaluate import step as evaluate
+from ddoq_ray.stages.given import step as given
 from ddoq_ray.stages.label import step as label
 from ddoq_ray.stages.label import teacher_check
 from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
+from ddoq_ray.stages.recover import step as recover
 from ddoq_ray.stages.report import step as report
 from ddoq_ray.stages.select import step as select
 from ddoq_ray.stages.step import Step
@@ -44,22 +46,33 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
+Source = synthesize.Synthesize | recover.Recover | select.Select | given.Given
+SOURCES = (
+    synthesize.Synthesize,
+    recover.Recover,
+    select.Select,
+    given.Given,
+)  # of image sets, in the order in which they work
 CONFIG_CHECK = "# sha256 of the above: "
 
 
 def steps(config: RunConfig) -> list[Step]:
     """Every step of a run, in order; which of them are wanted is for each to say (`Step.wanted`)."""
     found: list[Step] = [prepare.Prepare(), encode.Encode()]
-    sets: dict[Place, synthesize.Synthesize | select.Select] = {}
+    sets: dict[Place, Source] = {}
     for method in methods(config):
         for draw, place in enumerate(method.sets):
             if place not in sets and method.spec.images == "synthesize":
-                found.append(quantize.Quantize(method.spec, place))
-                sets[place] = synthesize.Synthesize(place)
+                if method.spec.quantizer is not None:
+                    found.append(quantize.Quantize(method.spec, place))
+                sets[place] = synthesize.Synthesize(place, method.spec)
+            elif place not in sets and method.spec.images == "recover":
+                sets[place] = recover.Recover(method.spec, place)
+            elif place not in sets and method.spec.images == "given":
+                sets[place] = given.Given(method.spec, place)
             elif place not in sets:
                 sets[place] = select.Select(method.spec, place, draw)
-    found += [step for step in sets.values() if isinstance(step, synthesize.Synthesize)]
-    found += [step for step in sets.values() if isinstance(step, select.Select)]
+    found += sorted(sets.values(), key=lambda step: SOURCES.index(type(step)))
     labels = {place: label.Label(source, place, label_key(config)) for place, source in sets.items()}
     found += [*labels.values(), heldout.EncodeHeldout()]
     by_place = {place.images: place for place in sets}
@@ -89,13 +102,15 @@ def run(config: RunConfig) -> str | None:
     check_run_dir(config, run_dir, planned)
     with lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
-        teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
             demands.plan(config, planned, [own_node(config.cluster)], may_grow=False)
-        known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
+        known = None
+        if config.prior.path is not None:
+            known = networks.Inspection(config, teacher=networks.asks_teacher(config)).result()
         if known is not None:
             networks.check_side(config, known)
+            networks.check_methods(config, known)
         with ray_session(config.cluster, where):
             fitted = _fit(config, planned)
             places.check_nodes(run_dir, places.named_paths(config))
@@ -264,9 +279,15 @@ def _distil(run: Run, planned: Sequence[Step]) -> None:
     if "synthesize" in wanted:
         with doing("synthesize"):
             synthesize.run(run, of_kind(synthesize.Synthesize, planned))
-        for step in of_kind(select.Select, planned):
+        for step in of_kind(recover.Recover, planned):
             with doing(step.method.name):
-                select.run(run, step)
+                recover.run(run, step)
+        for chosen in of_kind(select.Select, planned):
+            with doing(chosen.method.name):
+                select.run(run, chosen)
+        for other in of_kind(given.Given, planned):
+            with doing(other.method.name):
+                given.run(run, other)
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.methods import SPECS, MethodSpec
+from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.storage.layout import LabelKey, Place, word
 
 
@@ -36,8 +36,8 @@ class Method:
 def methods(config: RunConfig) -> list[Method]:
     """The run's own method, first, and its baselines."""
     found = []
-    for name in config.methods:
-        spec = SPECS[name]
+    for spec in config.specs:
+        name = spec.name
         at = Place() if name == config.own_method else Place.of_method(name, config.ipc)
         if spec.images == "data":
             sets: tuple[Place, ...] = ()
