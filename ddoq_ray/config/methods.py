@@ -143,6 +143,7 @@ _ROWS = (
         "noise-init",
         "Diffusion from pure noise, told the class alone, without a centroid" + _SAME_WEIGHT,
         "synthesize",
+        reads=("codebook",),
         synthesizer=_from_noise,
     ),
     MethodSpec(

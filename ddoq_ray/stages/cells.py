@@ -33,6 +33,12 @@ class Method:
         return self.sets[0] if self.spec.quantizer is not None else None
 
 
+def own_set(config: RunConfig) -> Place:
+    """Where the codebook and the images of the run's own quantizer are."""
+    del config
+    return Place()
+
+
 def methods(config: RunConfig) -> list[Method]:
     """The run's own method, first, and its baselines."""
     found = []
@@ -42,7 +48,7 @@ def methods(config: RunConfig) -> list[Method]:
         if spec.images == "data":
             sets: tuple[Place, ...] = ()
         elif spec.own:
-            sets = (Place(),)
+            sets = (own_set(config),)
         else:
             sets = tuple(at.draw(k) for k in range(config.num_seeds)) if spec.draws else (at,)
         found.append(Method(spec, at, sets))

@@ -19,19 +19,19 @@ from ddoq_ray.core.confidence import surest, surest_of_cells
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.data.pictures import Resize
 from ddoq_ray.data.samples import read_samples, to_square
+from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.select.choice import Choice, Selection
 from ddoq_ray.stages.select.images import not_encoded
 from ddoq_ray.stages.select.scoring import Looking, Rows, Shard, scored, shards_of
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_log import LatentLog, noise_of
-from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.records import binary_rows
 
 
 def choose(choice: Choice) -> Selection:
     run = choice.run
-    codebook = run.dir / Place().codebook
+    codebook = run.dir / own_set(run.config).codebook
     names, classes, _ = parts_with_classes(codebook)
     part_of = {c: name for name, own in zip(names, classes, strict=True) for c in own}
     asked: dict[int, Any] = {}

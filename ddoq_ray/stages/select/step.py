@@ -16,6 +16,7 @@ from typing import Any
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.execution.run import Run
+from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.encode.step import Encode
 from ddoq_ray.stages.select.choice import Choice
 from ddoq_ray.stages.select.images import publish
@@ -72,7 +73,7 @@ class Select(Step):
         if self.method.reads:  # how many images there are to choose from, too
             facts["latents"] = run.finished(Artifact(run.latents, Encode.name))["digest"]
         if "codebook" in self.method.reads:
-            facts["codebook"] = run.finished(Artifact(run.dir / Place().codebook, "quantize"))["digest"]
+            facts["codebook"] = run.finished(Artifact(run.dir / own_set(run.config).codebook, "quantize"))["digest"]
         if "teacher" in self.method.reads:
             facts["teacher"] = run.networks.scorer_id
             facts["teacher_outputs"] = digest_of([c.teacher_index for c in run.data.classes])[:32]

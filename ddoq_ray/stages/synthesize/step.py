@@ -21,6 +21,7 @@ from ddoq_ray.data.image_set import EXTENSIONS
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress
+from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.stages.synthesize.card import CardFacts, dataset_card, title_of
 from ddoq_ray.stages.synthesize.constant_images import check_constant
@@ -52,12 +53,7 @@ class Synthesize(Step):
         """How the images are made of centroids."""
         of = self.method
         own = config.synthesizer if of.synthesizer is None else of.synthesizer(config.synthesizer)
-        return Making(own, Place() if of.quantizer is None else None, of.tiles)
-
-    @property
-    def codebook(self) -> Place:
-        """The codebook that it is made of: the method's own, or that of the run's own method."""
-        return Place() if self.method.quantizer is None else self.at
+        return Making(own, own_set(config) if of.quantizer is None else None, of.tiles)
 
     @property
     def place(self) -> str:
@@ -79,7 +75,8 @@ class Synthesize(Step):
         return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc} | tiles
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        source = run.finished(Artifact(run.dir / self.codebook.codebook, "quantize"))
+        book = self.making(run.config).book or self.at
+        source = run.finished(Artifact(run.dir / book.codebook, "quantize"))
         asked = digest_of([(c.prior_label, c.prompt) for c in run.data.classes])[:32]
         made_by = {"codebook": source["digest"], "prior": run.networks.prior_id, "classes": asked}
         if judge_of(run.config) is None:
