@@ -30,16 +30,18 @@ from ddoq_ray.stages.cells import cells, label_key, methods, own_set
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.evaluate import step as evaluate
+from ddoq_ray.stages.given import step as given
 from ddoq_ray.stages.label import step as label
 from ddoq_ray.stages.label import teacher_check
 from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
+from ddoq_ray.stages.recover import step as recover
 from ddoq_ray.stages.report import comparison, trackers
 from ddoq_ray.stages.report import step as report
 from ddoq_ray.stages.select import step as select
-from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.step import ImageSetStep, Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train.ahead import set_size
@@ -49,6 +51,12 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
+SOURCES = (
+    synthesize.Synthesize,
+    recover.Recover,
+    select.Select,
+    given.Given,
+)  # of image sets, in the order in which they work
 CONFIG_CHECK = "# sha256 of the above: "
 
 
@@ -61,18 +69,22 @@ def steps(config: RunConfig) -> list[Step]:
         parts = [step for part in config.parts() for step in steps(part)]
         return list({(step.name, step.place): step for step in parts}.values())
     found: list[Step] = [prepare.Prepare(), encode.Encode()]
-    sets: dict[Place, synthesize.Synthesize | select.Select] = {}
+    sets: dict[Place, ImageSetStep] = {}
     for method in methods(config):
         for draw, place in enumerate(method.sets):
             if place not in sets and method.spec.images == "synthesize":
-                found.append(quantize.Quantize(method.spec, place))
-                sets[place] = synthesize.Synthesize(place)
+                if method.spec.quantizer is not None:
+                    found.append(quantize.Quantize(method.spec, place))
+                sets[place] = synthesize.Synthesize(place, method.spec)
+            elif place not in sets and method.spec.images == "recover":
+                sets[place] = recover.Recover(method.spec, place)
+            elif place not in sets and method.spec.images == "given":
+                sets[place] = given.Given(method.spec, place)
             elif place not in sets:
                 sets[place] = select.Select(method.spec, place, draw)
     if own_set(config) not in sets and any("codebook" in method.spec.reads for method in methods(config)):
         found.append(quantize.Quantize(SPECS[config.own_method], own_set(config)))
-    found += [step for step in sets.values() if isinstance(step, synthesize.Synthesize)]
-    found += [step for step in sets.values() if isinstance(step, select.Select)]
+    found += sorted(sets.values(), key=lambda step: SOURCES.index(type(step)))
     labels = {place: label.Label(source, place, label_key(config)) for place, source in sets.items()}
     found += [*labels.values(), *([] if config.compared else [heldout.EncodeHeldout()])]
     by_place = {place.images: place for place in sets}
@@ -110,12 +122,11 @@ def run(config: RunConfig) -> str | None:
         prepare.Prepare().artifact(run_dir).require()
     with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
-        teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
             for part in parts:
                 demands.plan(part, steps(part), [own_node(config.cluster)], may_grow=False)
-        known = _known(parts, teacher) if config.prior.path is not None else None
+        known = _known(parts) if config.prior.path is not None else None
         with ray_session(config.cluster, where), metrics.published(posixpath.basename(run_dir.uri)) as hear:
             fitted = _fit(parts)
             places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
@@ -132,7 +143,7 @@ def run(config: RunConfig) -> str | None:
     return path
 
 
-def _known(parts: Sequence[RunConfig], teacher: bool) -> list[networks.Networks]:
+def _known(parts: Sequence[RunConfig]) -> list[networks.Networks]:
     """Facts of the networks of each part.
 
     Raises:
@@ -140,8 +151,9 @@ def _known(parts: Sequence[RunConfig], teacher: bool) -> list[networks.Networks]
     """
     found = []
     for part in parts:
-        found.append(networks.Inspection(part, teacher=teacher).result())
+        found.append(networks.Inspection(part, teacher=networks.asks_teacher(part)).result())
         networks.check_side(part, found[-1])
+        networks.check_methods(part, found[-1])
     return found
 
 
@@ -354,9 +366,15 @@ def _distil(run: Run, planned: Sequence[Step]) -> None:
     if "synthesize" in wanted:
         with doing("synthesize"):
             synthesize.run(run, of_kind(synthesize.Synthesize, planned))
-        for step in of_kind(select.Select, planned):
+        for step in of_kind(recover.Recover, planned):
             with doing(step.method.name):
-                select.run(run, step)
+                recover.run(run, step)
+        for chosen in of_kind(select.Select, planned):
+            with doing(chosen.method.name):
+                select.run(run, chosen)
+        for other in of_kind(given.Given, planned):
+            with doing(other.method.name):
+                given.run(run, other)
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

@@ -129,15 +129,16 @@ def _data(made: Plan, data: Data) -> None:
 
 def _networks(made: Plan, config: RunConfig, data: Data) -> networks.Networks | None:
     """The networks' facts; None where they cannot be had. Their places for the classes are looked up too."""
-    teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
     if config.prior.path is None:
         made.problems.append("prior.path=null: a plan needs a prior")
         return None
     known = None
     with made.looking():
-        known = networks.Inspection(config, teacher=teacher).result()
+        known = networks.Inspection(config, teacher=networks.asks_teacher(config)).result()
     if known is None:
         return None
+    with made.looking():
+        networks.check_methods(config, known)
     if "prior_label" in known.prior_needs:
         with made.looking():
             resolve_mapping(data.classes, "prior_label", "prior", known.prior_classes, known.prior_labels)
@@ -175,16 +176,14 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes)
     log = sizes.latents([s.samples for s in sizes.data.train])
     quantizers = [s for s in steps if isinstance(s, Quantize)]
     for step in quantizers:
-        algorithm = step.algorithm(config)
+        algorithm, ipc = step.algorithm(config), step.sized(config).ipc
         times = (
             2.0
             if isinstance(algorithm, ClvqConfig)
-            else log_readings(
-                sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), config.ipc, sizes.dim)
-            )
+            else log_readings(sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim))
         )
         read["latents for quantize"] = read.get("latents for quantize", 0.0) + times * log
-    sets = written.get("synthesize", 0) + written.get("select", 0)
+    sets = sum(written.get(name, 0) for name in ("synthesize", "select", "recover", "given"))
     if "label" in written:
         read["images for label"] = sets * config.labels.workers
     trained = [s for s in steps if s.name == "train"]
@@ -220,9 +219,9 @@ def _quantizers(made: Plan, config: RunConfig, data: Data, known: networks.Netwo
     """Memory of the quantizer actors of each codebook."""
     dim, rows = int(np.prod(known.latent_shape)), file_rows(config, known)
     for step in (s for s in steps if isinstance(s, Quantize)):
-        algorithm = step.algorithm(config)
-        parts = actors_parts(algorithm, len(data.classes), config.ipc, dim)
-        needs = plan_memory(config, algorithm, data, dim, rows, parts)
+        algorithm, sized = step.algorithm(config), step.sized(config)
+        parts = actors_parts(algorithm, len(data.classes), sized.ipc, dim)
+        needs = plan_memory(sized, algorithm, data, dim, rows, parts)
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 

@@ -151,6 +151,13 @@ _RULES: tuple[Rule, ...] = (
         lambda c: not c.protocol.cutmix and not c.protocol.mixup,
         _fixed("protocol.cutmix=false pastes nothing"),
     ),
+    ("images.name", lambda c: c.images.path is None, lambda _: "without images.path; set images.path too"),
+    ("rded.", lambda c: "rded" not in c.methods, _fixed("`rded` is not among baselines")),
+    (
+        "recovery.",
+        lambda c: not {"sre2l", "cda"} & set(c.methods),
+        _fixed("neither `sre2l` nor `cda` is among baselines"),
+    ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
     *(_listed(key, listed) for key, listed in _LISTED),

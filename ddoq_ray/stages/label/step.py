@@ -28,9 +28,7 @@ from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
 from ddoq_ray.stages.label.images import SharedImages, shared_images
 from ddoq_ray.stages.label.teacher import LabelUnit, spawner
 from ddoq_ray.stages.label.teacher_check import check_teacher
-from ddoq_ray.stages.select.step import Select
-from ddoq_ray.stages.step import Ask, Step
-from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.stages.step import Ask, ImageSetStep, Step
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.label_grid import LabelGrid
 from ddoq_ray.storage.label_log import finished_files
@@ -85,7 +83,7 @@ class Label(Step):
 
     stage = name = "label"
 
-    source: Synthesize | Select
+    source: ImageSetStep
     at: Place
     key: LabelKey
 
