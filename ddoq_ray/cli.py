@@ -87,11 +87,11 @@ def _in_words(args: list[str]) -> int:
         if told is not None:
             emit(f"ddoq-ray: error: {told}", sys.stderr)
             return 2
-        if signals.received() is not None:  # a library's own error on the way out
-            return _interrupted(again)
-        if isinstance(error, NoWorkers):
+        if isinstance(error, NoWorkers):  # before signals: one is how a run is got out of its wait
             emit(f"ddoq-ray: error: {error}", sys.stderr)
             return 3
+        if signals.received() is not None:  # a library's own error on the way out
+            return _interrupted(again)
         if words := _lost():
             emit(f"ddoq-ray: error: {words}", sys.stderr)
             return 1

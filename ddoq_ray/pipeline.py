@@ -20,6 +20,7 @@ from ddoq_ray.execution import lease, networks, places, signals
 from ddoq_ray.execution.console import doing
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
+from ddoq_ray.execution.waiting import patience
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.provenance import commit
 from ddoq_ray.stages import demands
@@ -96,7 +97,8 @@ def run(config: RunConfig) -> str | None:
         known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
         if known is not None:
             networks.check_side(config, known)
-        with ray_session(config.cluster, where):
+        own_session = not ray.is_initialized()
+        with ray_session(config.cluster, where), patience(config.cluster, own_session):
             fitted = _fit(config, planned)
             places.check_nodes(run_dir, places.named_paths(config))
             events = Events(run_dir)
