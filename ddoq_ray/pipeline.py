@@ -23,6 +23,7 @@ from ddoq_ray.execution import lease, metrics, networks, places, signals
 from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
+from ddoq_ray.execution.waiting import patience
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.provenance import commit
 from ddoq_ray.stages import demands
@@ -127,7 +128,13 @@ def run(config: RunConfig) -> str | None:
             for part in parts:
                 demands.plan(part, steps(part), [own_node(config.cluster)], may_grow=False)
         known = _known(parts) if config.prior.path is not None else None
-        with ray_session(config.cluster, where), metrics.published(posixpath.basename(run_dir.uri)) as hear:
+        own_session = not ray.is_initialized()
+        name = posixpath.basename(run_dir.uri)
+        with (
+            ray_session(config.cluster, where),
+            patience(config.cluster, own_session),
+            metrics.published(name) as hear,
+        ):
             fitted = _fit(parts)
             places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
             events = Events(None if beside else run_dir, hear)
