@@ -261,7 +261,8 @@ def keep(earlier: Sequence[dict[str, Any]], path: str) -> None:
     rows += [row for row in earlier if (row["stage"], row["part"]) not in new]
     rows.sort(key=lambda row: (ORDER.index(row["part"]), row["stage"]))
     Path(path).write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, Path(path).with_suffix(".svg"))
+    if any(row["part"] == "scaling" for row in rows):
+        plot(rows, Path(path).with_suffix(".svg"))
 
 
 def main() -> None:

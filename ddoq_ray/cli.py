@@ -87,11 +87,11 @@ def _in_words(args: list[str]) -> int:
         if told is not None:
             _tell(f"error: {told}")
             return 2
-        if signals.received() is not None:  # a library's own error on the way out
-            return _interrupted(again)
-        if isinstance(error, NoWorkers):
+        if isinstance(error, NoWorkers):  # before signals: one is how a run is got out of its wait
             _tell(f"error: {error}")
             return 3
+        if signals.received() is not None:  # a library's own error on the way out
+            return _interrupted(again)
         if words := _lost():
             _tell(f"error: {words}")
             return 1

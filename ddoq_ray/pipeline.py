@@ -8,62 +8,86 @@ import posixpath
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import yaml
 
 from ddoq_ray import __version__
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.compose import load_config, to_yaml
-from ddoq_ray.config.run import run_config
+from ddoq_ray.config.compare import CompareConfig
+from ddoq_ray.config.compose import load_config, parts_of, to_yaml
+from ddoq_ray.config.methods import SPECS
+from ddoq_ray.config.run import configured
 from ddoq_ray.execution import lease, metrics, networks, places, signals
 from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
+from ddoq_ray.execution.waiting import patience
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.provenance import commit
 from ddoq_ray.stages import demands
-from ddoq_ray.stages.cells import cells, label_key, methods
+from ddoq_ray.stages.cells import cells, label_key, methods, own_set
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.evaluate import step as evaluate
+from ddoq_ray.stages.given import step as given
 from ddoq_ray.stages.label import step as label
 from ddoq_ray.stages.label import teacher_check
 from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
+from ddoq_ray.stages.recover import step as recover
+from ddoq_ray.stages.report import comparison, trackers
 from ddoq_ray.stages.report import step as report
-from ddoq_ray.stages.report import trackers
 from ddoq_ray.stages.select import step as select
-from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.step import ImageSetStep, Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
+from ddoq_ray.stages.train.ahead import set_size
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
+SOURCES = (
+    synthesize.Synthesize,
+    recover.Recover,
+    select.Select,
+    given.Given,
+)  # of image sets, in the order in which they work
 CONFIG_CHECK = "# sha256 of the above: "
 
 
 def steps(config: RunConfig) -> list[Step]:
-    """Every step of a run, in order; which of them are wanted is for each to say (`Step.wanted`)."""
+    """Every step of a run, in order; which of them are wanted is for each to say (`Step.wanted`).
+
+    Of a comparison, those of all its parts, each once.
+    """
+    if isinstance(config, CompareConfig):
+        parts = [step for part in config.parts() for step in steps(part)]
+        return list({(step.name, step.place): step for step in parts}.values())
     found: list[Step] = [prepare.Prepare(), encode.Encode()]
-    sets: dict[Place, synthesize.Synthesize | select.Select] = {}
+    sets: dict[Place, ImageSetStep] = {}
     for method in methods(config):
         for draw, place in enumerate(method.sets):
             if place not in sets and method.spec.images == "synthesize":
-                found.append(quantize.Quantize(method.spec, place))
-                sets[place] = synthesize.Synthesize(place)
+                if method.spec.quantizer is not None:
+                    found.append(quantize.Quantize(method.spec, place))
+                sets[place] = synthesize.Synthesize(place, method.spec)
+            elif place not in sets and method.spec.images == "recover":
+                sets[place] = recover.Recover(method.spec, place)
+            elif place not in sets and method.spec.images == "given":
+                sets[place] = given.Given(method.spec, place)
             elif place not in sets:
                 sets[place] = select.Select(method.spec, place, draw)
-    found += [step for step in sets.values() if isinstance(step, synthesize.Synthesize)]
-    found += [step for step in sets.values() if isinstance(step, select.Select)]
+    if own_set(config) not in sets and any("codebook" in method.spec.reads for method in methods(config)):
+        found.append(quantize.Quantize(SPECS[config.own_method], own_set(config)))
+    found += sorted(sets.values(), key=lambda step: SOURCES.index(type(step)))
     labels = {place: label.Label(source, place, label_key(config)) for place, source in sets.items()}
-    found += [*labels.values(), heldout.EncodeHeldout()]
+    found += [*labels.values(), *([] if config.compared else [heldout.EncodeHeldout()])]
     by_place = {place.images: place for place in sets}
     for cell in cells(config):
         at = by_place.get(cell.images or "")
@@ -89,8 +113,9 @@ def run(config: RunConfig) -> str | None:
     places.check_apart(config)
     run_dir = Folder(config.folder)
     run_dir.check_writable()
-    planned = steps(config)
-    check_run_dir(config, run_dir, planned)
+    parts = parts_of(config)
+    for part in parts:
+        check_run_dir(part, run_dir, steps(part))
     # A report of a run that is at work is made beside it, of what is finished; it writes nothing else there.
     beside = lease.at_work(run_dir) if config.stages == ("report",) else ""
     if beside:
@@ -98,16 +123,20 @@ def run(config: RunConfig) -> str | None:
         prepare.Prepare().artifact(run_dir).require()
     with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
-        teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
-            demands.plan(config, planned, [own_node(config.cluster)], may_grow=False)
-        known = networks.Inspection(config, teacher=teacher).result() if config.prior.path is not None else None
-        if known is not None:
-            networks.check_side(config, known)
-        with ray_session(config.cluster, where), metrics.published(posixpath.basename(run_dir.uri)) as hear:
-            fitted = _fit(config, planned)
-            places.check_nodes(run_dir, places.named_paths(config))
+            for part in parts:
+                demands.plan(part, steps(part), [own_node(config.cluster)], may_grow=False)
+        known = _known(parts) if config.prior.path is not None else None
+        own_session = not ray.is_initialized()
+        name = posixpath.basename(run_dir.uri)
+        with (
+            ray_session(config.cluster, where),
+            patience(config.cluster, own_session),
+            metrics.published(name) as hear,
+        ):
+            fitted = _fit(parts)
+            places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
             events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
@@ -121,17 +150,31 @@ def run(config: RunConfig) -> str | None:
     return path
 
 
-def _fit(config: RunConfig, planned: Sequence[Step]) -> RunConfig:
-    """The configuration with pools that this Ray has room for; what depends on them is said, never a result.
+def _known(parts: Sequence[RunConfig]) -> list[networks.Networks]:
+    """Facts of the networks of each part.
+
+    Raises:
+        ValueError: A network cannot be loaded, or does not go with the settings.
+    """
+    found = []
+    for part in parts:
+        found.append(networks.Inspection(part, teacher=networks.asks_teacher(part)).result())
+        networks.check_side(part, found[-1])
+        networks.check_methods(part, found[-1])
+    return found
+
+
+def _fit(parts: Sequence[RunConfig]) -> list[RunConfig]:
+    """The configurations with pools that this Ray has room for; what depends on them is said, never a result.
 
     Raises:
         ValueError: When a wanted stage cannot fit, naming it and the key to change.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitted, words = demands.plan(config, planned, nodes, may_grow=may_grow())
-    for line in words:
+    found = [demands.plan(part, steps(part), nodes, may_grow=may_grow()) for part in parts]
+    for line in dict.fromkeys(line for _, words in found for line in words):
         say(line)
-    return fitted
+    return [fitted for fitted, _ in found]
 
 
 def check_run_dir(config: RunConfig, run_dir: Folder, planned: Sequence[Step]) -> None:
@@ -143,8 +186,7 @@ def check_run_dir(config: RunConfig, run_dir: Folder, planned: Sequence[Step]) -
 
 def set_sizes(config: RunConfig, counts: Mapping[int, int]) -> dict[str, int]:
     """Images in a distilled set, and in `full` where it is wanted."""
-    kept = [n for n in counts.values() if n >= config.ipc or config.small_class != "drop"]
-    distilled = {"the distilled set": sum(min(n, config.ipc) for n in kept)}
+    distilled = {"the distilled set": set_size(config, counts)}
     return distilled | ({"full": sum(counts.values())} if "full" in config.methods else {})
 
 
@@ -175,7 +217,8 @@ def recorded_config(run_dir: Folder) -> RunConfig:
     Raises:
         ValueError: Its ``config.yaml`` is missing, damaged, or of another version of this package.
     """
-    return run_config(yaml.safe_load(recorded_text(run_dir)))
+    values = yaml.safe_load(recorded_text(run_dir))
+    return configured(CompareConfig if "ipcs" in values else RunConfig, values)
 
 
 def _publish_config(asked: RunConfig, run_dir: Folder, environment: Mapping[str, object]) -> None:
@@ -186,68 +229,122 @@ def _publish_config(asked: RunConfig, run_dir: Folder, environment: Mapping[str,
 
 def _steps(
     asked: RunConfig,
-    config: RunConfig,
+    parts: Sequence[RunConfig],
     run_dir: Folder,
     events: Events,
-    known: networks.Networks | None,
+    known: Sequence[networks.Networks] | None,
     still_ours: Callable[[], None] | None,
 ) -> str | None:
     """Prepare, then everything that is wanted.
 
     Args:
         asked: The configuration as given, which is recorded.
-        config: The same, with pools that fit the cluster.
-        known: Facts of the networks; None where data is prepared for a prior that is yet to be chosen.
+        parts: The same, with pools that fit the cluster; of a comparison, each of its runs.
+        known: Facts of the networks of each part; None where data is prepared for a prior that is yet to be chosen.
         still_ours: Raises when another run has taken the run directory over; None where another holds it, and this
             one only reports.
     """
-    wanted = set(config.stages)
+    wanted = set(asked.stages)
     with doing("prepare"):
-        data = prepare.run(config, run_dir, events)
+        data = prepare.run(parts[0], run_dir, events)
     if known is None:
         assert wanted == {"prepare"}, wanted
         _publish_config(asked, run_dir, {})
         return None
     if wanted & {"quantize", "synthesize"}:
-        prepare.check_small_classes(config, data.counts, data.classes)
-    data = mapping.resolve(data, known, required=wanted != {"prepare"})
-    run = Run(config, run_dir, data, known, events)
-    planned = steps(config)
+        for part in parts:
+            prepare.check_small_classes(part, data.counts, data.classes)
+    resolved = {f.teacher_id: mapping.resolve(data, f, required=wanted != {"prepare"}) for f in _each_teachers(known)}
+    runs = [Run(part, run_dir, resolved[f.teacher_id], f, events) for part, f in zip(parts, known, strict=True)]
+    planned = _each_once(runs)
     if still_ours is None:
-        return report.run(run, asked, heldout.Heldout(run).left_alone(), planned)
-    labels, students = of_kind(label.Label, planned), of_kind(train.Train, planned)
+        return _report(asked, planned, None if asked.compared else heldout.Heldout(runs[0]).left_alone())
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
-        networks.check_batches(set_sizes(config, data.counts), config, known)
-    checked = teacher_check.check_early(run, labels) if "label" in wanted else None
-    _publish_config(asked, run_dir, known.environment)
-
-    _distil(run, planned)
-    still_ours()
-    if "label" in wanted:
-        with doing("label"):
-            label.run(run, labels, checked)
-    # Started here, waited for by the report: it takes no time of its own while students train.
-    unseen = heldout.Heldout(run) if "report" in wanted else None
-    if unseen is not None:
-        unseen.start()
-    if "train" in wanted:
-        with signals.own_ctrl_c(), doing("train"):
-            train.run(run, students)
-    still_ours()
-    if "evaluate" in wanted:
-        with doing("evaluate"):
-            evaluate.run(run, students)
-    path = report.run(run, asked, unseen, planned) if unseen is not None else None
-    if not config.latents.keep:
+        counts = data.counts
+        for run in runs:
+            networks.check_batches(set_sizes(run.config, counts), run.config, run.networks)
+    checked = _checked_teachers(planned) if "label" in wanted else {}
+    _publish_config(asked, run_dir, known[0].environment)
+    if asked.compared:
+        comparison.say_estimate(planned)
+    path = _work(asked, planned, checked, still_ours)
+    if not asked.latents.keep:
         encode.discard(run_dir / layout.LATENTS, events)
         encode.discard(run_dir / layout.HELDOUT, events)
     return path
 
 
+def _work(
+    asked: RunConfig,
+    planned: Sequence[tuple[Run, Sequence[Step]]],
+    checked: Mapping[str | None, dict[str, Any] | None],
+    still_ours: Callable[[], None],
+) -> str | None:
+    """Everything after the data is prepared and the networks are known; `checked`: what was found of each teacher."""
+    wanted = set(asked.stages)
+    first, students = planned[0][0], [(run, of_kind(train.Train, steps)) for run, steps in planned]
+    for run, steps in planned:
+        _distil(run, steps)
+    still_ours()
+    if "label" in wanted:
+        with doing("label"):
+            for run, steps in planned:
+                label.run(run, of_kind(label.Label, steps), checked.get(run.networks.teacher_id))
+    # Started here, waited for by the report: it takes no time of its own while students train.
+    unseen = heldout.Heldout(first) if "report" in wanted and not asked.compared else None
+    if unseen is not None:
+        unseen.start()
+    if "train" in wanted:
+        with signals.own_ctrl_c(), doing("train"):
+            train.train(students)
+    still_ours()
+    if "evaluate" in wanted:
+        with doing("evaluate"):
+            evaluate.evaluate(students)
+    return _report(asked, planned, unseen) if "report" in wanted else None
+
+
+def _report(
+    asked: RunConfig, planned: Sequence[tuple[Run, Sequence[Step]]], unseen: heldout.Heldout | None
+) -> str | None:
+    """The page of a run or of a comparison; `unseen`: a run's held-out latents, on their way."""
+    if isinstance(asked, CompareConfig):
+        return comparison.run(planned, asked)
+    assert unseen is not None
+    return report.run(planned[0][0], asked, unseen, planned[0][1])
+
+
+def _each_teachers(known: Sequence[networks.Networks]) -> list[networks.Networks]:
+    """The facts of one part for each teacher, which alone decides where the classes are."""
+    return list({facts.teacher_id: facts for facts in known}.values())
+
+
+def _each_once(runs: Sequence[Run]) -> list[tuple[Run, list[Step]]]:
+    """The steps of each run, without those of an earlier one: images and labels that several students share."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for run in runs:
+        mine = [step for step in steps(run.config) if (step.name, step.place) not in seen]
+        seen |= {(step.name, step.place) for step in mine}
+        found.append((run, mine))
+    return found
+
+
+def _checked_teachers(planned: Sequence[tuple[Run, Sequence[Step]]]) -> dict[str | None, dict[str, Any] | None]:
+    """What the check of each teacher found, by its digest; None where its labels are made already."""
+    checked: dict[str | None, dict[str, Any] | None] = {}
+    for run, steps in planned:
+        if checked.get(run.networks.teacher_id) is None:
+            checked[run.networks.teacher_id] = teacher_check.check_early(run, of_kind(label.Label, steps))
+    return checked
+
+
 def _distil(run: Run, planned: Sequence[Step]) -> None:
     """Real images to image sets: encode and quantize at the same time, then synthesize and select."""
     wanted = set(run.config.stages)
+    if not [step for step in planned if step.stage in ("quantize", "synthesize")] and run.config.compared:
+        return  # all were made by an earlier part of the comparison
     if wanted & {"encode", "quantize"}:
         books = [quantize.Quantizers(run, step) for step in of_kind(quantize.Quantize, planned) if "quantize" in wanted]
         # Quantizers pull the latent log while encoders still write it.
@@ -276,9 +373,15 @@ def _distil(run: Run, planned: Sequence[Step]) -> None:
     if "synthesize" in wanted:
         with doing("synthesize"):
             synthesize.run(run, of_kind(synthesize.Synthesize, planned))
-        for step in of_kind(select.Select, planned):
+        for step in of_kind(recover.Recover, planned):
             with doing(step.method.name):
-                select.run(run, step)
+                recover.run(run, step)
+        for chosen in of_kind(select.Select, planned):
+            with doing(chosen.method.name):
+                select.run(run, chosen)
+        for other in of_kind(given.Given, planned):
+            with doing(other.method.name):
+                given.run(run, other)
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

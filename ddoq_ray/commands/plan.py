@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +26,7 @@ from ddoq_ray.stages.quantize.memory import log_readings, plan_memory
 from ddoq_ray.stages.quantize.step import Quantize, actors_parts
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.work import work_of
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.calibration import BATCHES, Rate, asked_of, default_file, rates_for, read_rates
@@ -129,15 +129,16 @@ def _data(made: Plan, data: Data) -> None:
 
 def _networks(made: Plan, config: RunConfig, data: Data) -> networks.Networks | None:
     """The networks' facts; None where they cannot be had. Their places for the classes are looked up too."""
-    teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
     if config.prior.path is None:
         made.problems.append("prior.path=null: a plan needs a prior")
         return None
     known = None
     with made.looking():
-        known = networks.Inspection(config, teacher=teacher).result()
+        known = networks.Inspection(config, teacher=networks.asks_teacher(config)).result()
     if known is None:
         return None
+    with made.looking():
+        networks.check_methods(config, known)
     if "prior_label" in known.prior_needs:
         with made.looking():
             resolve_mapping(data.classes, "prior_label", "prior", known.prior_classes, known.prior_labels)
@@ -175,16 +176,14 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes)
     log = sizes.latents([s.samples for s in sizes.data.train])
     quantizers = [s for s in steps if isinstance(s, Quantize)]
     for step in quantizers:
-        algorithm = step.algorithm(config)
+        algorithm, ipc = step.algorithm(config), step.sized(config).ipc
         times = (
             2.0
             if isinstance(algorithm, ClvqConfig)
-            else log_readings(
-                sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), config.ipc, sizes.dim)
-            )
+            else log_readings(sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim))
         )
         read["latents for quantize"] = read.get("latents for quantize", 0.0) + times * log
-    sets = written.get("synthesize", 0) + written.get("select", 0)
+    sets = sum(written.get(name, 0) for name in ("synthesize", "select", "recover", "given"))
     if "label" in written:
         read["images for label"] = sets * config.labels.workers
     trained = [s for s in steps if s.name == "train"]
@@ -220,9 +219,9 @@ def _quantizers(made: Plan, config: RunConfig, data: Data, known: networks.Netwo
     """Memory of the quantizer actors of each codebook."""
     dim, rows = int(np.prod(known.latent_shape)), file_rows(config, known)
     for step in (s for s in steps if isinstance(s, Quantize)):
-        algorithm = step.algorithm(config)
-        parts = actors_parts(algorithm, len(data.classes), config.ipc, dim)
-        needs = plan_memory(config, algorithm, data, dim, rows, parts)
+        algorithm, sized = step.algorithm(config), step.sized(config)
+        parts = actors_parts(algorithm, len(data.classes), sized.ipc, dim)
+        needs = plan_memory(sized, algorithm, data, dim, rows, parts)
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 
@@ -244,7 +243,7 @@ def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) ->
     """Seconds of a device and of the clock, by measured rates."""
     path = config.cluster.calibration or default_file()
     cluster = config.cluster
-    work = _work(config, steps, sizes)
+    work = work_of(config, steps, sizes)
     for gpu in (True, False):
         mine = {s: w for s, w in work.items() if (getattr(cluster, w.group).num_gpus > 0) == gpu}
         found = rates_for(read_rates(path), asked_of(config), gpu=gpu) if mine else {}
@@ -290,39 +289,6 @@ def _gpu_memory(made: Plan, config: RunConfig, found: Mapping[str, Mapping[str, 
                     f"{what} takes {_size(peak)} of a GPU's memory (measured on {device}) and some {_size(CONTEXT)} "
                     f"beside, and a worker has {_size(whole)}{part}: choose a smaller {BATCHES[what]}, or larger GPUs"
                 )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What of a stage is measured by rates: what -> items; who does it, how many."""
-
-    items: Mapping[str, float]
-    group: str
-    workers: int
-
-
-def _work(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> dict[str, _Work]:
-    own = config.synthesizer
-    run = own.steps if own.start in ("noise", "guided") else math.floor(own.steps * own.strength + 1e-9)
-    count: Callable[[str], int] = lambda name: sum(s.name == name for s in steps)
-    made = count("synthesize") * sizes.centroids * own.candidates
-    views = count("label") * sizes.centroids * sizes.epochs
-    full = sum(s.name == "train" and getattr(s, "source", None) is None for s in steps)
-    trained = (count("train") - full) * sizes.centroids * sizes.epochs
-    images = sum(sizes.data.counts.values())
-    if full:
-        trained += full * images * config.protocol.epochs_for(images, full=True)
-    found = {}
-    if count("encode"):
-        found["encode"] = _Work({"encode": images}, "encoder", config.encoder.pool[1])
-    if made:
-        denoised = {"denoise": made * run} if run else {}
-        found["synthesize"] = _Work({"decode": made} | denoised, "decoder", own.max_workers)
-    if views and config.labels.stored:
-        found["label"] = _Work({"label": views}, "teacher", config.labels.workers)
-    if trained:
-        found["train"] = _Work({"train": trained}, "trainer", config.cluster.trainer.workers)
-    return found
 
 
 def _size(amount: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddoq_ray import pipeline
+from ddoq_ray.config.compose import parts_of
 from ddoq_ray.config.run import STAGES, RunConfig
 from ddoq_ray.config.run_directory import StatusConfig
 from ddoq_ray.execution.lease import why_stale
@@ -33,6 +34,8 @@ UNITS = {
     "quantize": ("parts", layout.CODEBOOK_RECORDS),
     "synthesize": ("image shards", layout.IMAGE_SHARDS),
     "select": ("image shards", layout.IMAGE_SHARDS),
+    "recover": ("image shards", layout.IMAGE_SHARDS),
+    "given": ("image shards", layout.IMAGE_SHARDS),
     "label": ("files", layout.LABEL_RECORDS),
 }
 
@@ -50,7 +53,8 @@ def main(command: StatusConfig) -> None:
 
 def lines(run: Folder, config: RunConfig, now: float) -> Iterator[str]:
     """What is printed; `now` in seconds since 1970."""
-    yield f"{run.uri}: {config.dataset.title}, ipc {config.ipc}, {', '.join(config.methods)}"
+    ipcs = sorted({part.ipc for part in parts_of(config)})
+    yield f"{run.uri}: {config.dataset.title}, ipc {', '.join(map(str, ipcs))}, {', '.join(config.methods)}"
     yield _holder(run, now)
     finished = finished_stages(run)
     planned: dict[str, list[Step]] = {}

@@ -87,7 +87,7 @@ def _stage(name: str, words: str, reads: str) -> Command:
 
 _VIEWS = (
     "student.image_size protocol.epochs protocol.steps protocol.batch protocol.min_scale protocol.flip protocol.cutmix "
-    "protocol.val_crop "
+    "protocol.mixup protocol.shuffle_patches protocol.cutout protocol.val_crop "
 )
 
 RUN = Command(
@@ -112,38 +112,38 @@ STAGE_COMMANDS = (
     _stage(
         "quantize",
         "latents to centroids, counts and weights, for each method that has a codebook",
-        "seed ipc small_class baselines dataset. latents. prior. quantizer. weights.scheme cluster.address "
+        "seed ipc small_class baselines images. dataset. latents. prior. quantizer. weights.scheme cluster.address "
         "cluster.num_cpus cluster.threads cluster.quantizer.",
     ),
     _stage(
         "synthesize",
-        "centroids to images, and the baselines' choices of real images",
-        "seed ipc small_class baselines num_seeds dataset. prior. encoder.resize synthesizer. weights.scheme "
-        "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.decoder. "
-        "cluster.reader.",
+        "centroids to images, and the images of every other method",
+        "seed ipc small_class baselines images. rded. recovery. num_seeds dataset. prior. encoder.resize synthesizer. "
+        "teacher. labels.workers weights.scheme cluster.address cluster.num_cpus cluster.threads cluster.wait_s "
+        "cluster.give_up_s cluster.decoder. cluster.reader. cluster.teacher.",
     ),
     _stage(
         "label",
         "soft labels of seeded views of every image set, by the teacher",
-        f"seed ipc baselines num_seeds dataset. prior. teacher. labels. weights.scheme {_VIEWS}"
+        f"seed ipc baselines images. num_seeds dataset. prior. teacher. labels. weights.scheme {_VIEWS}"
         "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.teacher.",
     ),
     _stage(
         "train",
         "students on every image set, by Ray Train",
-        "seed ipc baselines num_seeds max_bad_fraction dataset. prior. encoder.resize teacher.path labels.mode "
+        "seed ipc baselines images. num_seeds max_bad_fraction dataset. prior. encoder.resize teacher.path labels.mode "
         "weights. student. protocol. cluster.address cluster.num_cpus cluster.trainer.",
     ),
     _stage(
         "evaluate",
         "accuracy of the students on real validation images",
-        "ipc baselines num_seeds max_bad_fraction dataset. prior. teacher.path weights.scheme student. "
+        "ipc baselines images. num_seeds max_bad_fraction dataset. prior. teacher.path weights.scheme student. "
         "protocol.val_crop cluster.address cluster.num_cpus cluster.threads cluster.evaluator.",
     ),
     _stage(
         "report",
         "results.json, the page and the table, with the codebooks measured on unseen images",
-        "seed ipc baselines num_seeds dataset. latents. prior. encoder. teacher.path weights.scheme student. "
+        "seed ipc baselines images. num_seeds dataset. latents. prior. encoder. teacher.path weights.scheme student. "
         "report. tracking cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
     ),
 )
@@ -160,6 +160,18 @@ COMMANDS = (
         "run that is meant, and prints images and classes, bytes of each stage's output, network traffic, memory of "
         "the quantizers, and times by the rates that `ddoq-ray calibrate` measured. Exit code 2 where something stands "
         "in the run's way, each with its words. Nothing is written. The keys are those of a run:",
+    ),
+    Command(
+        name="compare",
+        words="methods x IPC x students x teachers x seeds as one job, with paired intervals",
+        config="ddoq_ray.config.compare:CompareConfig",
+        main="ddoq_ray.pipeline:run",
+        use="ddoq-ray compare methods=[...] ipcs=[...] students=[...] teachers=[...] num_seeds=N key=value ...",
+        about="Data are prepared and encoded once, a codebook and images are made once for each method and IPC, labels "
+        "once for each image set and teacher, and students are trained by cluster.trainer.groups at a time. What is "
+        "finished is kept: the same command goes on where it was cut off, and more methods, IPCs or seeds leave the "
+        "others as they are. report/ holds the page, results.json, table.md and table.csv. The other keys are those of "
+        "a run:",
     ),
     Command(
         name="calibrate",
@@ -217,7 +229,6 @@ COMMANDS = (
         config="ddoq_ray.config.network_training:TrainTeacherConfig",
         main="ddoq_ray.commands.train_teacher:main",
         use="ddoq-ray train-teacher [dataset=digits] out=FOLDER key=value ...",
-        goes_on=False,
         place="out",
     ),
     Command(

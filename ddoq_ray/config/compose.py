@@ -19,14 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ddoq_ray.config.asking import ask, implied
+from ddoq_ray.config.asking import ablation_of, ask, implied
+from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.grammar import kind_of, nested, read, written
 from ddoq_ray.config.ineffective import check_effective
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.presets import choices, config_dir, groups_of
 from ddoq_ray.config.quantizer import QUANTIZERS
-from ddoq_ray.config.run import RunConfig, run_config
+from ddoq_ray.config.run import RunConfig, configured
 from ddoq_ray.config.schema import SWEEP, from_mapping, plain, unknown_key
 
 T = TypeVar("T")
@@ -49,16 +50,23 @@ def load(cls: type[T], overrides: Sequence[str] = ()) -> T:
     pairs = [(k, v) for k, v in read(overrides, cls, groups) if (k, v) != ("experiment", None)]
     _check_known(cls, pairs)
     given = dict(pairs)
-    if cls is not RunConfig:
+    if not issubclass(cls, RunConfig):
         config = from_mapping(cls, plain_paths(_composed(cls, given)))
         check_effective(config, given)
         return config
-    run = run_config(_composed(cls, {**dict(implied(given)), **given}))
-    _check_experiment(given)
+    values = _composed(cls, {**dict(implied(given)), **given})
+    _check_experiment(given, values, cls)
+    run = configured(cls, values)
     check_effective(run, given)
     ask(run, given)
-    _check_networks(run)
-    return run  # type: ignore[return-value]
+    for part in parts_of(run):
+        _check_networks(part)
+    return run
+
+
+def parts_of(config: RunConfig) -> Sequence[RunConfig]:
+    """The runs of a comparison, which share a run directory; of a plain run, itself."""
+    return config.parts() if isinstance(config, CompareConfig) else [config]
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
@@ -119,7 +127,7 @@ def _check_known(cls: type, pairs: Sequence[tuple[str, Any]]) -> None:
 
 def _composed(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults, the files of the choices and the keys, each over those before it, as plain nested values."""
-    groups, of_run = groups_of(cls), cls is RunConfig
+    groups, of_run = groups_of(cls), issubclass(cls, RunConfig)
     mark = "" if of_run else "+"  # only a run has a list of choices to begin with
     lines = [f"{mark}{k}={v}" if k in groups else f"++{k}={written(v)}" for k, v in given.items()]
     try:
@@ -161,10 +169,19 @@ def _check_networks(config: RunConfig) -> None:
     for group, needing in (("prior", wanted - {"prepare"}), ("teacher", MEASURED & wanted)):
         if getattr(config, group).path is None and needing:
             raise ValueError(f"{group}.path=null: {', '.join(sorted(needing))} need one; leave it out, or give a path")
+    asking = config.methods_of("teacher") if "synthesize" in wanted else []
+    if config.teacher.path is None and asking:
+        raise ValueError(
+            f"teacher.path=null: {', '.join(asking)} ask a teacher for images; give a path, or leave them out of "
+            "baselines"
+        )
 
 
-def _check_experiment(given: Mapping[str, Any]) -> None:
-    if given.get("experiment", "digits") != "digits" and not {"dataset", "dataset.path"} & set(given):
+def _check_experiment(given: Mapping[str, Any], values: Mapping[str, Any], cls: type) -> None:
+    named = given.get("experiment", "digits")
+    if cls is RunConfig and "experiment" in given and {"methods", "ipcs"} & set(values) - set(given):
+        raise ValueError(f"experiment={named} is a comparison: `ddoq-ray compare experiment={named}`")
+    if not named.startswith("digits") and ablation_of(given) is None and not {"dataset", "dataset.path"} & set(given):
         raise ValueError(
             f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "
             "classes.json, or what `ddoq-ray prepare` wrote)"

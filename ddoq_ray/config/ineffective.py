@@ -45,6 +45,22 @@ def _fixed(why: str) -> Callable[[Any], str]:
     return lambda _: f"here: {why}; leave one of the two out"
 
 
+# Keys of a run, and the key of a comparison that lists several of them.
+_LISTED = (
+    ("ipc", "ipcs"),
+    ("student", "students"),
+    ("student.arch", "students"),
+    ("teacher", "teachers"),
+    ("teacher.path", "teachers"),
+    ("protocol.batch", "batches"),
+)
+
+
+def _listed(key: str, listed: str) -> Rule:
+    given: Callable[[Any], bool] = lambda c: getattr(c, "compared", False) and bool(getattr(c, listed))
+    return key, given, lambda _: f"in a comparison: {listed} lists what is compared; leave one of the two out"
+
+
 _RULES: tuple[Rule, ...] = (
     (
         "dataset.source",
@@ -130,9 +146,25 @@ _RULES: tuple[Rule, ...] = (
     ("protocol.label_smoothing", lambda c: c.labels.mode != "hard", _fixed("labels.mode is not hard")),
     ("protocol.momentum", lambda c: c.protocol.optimizer != "sgd", _fixed("protocol.optimizer is not sgd")),
     ("protocol.cosine_span", lambda c: c.protocol.schedule != "cosine", _fixed("protocol.schedule is not cosine")),
-    ("weights.cutmix", lambda c: not c.protocol.cutmix, _fixed("protocol.cutmix=false pastes nothing")),
+    (
+        "weights.cutmix",
+        lambda c: not c.protocol.cutmix and not c.protocol.mixup,
+        _fixed("protocol.cutmix=false pastes nothing"),
+    ),
+    ("images.name", lambda c: c.images.path is None, lambda _: "without images.path; set images.path too"),
+    ("rded.", lambda c: "rded" not in c.methods, _fixed("`rded` is not among baselines")),
+    (
+        "recovery.",
+        lambda c: not {"sre2l", "cda"} & set(c.methods),
+        _fixed("neither `sre2l` nor `cda` is among baselines"),
+    ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
+    *(_listed(key, listed) for key, listed in _LISTED),
+    *(
+        (key, lambda c: c.compared, lambda _: "in a comparison: `methods` lists what is compared; leave it out")
+        for key in ("baselines", "weights", "weights.scheme")
+    ),
     (
         "cluster.num_cpus",
         lambda c: c.cluster.address not in (None, "local"),

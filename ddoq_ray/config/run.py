@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
+from ddoq_ray.config.baselines import ImagesConfig, RdedConfig, RecoveryConfig
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
-from ddoq_ray.config.methods import METHODS, own_method
+from ddoq_ray.config.methods import GIVEN, METHODS, SPECS, MethodSpec, own_method
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
@@ -18,11 +19,14 @@ from ddoq_ray.config.schema import from_mapping, option, require
 from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
+Config = TypeVar("Config", bound="RunConfig")
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    compared: ClassVar[bool] = False  # whether it is a comparison, or a part of one
+
     run_dir: str | None = option(None, "where everything goes; by default runs/<dataset>-ipc<ipc>")
     seed: int = option(0, "the one seed from which everything derives")
     ipc: int = option(10, "images per class")
@@ -45,6 +49,9 @@ class RunConfig:
     encoder: EncoderConfig = option(EncoderConfig, "images to latents")
     quantizer: QuantizerConfig = option(ClvqConfig, "latents to centroids and weights")
     synthesizer: SynthesizerConfig = option(SynthesizerConfig, "centroids to images")
+    images: ImagesConfig = option(ImagesConfig, "a set that another method made")
+    rded: RdedConfig = option(RdedConfig, "the method rded")
+    recovery: RecoveryConfig = option(RecoveryConfig, "the methods sre2l and cda")
     teacher: TeacherConfig = option(TeacherConfig, "the network that labels")
     labels: LabelsConfig = option(LabelsConfig, "soft labels")
     weights: WeightsConfig = option(WeightsConfig, "weights of the images in the student's loss")
@@ -73,6 +80,10 @@ class RunConfig:
         unknown = [m for m in self.baselines if m not in METHODS]
         require(not unknown, f"baselines={unknown}: expected some of {', '.join(METHODS)}")
         require(
+            self.images.name not in METHODS,
+            f"images.name={self.images.name} is a method's own word; choose another for the set of images.path",
+        )
+        require(
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
             "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",
         )
@@ -99,12 +110,32 @@ class RunConfig:
         return own_method(self.weights.scheme)
 
     @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods of this run: its own first, its baselines, and the set of `images.path`."""
+        known = [SPECS[name] for name in dict.fromkeys((self.own_method, *self.baselines))]
+        return (*known, *self.given)
+
+    @property
+    def given(self) -> tuple[MethodSpec, ...]:
+        """The set of `images.path`, as a method; empty without one."""
+        return (replace(GIVEN, name=self.images.name),) if self.images.path is not None else ()
+
+    @property
     def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.own_method, *self.baselines)))
+        return tuple(spec.name for spec in self.specs)
+
+    def methods_of(self, read: str) -> list[str]:
+        """The methods whose images are made from what `read` names: `latents`, `codebook` or `teacher`."""
+        return [spec.name for spec in self.specs if read in spec.reads]
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """The frozen configuration from plain nested values.
+    """`configured` of a run."""
+    return configured(RunConfig, values)
+
+
+def configured(cls: type[Config], values: dict[str, Any]) -> Config:
+    """The frozen configuration of a run or of a comparison, from plain nested values.
 
     Raises:
         ValueError: Naming the key, what was expected and what came.
@@ -114,5 +145,5 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     name = quantizer.get("name", ClvqConfig.name)
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer.name={name}: expected one of {', '.join(QUANTIZERS)}")
-    config = from_mapping(RunConfig, values)
+    config = from_mapping(cls, values)
     return dataclasses.replace(config, quantizer=from_mapping(QUANTIZERS[name], quantizer, "quantizer."))

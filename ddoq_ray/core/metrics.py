@@ -100,6 +100,8 @@ class PairedDifference(NamedTuple):
             alike.
         t_p: its two-sided p-value.
         sign_p: two-sided p-value of the sign test, ties left out. With n pairs it cannot go below 2 / 2^n.
+        low: lower end of Student's 95 % confidence interval of the mean; NaN for one pair.
+        high: its upper end.
     """
 
     mean: float
@@ -110,6 +112,8 @@ class PairedDifference(NamedTuple):
     t: float
     t_p: float
     sign_p: float
+    low: float
+    high: float
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:
@@ -129,7 +133,30 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     mean, std = mean_std(differences)
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     t, t_p = _t_test(differences, mean, std)
-    return PairedDifference(mean, std, n, wins, losses, t, t_p, _sign_test(wins, losses))
+    low, high = confidence_interval(differences)
+    return PairedDifference(mean, std, n, wins, losses, t, t_p, _sign_test(wins, losses), low, high)
+
+
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's confidence interval of the mean of independent, normal values.
+
+    Args:
+        values: n numbers; of one alone it has no ends (NaN).
+        level: that the true mean lies between the ends.
+
+    Raises:
+        ValueError: no values.
+
+    >>> [round(end, 3) for end in confidence_interval([1.0, 2.0, 3.0])]
+    [-0.484, 4.484]
+    """
+    mean, std = mean_std(values)
+    if len(values) == 1:
+        return math.nan, math.nan
+    from scipy.stats import t  # slow to import, and only reports need it
+
+    half = float(t.ppf(0.5 + level / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def _t_test(differences: Sequence[float], mean: float, std: float) -> tuple[float, float]:

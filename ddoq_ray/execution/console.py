@@ -29,7 +29,7 @@ _as_json = False
 _doing: list[_Activity] = []
 _lock = threading.Lock()
 _ticker: threading.Thread | None = None
-_spoken = time.monotonic()
+_spoken = _moved = time.monotonic()
 
 
 def lines_as(form: str) -> None:
@@ -108,11 +108,12 @@ class Progress(_Activity):
 
     def advance(self, n: int = 1, note: str = "", **more: float) -> None:
         """`n` items are done; `more` came with them, and is added up in `measured`."""
+        global _moved
         self.done += n
         for name, amount in more.items():
             self.measured[name] = self.measured.get(name, 0.0) + amount
         if n:
-            self.moved = time.monotonic()
+            self.moved = _moved = time.monotonic()
             if self.moved - self.marks[-1][0] >= MARK_SECONDS:
                 self.marks.append((self.moved, self.done))
         if self.bar is not None:
@@ -211,8 +212,15 @@ def doing(stage: str) -> Iterator[None]:
         _end(activity)
 
 
+def at_rest() -> tuple[str, float]:
+    """The newest activity's stage, and for how many seconds nothing has begun, ended or advanced."""
+    with _lock:
+        return (_doing[-1].stage if _doing else ""), time.monotonic() - _moved
+
+
 def _begin(activity: _Activity) -> None:
-    global _ticker
+    global _ticker, _moved
+    _moved = time.monotonic()
     with _lock:
         _doing.append(activity)
         if _ticker is None or not _ticker.is_alive():
@@ -221,6 +229,8 @@ def _begin(activity: _Activity) -> None:
 
 
 def _end(activity: _Activity) -> None:
+    global _moved
+    _moved = time.monotonic()
     with _lock:
         if activity in _doing:
             _doing.remove(activity)

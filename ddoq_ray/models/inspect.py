@@ -15,7 +15,7 @@ from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
-from ddoq_ray.models.ensemble import Teacher, feature_dim, load_teacher
+from ddoq_ray.models.ensemble import Teacher, feature_dim, first_of, load_teacher
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.provenance import environment
@@ -38,6 +38,11 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     check_encoder(prior, autoencoder, encoder)
     if question["synthesizer"] is not None:
         check_synthesizer(prior, question["synthesizer"])
+    for method, settings in question.get("methods", {}).items():
+        try:
+            check_synthesizer(prior, settings)
+        except ValueError as error:
+            raise ValueError(f"baselines={method}: {error}") from error
     teacher = None
     if question["teacher"] is not None:
         teacher = load_teacher(question["teacher"])
@@ -68,6 +73,9 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
         "student_takes_one": takes_one,
         "student_bytes": student_bytes,
+        "scorer_id": first_of(teacher).id if teacher else None,
+        "scorer_norms": sum(isinstance(m, nn.BatchNorm2d) for m in first_of(teacher).modules()) if teacher else 0,
+        "scorer_side": first_of(teacher).image_size if teacher else 0,
         "environment": environment(threads),
     }
 

@@ -19,11 +19,19 @@ DASHES = {
     "c": "9 3 2 3",
     "d": "4 2",
     "e": "7 2 2 2 2 2",
+    "f": "5 3",
+    "g": "2 2",
+    "h": "10 2",
+    "i": "9 2 5 2",
+    "j": "3 3",
+    "k": "6 2 2 2",
+    "l": "4 4",
     "random": "1 3",
     "full": "12 4",
 }
 
 _WIDTH, _HEIGHT = 480, 300
+FEW_POINTS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 40
 
 
@@ -37,6 +45,36 @@ class Series:
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The horizontal axis.
+
+    Attributes:
+        label: Word under it.
+        log: Whether equal steps are equal factors; all values are above 0 then.
+        text: What stands at a tick.
+    """
+
+    label: str = "epoch"
+    log: bool = False
+    text: Callable[[float], str] = "{:g}".format
+
+    def at(self, value: float) -> float:
+        """Where a value is, in units in which the axis is straight."""
+        return math.log10(value) if self.log else value
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Values to mark between two: whole numbers, or at most six round ones of a logarithmic axis."""
+        if not self.log:
+            return [v for v in ticks(low, high) if float(v).is_integer()] or [low]
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in ((1, 2, 5), (1,)):
+            found = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+            if len(found) <= 6:
+                break
+        return found[:: max(1, -(-len(found) // 6))] or [low]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -67,7 +105,7 @@ def line_chart(
     series: Sequence[Series],
     *,
     title: str,
-    x_label: str = "epoch",
+    axis: Axis = Axis(),
     unit: str = "",
     floor: float | None = None,
     ceiling: float | None = None,
@@ -77,7 +115,7 @@ def line_chart(
     Args:
         series: lines in order of importance; the first one is drawn last, on top.
         title: the chart's accessible name.
-        x_label: word under the horizontal axis.
+        axis: the horizontal one.
         unit: put behind the labels of the vertical axis.
         floor: lowest value the vertical axis may show.
         ceiling: highest value the vertical axis may show.
@@ -89,13 +127,13 @@ def line_chart(
     if not series:
         return Markup("")
     y_low, y_high = _limits(series, floor, ceiling)
-    x_low = min(min(s.x) for s in series)
-    x_high = max(max(s.x) for s in series)
+    x_first, x_last = min(min(s.x) for s in series), max(max(s.x) for s in series)
+    x_low, x_high = axis.at(x_first), axis.at(x_last)
     if x_high <= x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
 
     def px(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (axis.at(x) - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
         y = min(max(y, y_low), y_high)
@@ -105,11 +143,11 @@ def line_chart(
     name = escape(f"{title}. {ends}.")
     out = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">']
     out += [_y_tick(value, py(value), unit) for value in ticks(y_low, y_high)]
-    x_ticks = [v for v in ticks(x_low, x_high) if float(v).is_integer()] or [x_low]
-    out += [_under_axis(f"{value:g}", px(value), _BOTTOM - 18) for value in x_ticks]
-    out.append(_under_axis(x_label, (_LEFT + _WIDTH - _RIGHT) / 2, 4))
+    out += [_under_axis(axis.text(value), px(value), _BOTTOM - 18) for value in axis.ticks(x_first, x_last)]
+    out.append(_under_axis(axis.label, (_LEFT + _WIDTH - _RIGHT) / 2, 4))
     out += [_band(s, px, py) for s in reversed(series)]
     out += [_line(s, px, py) for s in reversed(series)]
+    out += [_dot(s, px(x), py(y)) for s in reversed(series) for x, y in _marked(s)]
     out.append("</svg>")
     return Markup("".join(out))
 
@@ -138,11 +176,20 @@ def _band(s: Series, px: Callable[[float], float], py: Callable[[float], float])
 def _line(s: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
     name = f"<title>{escape(s.label)}</title>"
     if len(s.x) == 1:
-        return f'<circle class="dot s-{s.slot}" cx="{px(s.x[0]):.1f}" cy="{py(s.mean[0]):.1f}" r="4">{name}</circle>'
+        return _dot(s, px(s.x[0]), py(s.mean[0]), name)
     points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(s.x, s.mean, strict=True))
     dash = DASHES.get(s.slot, "")
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return f'<polyline class="line s-{s.slot}" points="{points}"{dashed}>{name}</polyline>'
+
+
+def _marked(s: Series) -> list[tuple[float, float]]:
+    """The points of a line that has so few that each is told apart."""
+    return list(zip(s.x, s.mean, strict=True)) if 1 < len(s.x) <= FEW_POINTS else []
+
+
+def _dot(s: Series, x: float, y: float, inside: str = "") -> str:
+    return f'<circle class="dot s-{s.slot}" cx="{x:.1f}" cy="{y:.1f}" r="4">{inside}</circle>'
 
 
 def legend_sample(slot: str) -> Markup:

@@ -19,6 +19,7 @@ from PIL import Image
 from ddoq_ray.core.sizing import in_bytes
 from ddoq_ray.page.charts import Series, dot_whisker, legend_sample, line_chart
 from ddoq_ray.page.codebook import codebook_section
+from ddoq_ray.page.comparison import comparison_section
 from ddoq_ray.page.tables import METHODS, AccuracyLine, accuracy_lines, count, method_order, method_slots, number
 
 SHOWN_SIDE = 128  # CSS pixels; larger images are shown at most this large
@@ -33,6 +34,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
     Args:
         results: what the report stage writes as results.json (rows, paired, classes, heldout, curves, stages,
             quarantine, teacher, counts, config, versions). Any part may be missing or empty; its section then says so.
+            With `comparison` (lines, reference) these stand in the place of accuracy, curves and codebooks.
         images: distilled images, each with method, class_id, class_name, centroid_id, weight, png (encoded bytes),
             width, height.
 
@@ -41,6 +43,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
     """
     own = str(results.get("own_method") or "")
     named = [str(part.get("method", "")) for key in ("rows", "classes", "curves") for part in results.get(key) or []]
+    named += [str(line["method"]) for line in (results.get("comparison") or {}).get("lines", [])]
     methods = method_order(named + [str(image.get("method", "")) for image in images], own)
     slots = method_slots(methods, own)
     lines = accuracy_lines(results)
@@ -61,6 +64,7 @@ def render_page(results: Mapping[str, Any], images: Sequence[Mapping[str, Any]])
         quarantine=_quarantine(results.get("quarantine"), results.get("counts") or {}),
         teacher=_teacher(results.get("teacher")),
         config=list(_flatten(results.get("config") or {})),
+        comparison=comparison_section(results, slots),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.methods import SPECS, MethodSpec
+from ddoq_ray.config.methods import MethodSpec, own_method
 from ddoq_ray.storage.layout import LabelKey, Place, word
 
 
@@ -33,16 +33,22 @@ class Method:
         return self.sets[0] if self.spec.quantizer is not None else None
 
 
+def own_set(config: RunConfig) -> Place:
+    """Where the codebook and the images of the run's own quantizer are; in a comparison, beside the others'."""
+    return Place.of_method(own_method("counts"), config.ipc) if config.compared else Place()
+
+
 def methods(config: RunConfig) -> list[Method]:
-    """The run's own method, first, and its baselines."""
+    """The run's own method, first, and its baselines; of a comparison, its methods."""
     found = []
-    for name in config.methods:
-        spec = SPECS[name]
-        at = Place() if name == config.own_method else Place.of_method(name, config.ipc)
+    for spec in config.specs:
+        name = spec.name
+        own = name == config.own_method and not config.compared
+        at = Place() if own else Place.of_method(name, config.ipc)
         if spec.images == "data":
             sets: tuple[Place, ...] = ()
         elif spec.own:
-            sets = (Place(),)
+            sets = (own_set(config),)
         else:
             sets = tuple(at.draw(k) for k in range(config.num_seeds)) if spec.draws else (at,)
         found.append(Method(spec, at, sets))

@@ -65,6 +65,8 @@ class Sizes:
             "synthesize": lambda: self.images(self._side, self.config.synthesizer.format),
             "select": lambda: self.images(self.networks.image_size, "png"),
             "train": lambda: self.networks.student_bytes,
+            "given": lambda: self.images(self.networks.image_size, "png"),
+            "recover": lambda: self.images(self.networks.scorer_side, "png"),
             "label": lambda: self.labels(self.codec_bytes[self.codec]) if self.config.labels.stored else 0,
         }
         return round(made[step.name]()) if step.name in made else 0

@@ -131,6 +131,9 @@ class ResultRow(TypedDict):
     method: str
     ipc: int
     student: str
+    size: int
+    teacher: str
+    protocol: str
     seed: int
     epochs: int
     train_images: int

@@ -169,7 +169,9 @@ def test_the_main_job_is_what_it_was_to_the_last_key() -> None:
     assert plain(load_config()) == yaml.safe_load((Path(__file__).parent / "digits.yaml").read_text())
 
 
-EXPERIMENTS = [f"experiment={name}" for name in choices("experiment") if name != "digits"]
+EXPERIMENTS = [
+    f"experiment={name}" for name in choices("experiment") if not name.startswith("digits") and "/" not in name
+]
 
 
 @pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], *([name, *OWN] for name in EXPERIMENTS)])

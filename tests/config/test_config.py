@@ -14,6 +14,7 @@ import yaml
 
 from ddoq_ray.commands.help import help_text
 from ddoq_ray.config import METHODS, STAGES, RunConfig
+from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.compose import config_dir, load, load_config, to_yaml
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.grammar import leaves
@@ -43,7 +44,7 @@ def test_the_dataclasses_alone_are_what_runs_when_nothing_is_asked() -> None:
 
 
 def test_files_hold_differences_only() -> None:
-    defaults = dict(leaves(plain(RunConfig())))
+    defaults = dict(leaves(plain(CompareConfig())))
     for path in sorted(config_dir().rglob("*.yaml")):
         text = path.read_text()
         values = yaml.safe_load(text) or {}
@@ -202,7 +203,7 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["baselines=none"], ["none", "d4m, random"]),
         (["prior.path=null"], ["prior.path=null", "encode", "leave it out"]),
         (["teacher.path=null"], ["teacher.path=null", "label", "leave it out"]),
-        (["experiment=imagenet"], ["experiment=imagenet", "expected one of digits, imagenet-1k-d4m, imagenet-1k-dit"]),
+        (["experiment=imagenet"], ["experiment=imagenet", "expected one of digits, digits-compare, imagenet-1k-d4m"]),
         (["experiment=imagenet-1k-dit"], ["needs data", "dataset.path"]),
         (["cluster.reader=3"], ["cluster.reader='3'", "group of keys"]),
         (["small_class=what"], ["small_class=what", "error, cap, drop"]),
@@ -300,7 +301,7 @@ def test_help_names_every_key_with_the_composed_default() -> None:
     text = " ".join(help_text().split())
     config = load_config()
     assert f"the same bytes [{config.teacher.batch}]" in text
-    assert "d4m, random, herding, medoids, full" in text  # every baseline by its name
+    assert ", ".join(METHODS) in text  # every baseline by its name
     assert "quantizer.hartigan" in text and "quantizer.variant" in text  # other algorithms' keys too
     assert f"same compute for every method [{config.protocol.steps}]" in text
 

@@ -12,6 +12,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, device, pin_threads
+from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import (
     Refused,
     Validation,
@@ -86,8 +87,16 @@ class Evaluate(Step):
         return [Ask.of(config, "evaluator", "evaluation task")]
 
 
+Part = tuple[Run, Sequence[Train]]
+
+
 def run(run: Run, steps: Sequence[Train]) -> None:
-    """Evaluate the students and publish ``report/rows.json``.
+    """`evaluate` of a single run."""
+    evaluate([(run, steps)])
+
+
+def evaluate(parts: Sequence[Part]) -> None:
+    """Evaluate the students of all parts of a comparison, and publish ``report/rows.json``.
 
     A student that diverged has no weights and no accuracy: its row says so.
 
@@ -95,12 +104,27 @@ def run(run: Run, steps: Sequence[Train]) -> None:
         ValueError: More of the validation images than `max_bad_fraction` cannot be scored.
     """
     start = time.time()
-    trained: dict[str, StudentManifest] = {s.place: run.finished(s.artifact(run.dir)) for s in steps}
-    whole = [place for place, manifest in trained.items() if not manifest.get("diverged")]
-    measured, facts = _measure(run, whole, len(steps))
-    say_refused("evaluate", run.dir, facts)
-    ordered = [_row(trained[s.place], measured.get(s.place), facts) for s in steps]
-    report = run.dir / layout.REPORT
+    first = parts[0][0]
+    trained: dict[str, StudentManifest] = {
+        s.place: run.finished(s.artifact(run.dir)) for run, steps in parts for s in steps
+    }
+    measured: dict[str, tuple[float, float]] = {}
+    facts: dict[str, Scored] = {}
+    with Progress("evaluate", len(trained), "students") as progress:
+        # Students that see the same validation images in the same way are scored together.
+        for seen in _alike(parts).values():
+            run = seen[0][0]
+            places = [s.place for _, steps in seen for s in steps]
+            whole = [place for place in places if not trained[place].get("diverged")]
+            progress.advance(len(places) - len(whole))
+            found, scored = _measure(run, whole, progress)
+            measured |= found
+            facts |= dict.fromkeys(places, scored)
+    told = next(iter(facts.values()))
+    say_refused("evaluate", first.dir, told)
+    steps = [s for _, steps in parts for s in steps]
+    ordered = [_row(s.cell, trained[s.place], measured.get(s.place), facts[s.place]) for s in steps]
+    report = first.dir / layout.REPORT
     report.publish_json(layout.ROWS, ordered)
     report.publish_json(
         layout.EVALUATE,
@@ -108,17 +132,26 @@ def run(run: Run, steps: Sequence[Train]) -> None:
             {
                 "seconds": round(time.time() - start, 3),
                 "unit": "images",
-                "items": facts["images"] * len(whole),
-                "bytes": sum(s.bytes for s in run.data.val),
+                "items": told["images"] * len(measured),
+                "bytes": sum(s.bytes for s in first.data.val),
                 FILES: file_facts(report, [layout.ROWS]),
             }
         ),
     )
-    run.events.add("stage finished", stage="evaluate", students=len(steps), **facts)
+    first.events.add("stage finished", stage="evaluate", students=len(steps), **told)
 
 
-def _measure(run: Run, whole: list[str], students: int) -> tuple[dict[str, tuple[float, float]], Scored]:
-    """(folder -> (top-1, top-5), what was scored) of the students that did not diverge, of `students` in all."""
+def _alike(parts: Sequence[Part]) -> dict[tuple[Any, ...], list[Part]]:
+    """The parts whose students see the same pixels and have the same outputs."""
+    found: dict[tuple[Any, ...], list[Part]] = {}
+    for run, steps in parts:
+        key = (run.config.student.image_size, run.config.protocol.val_crop, teacher_columns(run.data))
+        found.setdefault(key, []).append((run, steps))
+    return found
+
+
+def _measure(run: Run, whole: list[str], progress: Progress) -> tuple[dict[str, tuple[float, float]], Scored]:
+    """(folder -> (top-1, top-5), what was scored) of the students that did not diverge."""
     config = run.config
     tasks = max(1, min(len(whole), 2))
     resources = config.cluster.evaluator
@@ -128,23 +161,24 @@ def _measure(run: Run, whole: list[str], students: int) -> tuple[dict[str, tuple
     refs = [task.remote(run.dir, whole[i::tasks], *shared) for i in range(tasks)]
     measured: dict[str, tuple[float, float]] = {}
     facts: Scored = {"images": 0, "refused": 0, "reasons": ""}
-    with Progress("evaluate", students, "students") as progress:
-        progress.advance(students - len(whole))
-        for i, ref in enumerate(refs):
-            scores, facts = ray.get(ref)
-            check_refused(config, run.dir, facts["images"], facts["refused"], facts["reasons"])
-            measured |= dict(zip(whole[i::tasks], scores, strict=True))
-            progress.advance(len(scores))
+    for i, ref in enumerate(refs):
+        scores, facts = ray.get(ref)
+        check_refused(config, run.dir, facts["images"], facts["refused"], facts["reasons"])
+        measured |= dict(zip(whole[i::tasks], scores, strict=True))
+        progress.advance(len(scores))
     return measured, facts
 
 
-def _row(trained: StudentManifest, score: tuple[float, float] | None, facts: Scored) -> ResultRow:
+def _row(cell: Cell, trained: StudentManifest, score: tuple[float, float] | None, facts: Scored) -> ResultRow:
     """What the student is, and its accuracy on the images that could be scored."""
     top1, top5 = score if score is not None else (None, None)
     return {
         "method": trained["method"],
         "ipc": trained["ipc"],
         "student": trained["student"],
+        "size": cell.size,
+        "teacher": cell.teacher,
+        "protocol": cell.protocol,
         "seed": trained["seed"],
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],

@@ -72,9 +72,13 @@ class Quantize(Step):
         assert self.method.quantizer is not None, self.method.name
         return self.method.quantizer(config.quantizer)
 
+    def sized(self, config: RunConfig) -> RunConfig:
+        """The configuration whose `ipc` is the number of this codebook's centroids: an image may be made of several."""
+        return config if self.method.tiles == 1 else replace(config, ipc=config.ipc * self.method.tiles)
+
     def settings(self, config: RunConfig) -> dict[str, Any]:
         return {
-            "ipc": config.ipc,
+            "ipc": config.ipc * self.method.tiles,
             "seed": config.seed,
             "small_class": config.small_class,
             "quantizer": self.algorithm(config).identity(),
@@ -119,7 +123,7 @@ class Quantizers:
         Raises:
             ValueError: The folder holds the codebook of another configuration.
         """
-        run, config = self.run, self.run.config
+        run, config = self.run, self.step.sized(self.run.config)
         if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
             return
         algorithm = self.step.algorithm(config)

@@ -188,7 +188,7 @@ def _curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, Any]]:
     return curves
 
 
-def _images(run: Run, places: Mapping[str, Place], limit: int = 600) -> list[dict[str, Any]]:
+def set_images(run: Run, places: Mapping[str, Place], limit: int = 600) -> list[dict[str, Any]]:
     """The first `limit` distilled images of each method, for the page."""
     from ddoq_ray.data.image_set import read_images
 
@@ -275,7 +275,7 @@ def run(run: Run, asked: RunConfig, heldout: Heldout, steps: Sequence[Step]) -> 
     seconds = round(time.time() - start, 3)
     costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
     results = finite(results | {"stages": costs})
-    images = _images(run, _shown(run))
+    images = set_images(run, _shown(run))
     report.publish(layout.PAGE, render_page(results, images).encode())
     report.publish_json(layout.RESULTS, with_check(results | {FILES: file_facts(report, [layout.PAGE])}))
     if results["rows"]:

@@ -7,7 +7,7 @@ whose manifest is published is never trained again. What a worker does is in wor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +15,14 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.execution.networks import Networks, check_batches
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.execution.workers import MAX_DEATHS, Progress, say
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
 from ddoq_ray.stages.label.step import Label, check_scored
 from ddoq_ray.stages.label.stored_check import check_stored
-from ddoq_ray.stages.select.step import Select
-from ddoq_ray.stages.step import Ask, Step
-from ddoq_ray.stages.synthesize.step import Synthesize
-from ddoq_ray.stages.train.fitting import MAX_DEATHS, RAY_TRAIN, fit
+from ddoq_ray.stages.step import Ask, ImageSetStep, Step
+from ddoq_ray.stages.train.ahead import Ahead, Load, group_of, planned_loads
+from ddoq_ray.stages.train.fitting import RAY_TRAIN, fit
 from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
@@ -47,7 +46,7 @@ class Train(Step):
     stage = name = "train"
 
     cell: Cell
-    source: Synthesize | Select | None
+    source: ImageSetStep | None
     labels: Label | None
 
     @property
@@ -86,12 +85,50 @@ class Train(Step):
         return self.wanted(config)  # to score trained students, it does not matter how they would be trained now
 
 
+Part = tuple[Run, Sequence[Train]]
+
+
 def run(run: Run, steps: Sequence[Train]) -> None:
-    """Train every student that has no published result, in one Ray Train run.
+    """`train` of a single run."""
+    train([(run, steps)])
+
+
+def train(parts: Sequence[Part]) -> None:
+    """Train every student that has no published result, those of all parts of a comparison in the same groups.
 
     Raises:
         ValueError: What a worker found that the user can mend.
         ray.train errors, when our own code fails in a worker or the workers die too often.
+    """
+    first, jobs, loads = parts[0][0], [], []
+    learnt: dict[str, Train] = {}
+    for run, steps in parts:
+        counts = run.data.counts
+        job, left = _job(run, steps, counts)
+        jobs += [job] if job.rows else []
+        loads += planned_loads(run.config, counts, [step.cell for step in steps])
+        learnt |= {str(step.labels or step.source): step for step in left if step.source is not None}
+    if jobs:
+        check_stored(
+            first,
+            {s.source.place: s.source for s in learnt.values() if s.source is not None}.values(),
+            {s.labels.place: s.labels for s in learnt.values() if s.labels is not None}.values(),
+        )
+        groups = first.config.cluster.trainer.groups
+        ahead = Ahead(loads, groups, first.dir)
+        if words := ahead.words():
+            say(words)
+        _fit(first, _dealt(jobs, loads, groups), ahead)
+        first.events.add("stage finished", stage="train", students=sum(len(job.rows) for job in jobs))
+    manifests: list[StudentManifest] = [run.finished(step.artifact(run.dir)) for run, steps in parts for step in steps]
+    _say_diverged([m for m in manifests if m.get("diverged")])
+
+
+def _job(run: Run, steps: Sequence[Train], counts: Mapping[int, int]) -> tuple[Job, list[Train]]:
+    """What is left to train of a run, and its steps.
+
+    Args:
+        counts: Images of each class.
     """
     config, data = run.config, run.data
     columns = teacher_columns(data)
@@ -102,34 +139,23 @@ def run(run: Run, steps: Sequence[Train]) -> None:
     # As they were made: classes with fewer distinct images than centroids leave another last batch than was planned.
     made = {s.source.place: run.finished(s.source.artifact(run.dir))["items"] for s in steps if s.source is not None}
     check_batches(made, config, run.networks)
-    todo = []
+    todo, left = [], []
     for step in steps:
         facts = step.identity(run)
         if step.artifact(run.dir).begin(facts, overwrite=config.overwrite) != "done":
             todo.append((step.cell, facts))
-    if todo:
-        left = {cell for cell, _ in todo}
-        learnt = [s for s in steps if s.cell in left and s.source is not None]
-        check_stored(
-            run,
-            {s.source.place: s.source for s in learnt if s.source is not None}.values(),
-            {s.labels.place: s.labels for s in learnt if s.labels is not None}.values(),
-        )
-        counts = data.counts
-        job = Job(
-            run=run.dir,
-            config=config,
-            rows=tuple(todo),
-            real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train)),
-            validation=Validation.of(config, data),
-            teacher_index=columns,
-            class_counts=tuple(counts[c.class_id] for c in data.classes),
-            outputs=run.networks.teacher_outputs,
-        )
-        _fit(run, _dealt(job, [step.cell for step in steps], config.cluster.trainer.groups))
-        run.events.add("stage finished", stage="train", students=len(todo))
-    manifests: list[StudentManifest] = [run.finished(step.artifact(run.dir)) for step in steps]
-    _say_diverged([m for m in manifests if m.get("diverged")])
+            left.append(step)
+    job = Job(
+        run=run.dir,
+        config=config,
+        rows=tuple(todo),
+        real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train)),
+        validation=Validation.of(config, data),
+        teacher_index=columns,
+        class_counts=tuple(counts[c.class_id] for c in data.classes),
+        outputs=run.networks.teacher_outputs,
+    )
+    return job, left
 
 
 def _check_labels(folder: Folder, label: LabelsManifest, columns: Sequence[int], networks: Networks) -> None:
@@ -156,19 +182,25 @@ def _say_diverged(diverged: Sequence[StudentManifest]) -> None:
         )
 
 
-def _dealt(job: Job, cells: Sequence[Cell], groups: int) -> list[Job]:
-    """The job's rows dealt to groups: neighbours stay together, since those of one image set share its pictures.
+def _dealt(jobs: Sequence[Job], loads: Sequence[Load], groups: int) -> list[list[Job]]:
+    """The jobs' rows dealt to groups: neighbours stay together, since those of one image set share its pictures.
 
-    Dealt are all cells of the run, finished or not, so that a run that goes on finds each group's checkpoint.
+    Dealt are all students, finished or not, so that a run that goes on finds each group's checkpoint.
     """
-    place = {cell: at * groups // len(cells) for at, cell in enumerate(cells)}
-    dealt = [tuple(row for row in job.rows if place[row[0]] == group) for group in range(groups)]
-    return [replace(job, rows=rows, group=group) for group, rows in enumerate(dealt) if rows]
+    place = group_of(loads, groups)
+    dealt: list[list[Job]] = [[] for _ in range(groups)]
+    for job in jobs:
+        for group in range(groups):
+            rows = tuple(row for row in job.rows if place[row[0].folder] == group)
+            if rows:
+                dealt[group].append(replace(job, rows=rows, group=group))
+    return [jobs for jobs in dealt if jobs]
 
 
-def _fit(run: Run, jobs: Sequence[Job]) -> None:
+def _fit(run: Run, groups: Sequence[Sequence[Job]], ahead: Ahead | None = None) -> None:
+    """Train the jobs of each group one after another, the groups side by side."""
     students = run.dir / layout.STUDENTS
-    left = [row for job in jobs for row, _ in job.rows]
+    left = [row for jobs in groups for job in jobs for row, _ in job.rows]
     with Progress("train", len(left), "students") as progress:
         # fit() blocks; the published results are the progress that the driver can see without a channel of its own.
         stop = threading.Event()
@@ -177,6 +209,9 @@ def _fit(run: Run, jobs: Sequence[Job]) -> None:
             for row in [r for r in left if (run.dir / r.folder).exists(layout.MANIFEST)]:
                 left.remove(row)
                 progress.advance(1, note=row.method)
+                words = ahead.finished(row) if ahead is not None else ""
+                if words:
+                    say(words)
 
         def watch() -> None:
             while not stop.wait(1.0):
@@ -189,34 +224,34 @@ def _fit(run: Run, jobs: Sequence[Job]) -> None:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_groups(run, students, jobs, lost)
+            _fit_groups(run, students, groups, lost)
         finally:
             stop.set()
             watcher.join()
             look()
     # Its checkpoints are of rows that are published now; the next run's would stand beside them.
-    for job in jobs:
-        (students / _own_folder(job)).remove()
+    for jobs in groups:
+        (students / _own_folder(jobs[0])).remove()
 
 
-def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job], lost: Callable[[str, int], None]) -> None:
+def _fit_groups(run: Run, students: Folder, groups: Sequence[Sequence[Job]], lost: Callable[[str, int], None]) -> None:
     """Fit the groups side by side; one that fails lets the others finish their students first.
 
     Raises:
         What the first group that failed raised.
     """
-    if len(jobs) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
-        _fit_one(run, students, jobs[0], lost)
+    if len(groups) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
+        _fit_one(run, students, groups[0], lost)
         return
     failed: list[BaseException] = []
 
-    def fit_one(job: Job) -> None:
+    def fit_one(jobs: Sequence[Job]) -> None:
         try:
-            _fit_one(run, students, job, lost)
+            _fit_one(run, students, jobs, lost)
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=fit_one, args=(job,), daemon=True) for job in jobs]
+    threads = [threading.Thread(target=fit_one, args=(jobs,), daemon=True) for jobs in groups]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -225,8 +260,9 @@ def _fit_groups(run: Run, students: Folder, jobs: Sequence[Job], lost: Callable[
         raise failed[0]
 
 
-def _fit_one(run: Run, students: Folder, job: Job, lost: Callable[[str, int], None]) -> None:
-    fit(train_loop, {"job": job}, run.config.cluster.trainer, students.uri, lost, name=_own_folder(job))
+def _fit_one(run: Run, students: Folder, jobs: Sequence[Job], lost: Callable[[str, int], None]) -> None:
+    trainer = run.config.cluster.trainer
+    fit(train_loop, {"jobs": tuple(jobs)}, trainer, students.uri, lost, name=_own_folder(jobs[0]))
 
 
 def _own_folder(job: Job) -> str:

@@ -82,6 +82,12 @@ class Trainer:
                 self.one_row(row, artifact, facts, self._resumed(resume, facts))
         self.sets.close()
 
+    def take_over(self, before: Trainer | None) -> None:
+        """Keep what the trainer of the job before has read, where it is the same: the images that are scored."""
+        size = self.config.student.image_size
+        if before is not None and before.job.validation == self.job.validation:
+            self._val = before._val if before.config.student.image_size == size else None
+
     def _resumed(self, state: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The checkpoint, where it is of exactly this row: same folder, configuration and inputs."""
         wanted = digest_of(facts)
@@ -121,8 +127,8 @@ class Trainer:
 
     def _begin(self, row: Cell, state: dict[str, Any] | None, digest: object = None) -> Student:
         from ddoq_ray.core.losses import image_weights
+        from ddoq_ray.core.transfers import on_device
         from ddoq_ray.models.labelling import view_spec
-        from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import StudentTraining
 
         found = self.sets.get(row.images, self.job.real, digest)
@@ -158,8 +164,8 @@ class Trainer:
 
     def _targets(self, student: Student) -> Targets:
         """What the student is to answer in the epoch that comes: classes, stored labels, or the teacher's own."""
+        from ddoq_ray.core.transfers import on_device
         from ddoq_ray.models.ensemble import load_teacher
-        from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import HardTargets, StoredTargets, TeacherTargets
 
         if self.config.labels.mode == "hard":
@@ -223,10 +229,15 @@ class Trainer:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker: train the job's rows."""
+    """What Ray Train runs in each worker: train the rows of a group's jobs, one job after another."""
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    context, job = get_context(), settings["job"]
+    context = get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
-    Trainer(job, ranks, room=room_here(job.config.cluster.trainer)).all_rows()
+    before: Trainer | None = None
+    for job in settings["jobs"]:
+        trainer = Trainer(job, ranks, room=room_here(job.config.cluster.trainer))
+        trainer.take_over(before)
+        trainer.all_rows()
+        before = trainer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from support.students import EPOCHS, small_job
 
 from ddoq_ray.execution.networks import Networks
@@ -20,11 +20,14 @@ from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train import worker as train_worker
+from ddoq_ray.stages.train.ahead import Load
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.prepared import Data
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
+
+PATIENCE = 300  # of torch's half an hour
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
@@ -44,17 +47,20 @@ def _shifted(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hurried", [0, 1])
 def test_two_workers_with_unlike_clocks_train_a_student(tmp_path: Path, hurried: int) -> None:
-    """Each asking its own clock, one would wait half an hour in the report's barrier for the other."""
+    """Each asking its own clock, one would wait in the report's barrier and the other in a collective.
+
+    A collective that waits for `PATIENCE` seconds fails the run. By the test's own clock nothing can be said: Ray's
+    workers start at the lowest priority, and a busy machine takes minutes for it.
+    """
     job = small_job(tmp_path / "run")
     trainer = TorchTrainer(
         _shifted,
         train_loop_config={"job": job, "hurried": hurried},
+        torch_config=TorchConfig(timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name="train", storage_path=str(tmp_path / "students")),
     )
-    start = time.monotonic()
     found = trainer.fit()
-    assert time.monotonic() - start < 120
     manifest = Artifact(job.run / job.rows[0][0].folder, "train").require()
     assert manifest["epochs"] == EPOCHS and not manifest["diverged"]
     assert (found.checkpoint is not None) == (hurried == 0)
@@ -69,8 +75,8 @@ def test_students_side_by_side_are_those_of_one_after_another(tmp_path: Path) ->
     for name, groups in (("one", 1), ("two", 2)):
         job = dataclasses.replace(small_job(tmp_path / name, "cluster.trainer.num_cpus=0.5"), rows=rows)
         run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
-        jobs = train._dealt(job, [cell for cell, _ in rows], groups)
-        assert [len(j.rows) for j in jobs] == [3] if groups == 1 else [2, 1]
+        jobs = train._dealt([job], [Load(cell.folder, "net", 1) for cell, _ in rows], groups)
+        assert [len(j.rows) for (j,) in jobs] == [3] if groups == 1 else [2, 1]
         train._fit(run, jobs)
         whole.append([job.run.read(f"{cell.folder}/model.safetensors") for cell, _ in rows])
         assert not job.run.names("students/train*")
@@ -78,7 +84,7 @@ def test_students_side_by_side_are_those_of_one_after_another(tmp_path: Path) ->
     lost = (dataclasses.replace(row, seed=3, labels="nowhere"), facts)
     more = dataclasses.replace(job, rows=(lost, (dataclasses.replace(row, seed=4), facts)))
     with pytest.raises(ValueError, match="nowhere"):
-        train._fit(run, train._dealt(more, [cell for cell, _ in more.rows], 2))
+        train._fit(run, train._dealt([more], [Load(cell.folder, "net", 1) for cell, _ in more.rows], 2))
     assert Artifact(job.run / more.rows[1][0].folder, "train").manifest() is not None
 
 
@@ -88,12 +94,12 @@ def test_bounds_of_ray_trains_own_elasticity(tmp_path: Path) -> None:
     job = small_job(tmp_path / "run", *keys)
     networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
     run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
-    train._fit(run, [job])
+    train._fit(run, [[job]])
     assert Artifact(job.run / job.rows[0][0].folder, "train").require()["epochs"] == EPOCHS
 
 
 def _dies_once(settings: dict[str, Any]) -> None:
-    mark = settings["job"].run.path("died")
+    mark = settings["jobs"][0].run.path("died")
     if not os.path.exists(mark):
         Path(mark).touch()
         os._exit(1)
@@ -107,7 +113,7 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
     run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
     monkeypatch.setattr(train, "train_loop", _dies_once)
-    train._fit(run, [job])
+    train._fit(run, [[job]])
     assert Artifact(job.run / job.rows[0][0].folder, "train").manifest() is not None
     assert "1 of 1 students" in capsys.readouterr().err
     assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
@@ -115,8 +121,8 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     (row, facts) = job.rows[0]
     job.run.remove("labels/labels-000001.parquet")
     again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
-    start = time.monotonic()
+    deaths = job.run.read("events.jsonl").count(b"worker lost")
     with pytest.raises(ValueError, match=r"^\S*labels-000001\.parquet is missing, with the labels of epochs 2 to 3"):
-        train._fit(run, [again])
-    assert time.monotonic() - start < 60
+        train._fit(run, [[again]])
+    assert job.run.read("events.jsonl").count(b"worker lost") == deaths  # it was not tried again
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said
