@@ -108,6 +108,20 @@ def starts(rows: Sequence[Row]) -> dict[str, str]:
     return {"starts": markdown(["IPC", "method", "start", "settings", "candidates", "top-1", "seeds"], lines)}
 
 
+def label_codecs(rows: Sequence[Row]) -> dict[str, str]:
+    """Bytes and KL of each codec on each real teacher, at both temperatures."""
+    at = {(row["teacher"], row["images"], row["codec"], row["temperature"]): row for row in rows}
+    temperatures = sorted({row["temperature"] for row in rows})
+
+    def line(teacher: str, images: str, codec: str) -> list[str]:
+        found = [at[teacher, images, codec, t] for t in temperatures]
+        costs = [f"{row['kl_nats']:.1e}, {row['relative_kl']:.1e}" for row in found]
+        return [teacher, images, f"`{codec}`", str(found[0]["bytes"]), *costs]
+
+    head = ["teacher", "views of", "codec", "bytes", *(f"T = {t:g}: nats, share" for t in temperatures)]
+    return {"label-codecs": markdown(head, [line(*key) for key in dict.fromkeys(key[:3] for key in at)])}
+
+
 def compared(rows: Sequence[Row]) -> dict[str, str]:
     """Top-1 of each method of a comparison, and its differences from random with their intervals."""
     sizes = sorted({row["ipc"] for row in rows if row["ipc"] is not None})
@@ -135,6 +149,7 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),
     ("README.md", "benchmarks/results/quantize.json", quantizers),
     ("docs/adr/0008-corrected-winner.md", "benchmarks/results/quantize.json", winners),
+    ("docs/labels.md", "studies/results/label_codecs.json", label_codecs),
     ("docs/synthesis.md", "studies/results/starts.json", starts),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )

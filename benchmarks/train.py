@@ -3,11 +3,13 @@
     python -m benchmarks.train --json benchmarks/results/train.json
 
 `steps_per_s`: `StudentTraining.train_epoch`, which is what a training worker calls: an order of the epoch, seeded
-crops, flips and CutMix cut from uint8 images, stored labels of the features codec decoded by a teacher's head, weights,
-the loss. `resident_steps_per_s`: forward pass, loss, backward pass and step of the same student in the same arithmetic
-on one random batch that lies on the device with its answers. Both take turns; of each the median is told. `kept`: where
-the images are (on the device, in host memory, in a file of this machine), by the classes that the stage uses. Needs no
-Ray. On a GPU the students are those of ImageNet; on a processor small ones.
+crops, flips and CutMix cut from uint8 images, stored labels decoded as `labels.mode=auto` stores them for a teacher of
+512 features (logits up to 258 classes, else features), weights, the loss. `resident_steps_per_s`: forward pass, loss,
+backward pass and step of the same student in the same arithmetic on one random batch that lies on the device with its
+answers. Both take turns; of each the median is told. `cpu_ratio` is the same by the process's own seconds of processor,
+which other work on the machine changes less. `kept`: where the images are (on the device, in host memory, in a file of
+this machine), by the classes that the stage uses. Needs no Ray. On a GPU the students are those of ImageNet; on a
+processor small ones.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ import torch
 from benchmarks.provenance import finish, parser
 from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
-from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.labels import choose_codec, make_codec
 from ddoq_ray.core.losses import weighted_kl
 from ddoq_ray.data.pixel_rows import FileRows, MemoryRows
 from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.models.training.course import arithmetic
-from ddoq_ray.models.training.images import Gathered, Images, Resident, on_device
+from ddoq_ray.models.training.images import Gathered, Images, Resident
 from ddoq_ray.models.training.student import StoredTargets, StudentTraining, build_student
 
-FEATURES = 512  # of the teacher whose head decodes the labels, as ResNet-18's
+FEATURES = 512  # of the teacher, as ResNet-18's
 PROTOCOL = ProtocolConfig(temperature=20.0, min_scale=0.08, flip=True, lr=1e-3)
-COLUMNS = ["student", "size", "batch", "precision", "kept", "steps_per_s", "resident_steps_per_s", "ratio_to_resident"]
+COLUMNS = ["student", "size", "batch", "precision", "kept", "steps_per_s", "resident_steps_per_s", "ratio_to_resident",
+           "cpu_ratio"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ def training_of(case: Case, images: Images, device: torch.device) -> StudentTrai
 
 
 def stored_labels(case: Case, device: torch.device) -> StoredTargets:
-    """A packed row an image, decoded as stored labels are."""
+    """A packed row an image, decoded as stored labels are; of the codec that `labels.mode=auto` takes."""
     head = torch.nn.Linear(FEATURES, case.classes, device=device).requires_grad_(False)
-    codec = make_codec("features", case.classes, FEATURES)
+    codec = make_codec(choose_codec(case.classes, FEATURES), case.classes, FEATURES)
     features = torch.from_numpy(np.random.default_rng(1).random((case.images, FEATURES), dtype=np.float32))
-    packed = codec.encode(features)
-    return StoredTargets(lambda index: codec.decode(on_device(packed[index], device), head, device=device))
+    packed = codec.encode(features if codec.packs_features else head(features.to(device)))
+    return StoredTargets(lambda index: codec.decode(packed[index], head, device=device))
 
 
 def resident_steps(made: StudentTraining, case: Case, device: torch.device) -> Callable[[int], None]:
@@ -149,18 +152,22 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
                 made.train_epoch(1e-3, targets)
 
         rates: dict[str, list[float]] = {"steps_per_s": [], "resident_steps_per_s": []}
+        spent: dict[str, list[float]] = {name: [] for name in rates}
         for turn in range(turns + 1):
             for name, run in (("steps_per_s", real), ("resident_steps_per_s", resident)):
-                start = time.perf_counter()
+                start, begun = time.perf_counter(), time.process_time()
                 run(steps)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if turn:  # the first one warms up
                     rates[name].append(steps / (time.perf_counter() - start))
+                    spent[name].append(time.process_time() - begun)
     found = {name: statistics.median(seen) for name, seen in rates.items()}
+    cpu = {name: statistics.median(seen) for name, seen in spent.items()}
     return {
         "student": case.arch, "size": case.size, "batch": case.batch, "precision": case.precision, "kept": case.kept,
         **found, "ratio_to_resident": found["steps_per_s"] / found["resident_steps_per_s"],
+        "cpu_ratio": cpu["resident_steps_per_s"] / cpu["steps_per_s"],
         "device": device.type, "turns": turns, "steps_a_turn": steps, "threads": torch.get_num_threads(),
     }  # fmt: skip
 

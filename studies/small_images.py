@@ -128,10 +128,10 @@ def chosen(train: Split, ipc: int, seed: int) -> Int64:
 
 
 def protocol(ipc: int, epochs: int | None = None) -> ProtocolConfig:
-    """configs/protocol/rded.yaml at an IPC, with a cosine that comes to 0."""
+    """configs/protocol/rded.yaml at an IPC, with crops of half the area or more and a cosine that comes to 0."""
     keys = ["dataset.path=x", "dataset.val_path=y", "prior=autoencoder", "prior.path=x", "teacher.path=x",
             "student=convnet3", "student.image_size=32", "protocol=rded"]  # fmt: skip
-    made = replace(load_config(keys).protocol, batch=BATCHES[ipc], cosine_span=1.0)
+    made = replace(load_config(keys).protocol, batch=BATCHES[ipc], min_scale=0.5, cosine_span=1.0)
     return made if epochs is None else replace(made, epochs=epochs)
 
 

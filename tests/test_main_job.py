@@ -186,6 +186,29 @@ def test_damage_ends_with_exit_code_2_and_its_name(copy: Path, capsys: pytest.Ca
     assert "repair=true" in told.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("labels", "flipped"),
+        pytest.param("labels", "missing", marks=pytest.mark.slow),
+        pytest.param("image shard", "flipped", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_disk_changed_is_refused_by_name_before_a_student_trains(
+    run: Path, tmp_path: Path, kind: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One more student is asked for: the others are there, and their labels and images were read before."""
+    place = tmp_path / "run"
+    shutil.copytree(run, place, copy_function=os.link)
+    damage(place / "events.jsonl", "flipped")  # a file of its own, to which the run adds
+    shutil.copy(run / "events.jsonl", place)
+    damage(place / KINDS[kind], way)
+    assert main([*SMALL, f"run_dir={place}", "baselines=[]", "num_seeds=3", "stages=[train]"]) == 2
+    told = capsys.readouterr().err
+    assert f"{place / KINDS[kind]} is {'missing' if way == 'missing' else 'damaged'}" in told
+    assert not list(place.glob(f"{STUDENT}-seed2/model*")) and "Traceback" not in told
+
+
 @pytest.mark.slow
 def test_repair_makes_what_is_damaged_anew_and_leaves_the_rest(copy: Path) -> None:
     kinds = ("latents", "codebook part", "part's record", "image shard", "chosen images", "labels", "identity")

@@ -18,7 +18,7 @@ import ray
 
 from ddoq_ray.commands.training_images import ReadImages
 from ddoq_ray.config.cluster import ClusterConfig, TrainerResources
-from ddoq_ray.config.network_training import ParallelCommand
+from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.execution import signals
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.execution.workers import say
@@ -48,7 +48,7 @@ class Job:
     """
 
     prepare: Callable[[Any], Train]
-    command: ParallelCommand
+    command: TrainingCommand
     images: ReadImages
 
 

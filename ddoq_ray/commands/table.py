@@ -87,7 +87,7 @@ def _stage(name: str, words: str, reads: str) -> Command:
 
 _VIEWS = (
     "student.image_size protocol.epochs protocol.steps protocol.batch protocol.min_scale protocol.flip protocol.cutmix "
-    "protocol.val_crop "
+    "protocol.mixup protocol.shuffle_patches protocol.cutout protocol.val_crop "
 )
 
 RUN = Command(
@@ -229,7 +229,6 @@ COMMANDS = (
         config="ddoq_ray.config.network_training:TrainTeacherConfig",
         main="ddoq_ray.commands.train_teacher:main",
         use="ddoq-ray train-teacher [dataset=digits] out=FOLDER key=value ...",
-        goes_on=False,
         place="out",
     ),
     Command(

@@ -26,6 +26,6 @@ def prepared(command: TrainTeacherConfig) -> Train:
     out = Destination(command.out, overwrite=command.overwrite)
 
     def trained(data: TrainingSet, ranks: Ranks, on_progress: Progress) -> dict[str, Any]:
-        return train_teacher(data, out, command.training, device=ranks.device, on_progress=on_progress)
+        return train_teacher(data, out, command.training, ranks=ranks, on_progress=on_progress)
 
     return trained

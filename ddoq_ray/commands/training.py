@@ -8,7 +8,7 @@ from typing import Any
 
 from ddoq_ray.commands.data_parallel import Job, Train, train_on_workers
 from ddoq_ray.commands.training_images import read_images
-from ddoq_ray.config.network_training import ParallelCommand, TrainingCommand
+from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.models.classifiers import load_classifier
@@ -42,7 +42,7 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train]) 
     data = read.open()
     say(f"{name} {len(data.images):,} images of {len(data.classes)} classes at {command.side} px")
     with StepBars() as bars:
-        if isinstance(command, ParallelCommand) and command.workers > 1:
+        if command.workers > 1:
             facts = train_on_workers(name, Job(prepare, command, read), bars)
         else:
             facts = trained(data, Alone(command.device), bars)

@@ -141,7 +141,11 @@ _RULES: tuple[Rule, ...] = (
     ("protocol.label_smoothing", lambda c: c.labels.mode != "hard", _fixed("labels.mode is not hard")),
     ("protocol.momentum", lambda c: c.protocol.optimizer != "sgd", _fixed("protocol.optimizer is not sgd")),
     ("protocol.cosine_span", lambda c: c.protocol.schedule != "cosine", _fixed("protocol.schedule is not cosine")),
-    ("weights.cutmix", lambda c: not c.protocol.cutmix, _fixed("protocol.cutmix=false pastes nothing")),
+    (
+        "weights.cutmix",
+        lambda c: not c.protocol.cutmix and not c.protocol.mixup,
+        _fixed("protocol.cutmix=false pastes nothing"),
+    ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),
     *(_listed(key, listed) for key, listed in _LISTED),

@@ -31,6 +31,9 @@ class PriorTraining:
     feature_weight: float = option(
         0.1, "weight of the relative squared distance of the teacher's feature maps, where a teacher is given"
     )
+    logit_weight: float = option(
+        0.0, "weight of the relative squared distance of the teacher's logits, of which soft labels are made; 0 = none"
+    )
     autoencoder_ema: float = option(0.998, "decay of the autoencoder's averaged weights, which are the ones saved")
     denoiser: str = option("unet", "the denoiser's architecture: unet or dit")
     unet_widths: tuple[int, ...] = option((32, 64), "unet: channels of the levels")
@@ -89,7 +92,7 @@ class PriorTraining:
             not self.zero_snr or self.prediction_type == "v_prediction",
             "prior training: zero_snr=true needs prediction_type=v_prediction: from pure noise, epsilon says nothing",
         )
-        for name in ("kl_weight", "feature_weight"):
+        for name in ("kl_weight", "feature_weight", "logit_weight"):
             require(getattr(self, name) >= 0, f"prior training: {name} must be 0 or more, got {getattr(self, name)}")
         require(
             self.min_snr is None or self.min_snr > 0, f"prior training: min_snr must be positive, got {self.min_snr}"
@@ -127,6 +130,10 @@ class DecoderTuning:
     feature_weight: float = option(
         0.3, "weight of the relative squared distance of the classifier's feature maps against the squared pixel error"
     )
+    logit_weight: float = option(
+        0.0,
+        "weight of the relative squared distance of the classifier's logits, of which soft labels are made; 0 = none",
+    )
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
     precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
@@ -138,7 +145,7 @@ class DecoderTuning:
         for key in ("steps", "batch", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"decoder tuning: {key} must be positive, got {getattr(self, key)}")
         PriorTraining(minutes=self.minutes, precision=self.precision, autoencoder_ema=self.ema,
-                      feature_weight=self.feature_weight)  # fmt: skip
+                      feature_weight=self.feature_weight, logit_weight=self.logit_weight)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class TeacherTraining:
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """The keys of both commands; each adds `training`, how its network is trained."""
+    """The keys of each training command, which adds `training`, how its network is trained."""
 
     dataset: DatasetConfig = option(DatasetConfig, "the images to learn")
     out: str = option("model", "folder to write")
@@ -212,10 +219,19 @@ class TrainingCommand:
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(1, "torch threads; the weights' bytes depend on it")
     overwrite: bool = option(False, "replace the folder when it exists")
+    workers: int = option(
+        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
+    )
+    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
 
     def __post_init__(self) -> None:
         require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
-        require(self.threads >= 1, f"threads={self.threads}: expected 1 or more")
+        for key in ("threads", "workers"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: expected 1 or more")
+        require(
+            self.workers > 1 or self.address is None,
+            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
+        )
 
     @property
     def side(self) -> int:
@@ -227,25 +243,7 @@ class TrainingCommand:
 
 
 @dataclass(frozen=True)
-class ParallelCommand(TrainingCommand):
-    """The keys of a training that several workers can share."""
-
-    workers: int = option(
-        1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
-    )
-    address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.workers >= 1, f"workers={self.workers}: expected 1 or more")
-        require(
-            self.workers > 1 or self.address is None,
-            f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",
-        )
-
-
-@dataclass(frozen=True)
-class TrainPriorConfig(ParallelCommand):
+class TrainPriorConfig(TrainingCommand):
     perceptual: str | None = option(
         None, "a classifier of such images, as teacher.path: the autoencoder keeps what it sees; null = pixels alone"
     )
@@ -261,7 +259,7 @@ class TrainTeacherConfig(TrainingCommand):
 
 
 @dataclass(frozen=True)
-class TuneDecoderConfig(ParallelCommand):
+class TuneDecoderConfig(TrainingCommand):
     source: str = option("shipped:digits-prior", "the prior whose decoder is tuned: folder, shipped:NAME or hub id")
     perceptual: str | None = option(None, "the classifier whose view of an image the decoder is to keep")
     judge: str | None = option(

@@ -71,7 +71,7 @@ class WeightsConfig:
         "none", "none: as the scheme prints them; class: of mean 1 in each class; set: of mean 1 over the set"
     )
     cutmix: Literal["base", "mixed"] = option(
-        "base", "weight of a view with CutMix: base: that of its own image; mixed: of both images by their shares"
+        "base", "weight of a mixed view: base: that of its own image; mixed: of both images by their shares"
     )
 
 
@@ -116,6 +116,13 @@ class ProtocolConfig:
     min_scale: float = option(0.5, "smallest crop area of a view")
     flip: bool = option(False, "flip views left to right at random")
     cutmix: bool = option(True, "paste a box of another image's view into each view")
+    mixup: float = option(
+        0.0, "alpha of MixUp, which blends another image's view into each view; with cutmix=false; 0 = none"
+    )
+    shuffle_patches: int = option(
+        1, "cut each image into so many strips across and down, and shuffle them before the crop, as RDED does; 1 = no"
+    )
+    cutout: float = option(0.0, "paint a box of this share of each view's side over, in a random colour; 0 = none")
     val_crop: float = option(
         1.0,
         "part of the resized shorter side that the middle crop of a scored image keeps: 0.875 at 224 px is "
@@ -145,6 +152,13 @@ class ProtocolConfig:
         )
         require(self.eval_every >= 0, f"protocol.eval_every={self.eval_every}: expected 0 or more")
         require(self.temperature > 0, f"protocol.temperature={self.temperature}: expected more than 0")
+        require(
+            self.mixup == 0 or (self.mixup > 0 and not self.cutmix),
+            f"protocol.mixup={self.mixup}, protocol.cutmix={str(self.cutmix).lower()}: expected 0 or more, and "
+            "protocol.cutmix=false with more: a view is mixed in one way",
+        )
+        require(self.shuffle_patches >= 1, f"protocol.shuffle_patches={self.shuffle_patches}: expected 1 or more")
+        require(0 <= self.cutout <= 1, f"protocol.cutout={self.cutout}: expected 0 to 1")
         require(0 < self.min_scale <= 1, f"protocol.min_scale={self.min_scale}: expected above 0, at most 1")
         require(0 < self.val_crop <= 1, f"protocol.val_crop={self.val_crop}: expected above 0, at most 1")
         require(

@@ -139,7 +139,7 @@ class LogitsCodec:
         """
         import torch
 
-        return _as_torch(packed, self.nbytes).to(device).view(torch.float16).float()
+        return _as_torch(packed, self.nbytes, device).view(torch.float16).float()
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class FeaturesCodec:
             )
         with torch.no_grad():
             bias = None if head.bias is None else head.bias.float()
-            features = self.features(_as_torch(packed, self.nbytes).to(head.weight.device))
+            features = self.features(_as_torch(packed, self.nbytes, head.weight.device))
             return torch.nn.functional.linear(features, head.weight.float(), bias).to(device)
 
 
@@ -256,7 +256,7 @@ class Int8LogitsCodec:
         self, packed: Packed | torch.Tensor, head: Head | None = None, device: torch.device | str | None = None
     ) -> torch.Tensor:
         """float32 [B, C] logits, as `LogitsCodec.decode`."""
-        return _affine_values(_as_torch(packed, self.nbytes).to(device))
+        return _affine_values(_as_torch(packed, self.nbytes, device))
 
 
 # Every codec by its name, the most exact first.
@@ -370,10 +370,14 @@ def _checked(values: torch.Tensor, columns: int, what: str, setting: str) -> npt
     return array
 
 
-def _as_torch(packed: Packed | torch.Tensor, nbytes: int) -> torch.Tensor:
+def _as_torch(packed: Packed | torch.Tensor, nbytes: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """uint8 [B, nbytes] on the device, or where they are."""
     import torch
 
-    rows = packed if isinstance(packed, torch.Tensor) else torch.from_numpy(np.require(packed, requirements=["C", "W"]))
-    if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] != nbytes:
-        raise ValueError(f"expected labels uint8 [B, {nbytes}], got {rows.dtype} {list(rows.shape)}")
-    return rows.contiguous()
+    from ddoq_ray.core.transfers import on_device
+
+    if packed.dtype not in (np.uint8, torch.uint8) or packed.ndim != 2 or packed.shape[1] != nbytes:
+        raise ValueError(f"expected labels uint8 [B, {nbytes}], got {packed.dtype} {list(packed.shape)}")
+    if isinstance(packed, torch.Tensor):
+        return packed.to(device).contiguous()
+    return on_device(np.require(packed, requirements=["C", "W"]), device or "cpu")

@@ -96,20 +96,26 @@ class LabelledDataset:
         Returns:
             image_id; crop_top, crop_left, crop_height, crop_width in pixels of the stored image; flip; partner, the
             image_id of which a box is pasted (-1: none), with its own crop and flip of that epoch; box_top, box_left,
-            box_bottom, box_right in pixels of the view, ends excluded; lambda, the share of the view that the image
-            itself keeps; weight; class_id; and label, what the codec packed, uint8 [N, bytes].
+            box_bottom, box_right in pixels of the view, ends excluded (an empty box: the partner's view is blended
+            in); lambda, the share of the view that the image itself keeps; weight; class_id; and label, what the
+            codec packed, uint8 [N, bytes]. Where the views have them: patches, as `ViewParams.patches`, [N, 2, P];
+            cutout_top, cutout_left, cutout_bottom, cutout_right, cutout_red, cutout_green, cutout_blue.
         """
         index = np.arange(len(self))
         params: ViewParams = view_params(self.spec, self.seed, epoch, index, self.stored)
         crops = {f"crop_{n}": params.boxes[:, i] for i, n in enumerate(("top", "left", "height", "width"))}
         boxes = {f"box_{n}": params.mix_box[:, i] for i, n in enumerate(("top", "left", "bottom", "right"))}
+        sides = ("top", "left", "bottom", "right", "red", "green", "blue")
+        cut = {f"cutout_{n}": params.cutout[:, i] for i, n in enumerate(sides)} if params.cutout.size else {}
         return {
             "image_id": index,
+            **({"patches": params.patches} if params.patches.size else {}),
             **{name: crop.astype(np.int64) for name, crop in crops.items()},
             "flip": params.flip,
             "partner": params.partner,
             **boxes,
             "lambda": params.lam,
+            **cut,
             "weight": self.weights,
             "class_id": self.class_ids,
             "label": self.soft.epoch(epoch)[index],

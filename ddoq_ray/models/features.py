@@ -35,7 +35,11 @@ class FeatureLevels:
             self._maps.append(output)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images [B, 3, S, S] in [0, 1], coarsest last; at S of the classifier's own if it differs.
+        """Feature maps of images [B, 3, S, S] in [0, 1], coarsest last; at S of the classifier's own if it differs."""
+        return self.seen(images)[0]
+
+    def seen(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The feature maps and the logits [B, C] of images, as `maps`.
 
         Raises:
             ValueError: the trunk gives no maps, as a transformer's.
@@ -44,25 +48,35 @@ class FeatureLevels:
         if images.shape[-1] != size:
             images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         self._maps = []
-        self.classifier.features(images)
+        logits = self.classifier(images)
         last = {tuple(m.shape[-2:]): m for m in self._maps}
         self._maps = None
         if not last:
             raise ValueError(f"teacher: {self.classifier.arch} gives no feature maps; give a convolutional classifier")
-        return list(last.values())
+        return list(last.values()), logits
 
     def distance(self, images: Tensor, references: Tensor) -> Tensor:
-        """Mean over levels of |f(x) - f(y)|^2 / |f(y)|^2, a mean over the batch: a scalar that x is differentiable by.
+        """The first of `distances`."""
+        return self.distances(images, references)[0]
+
+    def distances(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """How differently the classifier sees two images and answers them: scalars that x is differentiable by.
 
         Args:
             images: x [B, 3, S, S] in about [0, 1].
             references: y, of the same shape.
+
+        Returns:
+            Of the maps, the mean over levels of |f(x) - f(y)|^2 / |f(y)|^2; of the logits less their mean, the same
+            for one level. The logits are what soft labels are made of: at a high temperature a label's divergence is
+            their squared distance (Hinton et al., 2015, arXiv 1503.02531, section 2.1).
         """
         with torch.no_grad():
-            expected = [m.float() for m in self.maps(references)]
-        got = [m.float() for m in self.maps(images)]
-        levels = [_relative(a, b) for a, b in zip(got, expected, strict=True)]
-        return torch.stack(levels).mean()
+            expected, right = self.seen(references)
+        got, answers = self.seen(images)
+        levels = [_relative(a.float(), b.float()) for a, b in zip(got, expected, strict=True)]
+        centred = (logits.float() - logits.float().mean(1, keepdim=True) for logits in (answers, right))
+        return torch.stack(levels).mean(), _relative(*centred)
 
 
 def _relative(got: Tensor, expected: Tensor) -> Tensor:

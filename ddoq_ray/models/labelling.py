@@ -45,7 +45,7 @@ class Labeller:
         """Labels of the views of some images at an epoch, and what those views are.
 
         Args:
-            images: uint8 [N, 3, H, W], the whole set, on the teacher's device: partners of CutMix are from all of it.
+            images: uint8 [N, 3, H, W], the whole set, on the teacher's device: partners are from all of it.
             index: int64 [n], one or more rows to label; cut into inner batches in this order.
             epoch: The epoch.
 
@@ -69,8 +69,8 @@ class Labeller:
             temperature: Of the loss.
         """
         teacher, costs = self.teacher, {}
-        pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], self.teacher.image_size)
         with torch.inference_mode():
+            pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], teacher.image_size)
             head = teacher.head if isinstance(teacher, Classifier) else None
             answers = torch.cat([self._answers(part, head is not None) for part in pixels.split(self.batch)])
             logits = answers if head is None else head(answers)
@@ -85,9 +85,8 @@ class Labeller:
         stored = (images.shape[0], images.shape[2], images.shape[3])
         params_of = partial(view_params, self.spec, self.seed, epoch, stored=stored)
         params = params_of(index)
-        pixels = render(images, index, self.spec.size, params, params_of)
         with torch.inference_mode():
-            pixels = for_teacher(pixels, self.teacher.image_size)
+            pixels = for_teacher(render(images, index, self.spec.size, params, params_of), self.teacher.image_size)
             return self.codec.encode(self._answers(pixels, self.codec.packs_features)), params.packed()
 
     def _answers(self, pixels: torch.Tensor, features: bool) -> torch.Tensor:

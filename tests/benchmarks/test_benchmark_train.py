@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train, train_memory
+from benchmarks import label_rates, train, train_memory
 
 
 def test_every_row_is_measured_with_small_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -23,6 +23,21 @@ def test_every_row_is_measured_with_small_students(monkeypatch: pytest.MonkeyPat
     for row in rows:
         assert row["ratio_to_resident"] == pytest.approx(row["steps_per_s"] / row["resident_steps_per_s"])
         assert row["steps_a_turn"] == 2 and {"hardware", "commit", "command"} <= set(row)
+
+
+def test_rates_beside_the_teachers_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target, threads = tmp_path / "out.json", torch.get_num_threads()
+    words = ["label_rates", "--tiny", "--no-pool", "--cpu", "--seconds", "0.01", "--json", str(target)]
+    monkeypatch.setattr(sys, "argv", words)
+    label_rates.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(target.read_text())
+    assert [r["how"] for r in rows if r["what"] == "views"] == list(label_rates.WAYS)
+    assert [r["what"] for r in rows if r["how"] == "features"] == ["encode", "decode"]
+    teacher = next(r["per_s"] for r in rows if r["what"] == "teacher")
+    assert all(
+        r["of_teacher"] == pytest.approx(r["per_s"] / teacher) for r in rows if r["what"] in ("views", "student")
+    )
 
 
 def test_both_loops_take_steps_of_the_same_student() -> None:

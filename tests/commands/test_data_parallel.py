@@ -14,7 +14,7 @@ import ray.cloudpickle
 import torch
 from safetensors.torch import load_file
 
-from ddoq_ray.commands import train_prior, tune_decoder
+from ddoq_ray.commands import train_prior, train_teacher, tune_decoder
 from ddoq_ray.commands.data_parallel import Job, Train, check_room, fit_job
 from ddoq_ray.commands.table import BY_NAME
 from ddoq_ray.commands.training_images import ReadImages, read_images
@@ -41,7 +41,8 @@ def quiet(*_: object) -> None:
 
 def on(workers: int, out: Path, prepare: Callable[[Any], Train], words: list[str]) -> dict[str, Any]:
     """Train with that many workers; one is this process."""
-    name = "tune-decoder" if prepare is tune_decoder.prepared else "train-prior"
+    names = {tune_decoder.prepared: "tune-decoder", train_teacher.prepared: "train-teacher"}
+    name = names.get(prepare, "train-prior")
     command = BY_NAME[name].compose([f"out={out}", f"workers={workers}", *words])
     read = read_images(command)
     if workers == 1:
@@ -85,7 +86,7 @@ def test_workers_without_room_are_refused_in_words() -> None:
     [(["workers=0"], "expected 1 or more"), (["address=auto"], "no effect with workers=1")],
 )
 def test_keys_that_cannot_work_are_refused(words: list[str], said: str) -> None:
-    for name in ("train-prior", "tune-decoder"):
+    for name in ("train-prior", "train-teacher", "tune-decoder"):
         with pytest.raises(ValueError, match=said):
             BY_NAME[name].compose(words)
 
@@ -143,3 +144,20 @@ def test_four_ranks_and_a_death_make_the_same_prior_and_decoder(tmp_path: Path) 
     for workers in (1, 4):
         on(workers, tmp_path / f"tuned-{workers}", tune_decoder.prepared, words)
     assert_same(tmp_path / "tuned-1", tmp_path / "tuned-4", "vae")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_ranks_train_the_teacher_that_one_process_trains(tmp_path: Path) -> None:
+    """A ConvNet, whose norm is of one image, with mixed and augmented views; batches that ranks do not divide."""
+    words = [
+        "image_size=16", "training.arch=convnet3-w8", "training.epochs=1", "training.batch=250", "training.cutmix=true",
+        "training.mixup=0.3", "training.augment=trivialaugment", "training.optimizer=sgd", "training.lr=0.01",
+        "training.dtype=float32", "training.ema=0.5",
+    ]  # fmt: skip
+    records = {w: on(w, tmp_path / str(w), train_teacher.prepared, words) for w in (1, 2, 4)}
+    for workers in (2, 4):
+        a, b = (load_file(tmp_path / str(w) / "model.safetensors") for w in (1, workers))
+        assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+        assert records[workers]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
+        assert records[workers]["workers"] == workers and not (tmp_path / f"{workers}.training").exists()

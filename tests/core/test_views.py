@@ -32,8 +32,9 @@ def test_philox_is_numpys():
         np.testing.assert_array_equal(rng.uniform(row), np.random.Generator(reference).random(12))
 
 
-def test_a_row_depends_on_its_key_alone():
-    spec, ids = ViewSpec(size=16), np.arange(200)
+@pytest.mark.parametrize("options", [{}, {"cutmix": False, "mixup": 0.8, "patches": 3, "cutout": 0.5}])
+def test_a_row_depends_on_its_key_alone(options):
+    spec, ids = ViewSpec(size=16, **options), np.arange(200)
     together = view_params(spec, 3, 5, ids, (200, 16, 16))
     shuffled = np.random.default_rng(0).permutation(200)
     again = view_params(spec, 3, 5, shuffled, (200, 16, 16))
@@ -43,7 +44,10 @@ def test_a_row_depends_on_its_key_alone():
         np.testing.assert_array_equal(getattr(again, field.name), value[shuffled])
         np.testing.assert_array_equal(np.concatenate([getattr(p, field.name) for p in alone]), value)
     for seed, epoch in ((4, 5), (3, 6), (5, 3)):
-        assert not np.array_equal(view_params(spec, seed, epoch, ids, (200, 16, 16)).boxes, together.boxes)
+        other = view_params(spec, seed, epoch, ids, (200, 16, 16))
+        for field in ("boxes", "patches", "cutout", "lam"):
+            value = getattr(together, field)
+            assert not (value.size and np.array_equal(getattr(other, field), value)), field
 
 
 def test_known_row_stays_the_same():
@@ -110,7 +114,15 @@ def test_attempts_that_are_drawn_only_where_needed_are_the_same(height, width, r
     monkeypatch.setattr(drawing, "_USUAL_BLOCKS", drawing._BLOCKS)
     whole = view_params(spec, 1, 2, ids, (4000, height, width))
     assert few.packed() == whole.packed() and len(few.packed()) == 72 * 4000
+    more = view_params(dataclasses.replace(spec, patches=2, cutout=0.2), 1, 2, ids, (4000, height, width))
+    assert len(more.packed()) == (72 + 4 * (4 + 7)) * 4000
+    parts = [more.take(slice(0, 1000)), more.take(np.arange(1000, 4000))]
+    assert b"".join(p.packed() for p in parts) == parts[0].joined(parts[1]).packed() == more.packed()
     for field in dataclasses.fields(few):
+        # Options have streams of their own: without them, views are what they were before there were any.
+        if (before := getattr(few, field.name)).size:
+            np.testing.assert_array_equal(getattr(more, field.name), before)
+        few = more
         changed = np.array(getattr(few, field.name))
         changed.flat[-1] += 1 if changed.dtype != bool else True
         if not np.array_equal(changed, getattr(few, field.name)):
@@ -119,16 +131,20 @@ def test_attempts_that_are_drawn_only_where_needed_are_the_same(height, width, r
 
 def test_flip_is_an_exact_mirror():
     images = make_images(4, 20, 20)
-    boxes = np.array([[2.0, 3.0, 9.0, 11.0]] * 4)
-    plain = rendering._crop_resize(images, np.arange(4), boxes, np.zeros(4, dtype=bool), 16)
-    mirrored = rendering._crop_resize(images, np.arange(4), boxes, np.ones(4, dtype=bool), 16)
+    params = view_params(ViewSpec(size=16, patches=2), 0, 0, np.arange(4), (4, 20, 20))
+    params = dataclasses.replace(params, boxes=np.array([[2.0, 3.0, 9.0, 11.0]] * 4))
+    plain, mirrored = (
+        rendering._crop_resize(images, np.arange(4), dataclasses.replace(params, flip=np.full(4, flip)), 16)
+        for flip in (False, True)
+    )
     assert torch.equal(mirrored, plain.flip(3))
 
 
 @pytest.mark.parametrize("height,size", [(16, 16), (24, 16), (40, 8)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_same_bits_for_any_split_and_order(height, size, threads, monkeypatch):
-    images, spec = make_images(60, height, height + 3 * (height > 16)), ViewSpec(size=size)
+@pytest.mark.parametrize("options", [{}, {"cutmix": False, "mixup": 0.8, "patches": 3, "cutout": 0.5}])
+def test_same_bits_for_any_split_and_order(height, size, threads, options, monkeypatch):
+    images, spec = make_images(60, height, height + 3 * (height > 16)), ViewSpec(size=size, **options)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -258,6 +274,10 @@ def test_empty_batch():
         {"min_scale": 0.9, "max_scale": 0.5},
         {"ratio": (2.0, 1.0)},
         {"cutmix_beta": 0.0},
+        {"mixup": -0.5, "cutmix": False},
+        {"mixup": 0.5},
+        {"patches": 0},
+        {"cutout": 1.5},
     ],
 )
 def test_bad_spec_is_refused(change):

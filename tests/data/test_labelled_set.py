@@ -21,7 +21,7 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelGrid
 from ddoq_ray.storage.label_log import Making, write_labels
 
-SPEC, SEED, EPOCHS = ViewSpec(size=16, min_scale=0.3), 5, 3
+SPEC, SEED, EPOCHS = ViewSpec(size=16, min_scale=0.3, patches=2, cutout=0.4), 5, 3
 WEIGHTS = [0.5, 0.3, 0.2, 0.9, 0.1]
 
 
@@ -84,7 +84,7 @@ def test_it_goes_to_the_workers_of_a_loader(run: Path) -> None:
 
 
 def test_columns_are_enough_to_replay_the_views(run: Path) -> None:
-    """By torchvision alone: crop, resize, flip, paste the partner's view."""
+    """By torchvision alone: shuffle strips, crop, resize, flip, paint over, paste the partner's view."""
     from torchvision.transforms.v2.functional import resized_crop
 
     data = ddoq_ray.load(str(run), labels=True)
@@ -94,12 +94,22 @@ def test_columns_are_enough_to_replay_the_views(run: Path) -> None:
         ["image_id", "class_id", "weight", "flip", "partner", "lambda", "label"]
         + [f"crop_{x}" for x in ("top", "left", "height", "width")]
         + [f"box_{x}" for x in ("top", "left", "bottom", "right")]
+        + [f"cutout_{x}" for x in ("top", "left", "bottom", "right", "red", "green", "blue")]
+        + ["patches"]
     )
 
     def crop(i: int) -> torch.Tensor:
         box = [int(told[f"crop_{x}"][i]) for x in ("top", "left", "height", "width")]
-        view = resized_crop(torch.from_numpy(data.images[i]).float() / 255, *box, [16, 16], antialias=False)
-        return view.flip(2) if told["flip"][i] else view
+        image = torch.from_numpy(data.images[i]).float() / 255
+        for axis in (1, 2):
+            strips = image.chunk(2, axis)
+            image = torch.cat([strips[j] for j in told["patches"][i, axis - 1]], axis)
+        view = resized_crop(image, *box, [16, 16], antialias=False)
+        view = view.flip(2) if told["flip"][i] else view
+        t, left, b, r = (int(told[f"cutout_{x}"][i]) for x in ("top", "left", "bottom", "right"))
+        for channel, colour in enumerate(("red", "green", "blue")):
+            view[channel, t:b, left:r] = told[f"cutout_{colour}"][i] / 255
+        return view
 
     compared = 0
     for i in range(5):

@@ -22,18 +22,30 @@ from diffusers import (
 from support.pretended_gpu import OnGpu, pretended_gpu
 from support.tiny_networks import tiny_dit, tiny_kl, tiny_taesd, tiny_unet, tiny_vae
 
+from ddoq_ray.config.cluster import TrainerResources
+from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.gram_batched import gram_kmeans_batched
 from ddoq_ray.core.gram_kmeans import KMeansSettings
-from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.labels import CODECS, make_codec
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.data.pixel_rows import MemoryRows
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
-from ddoq_ray.models.ensemble import for_teacher
+from ddoq_ray.models.ensemble import Ensemble, for_teacher
+from ddoq_ray.models.labelling import Labeller, view_spec
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
+from ddoq_ray.models.training.images import Gathered, Resident
+from ddoq_ray.models.training.student import (
+    HardTargets,
+    StoredTargets,
+    StudentTraining,
+    TeacherTargets,
+    build_student,
+)
 
 SCHEDULERS: tuple[Any, ...] = (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
@@ -165,6 +177,75 @@ def test_views_are_rendered_and_labelled(gpu: torch.device, codec: str, teacher_
 
     for there, here in zip(labelled(gpu), labelled("cpu"), strict=True):
         torch.testing.assert_close(there, here, atol=2e-2, rtol=1e-2)
+
+
+VIEWS = {
+    "cutmix": {},
+    "mixup": {"cutmix": False, "mixup": 0.8},
+    "patches and cutout": {"shuffle_patches": 2, "cutout": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "ensemble"])
+@pytest.mark.parametrize("views", VIEWS)
+def test_a_labeller_packs_and_costs_every_codec(gpu: torch.device, kind: str, views: str) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))
+    index, spec = np.array([4, 0, 8, 2, 7]), view_spec(ProtocolConfig(min_scale=0.08, flip=True, **VIEWS[views]), 16)
+
+    def labelled(device: Any) -> tuple[dict[str, torch.Tensor], Any]:
+        teacher: Any = build_classifier("convnet3-w8", 5, 16).to(device).eval()
+        if kind == "ensemble":
+            teacher = Ensemble([teacher, build_classifier("convnet3-w8", 5, 8, seed=1).to(device).eval()], 2.0)
+        head, decoded = getattr(teacher, "head", None), {}
+        costs = Labeller(teacher, "logits", spec, seed=1, batch=2).codec_costs(images.to(device), index, 2.0)
+        for codec in costs:
+            labeller = Labeller(teacher, codec, spec, seed=1, batch=2)
+            packed, told = labeller.labels(images.to(device), index, 3)
+            logits = labeller.codec.decode(packed, head, device)
+            assert logits.device.type == torch.device(device).type and len(told) % len(index) == 0
+            decoded[codec] = logits.cpu()
+        return decoded, costs
+
+    (there, costs), (here, expected) = labelled(gpu), labelled("cpu")
+    assert list(there) == list(here) == [c for c in CODECS if kind == "classifier" or c != "features"]
+    for codec, logits in there.items():
+        torch.testing.assert_close(logits, here[codec], atol=2e-2, rtol=1e-2)
+        assert costs[codec]["nbytes"] == expected[codec]["nbytes"]
+
+
+@pytest.mark.parametrize("kept", ["device", "file"])
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("targets", ["logits", "features", "logits_int8", "online", "hard"])
+def test_a_training_step_up_to_its_loss(gpu: torch.device, targets: str, views: str, kept: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8)
+    batch = np.array([4, 0, 8, 2, 7])
+    protocol = ProtocolConfig(batch=5, min_scale=0.3, flip=True, **VIEWS[views])
+    features = drawn(9, 7).abs()
+
+    def loss(device: Any) -> torch.Tensor:
+        model = build_student(StudentConfig("resnet18-small-w4", 16), 5, 0).to(device)
+        images: Any = Gathered(MemoryRows(pixels), device)
+        if kept == "device":
+            images = Resident(torch.from_numpy(pixels).to(device))
+        made = StudentTraining(
+            model, model, images, torch.linspace(0.5, 1.5, 9).to(device), protocol, view_spec(protocol, 16), 0, 1,
+            how=TrainerResources(channels_last=True), cutmix_weight="mixed",
+        )  # fmt: skip
+        model.train()
+        with torch.no_grad():
+            return made.loss(batch, answers(device)).cpu()
+
+    def answers(device: Any) -> Any:
+        if targets == "online":
+            return TeacherTargets(build_classifier("convnet3-w8", 5, 24, seed=3).to(device).eval())
+        if targets == "hard":
+            return HardTargets((torch.arange(9) % 5).to(device), 5)
+        codec = make_codec(targets, 5, 7)
+        head = seeded(lambda: torch.nn.Linear(7, 5)).to(device)
+        packed = codec.encode(features if codec.packs_features else drawn(9, 5, seed=2))
+        return StoredTargets(lambda index: codec.decode(packed[index], head, device))
+
+    torch.testing.assert_close(loss(gpu), loss("cpu"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["convnet3-w8", "resnet18-small-w4"])

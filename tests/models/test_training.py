@@ -200,6 +200,22 @@ def test_features_of_a_teacher_make_reconstructions_that_it_knows(tmp_path):
     assert distances[0.3] < 0.9 * distances[0.0]
 
 
+def test_distances_of_logits_are_those_of_what_soft_labels_are_made_of():
+    teacher = build_classifier("convnet3-w8", 5, 16).eval()
+    y = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = (0.7 * y + 0.1).requires_grad_()
+    distance = FeatureLevels(teacher).distances(x, y)[1]
+    with torch.no_grad():
+        got, right = (teacher(images).double() for images in (x, y))
+    p, q = ((logits / 1000).softmax(1) for logits in (right, got))
+    divergence = (p * (p / q).log()).sum(1) * 1000**2  # of labels at a high temperature
+    of_uniform = (p * (p * 5).log()).sum(1) * 1000**2
+    assert float(distance) == pytest.approx(float((divergence / of_uniform).mean()), rel=1e-2)
+    slope = torch.autograd.grad(distance, x)[0]
+    nearer = (x - 1e-3 * slope / slope.norm()).detach()
+    assert float(FeatureLevels(teacher).distances(nearer, y)[1]) < float(distance)
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path):
     images, ids = data()
     state = torch.random.get_rng_state()
@@ -282,7 +298,7 @@ def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
     teacher = load_classifier(tmp_path / "t")
     train_prior(images, ids, CLASSES, tmp_path / "p", config=PriorTraining(**TINY))
     whole, out = TrainingSet(images, ids, CLASSES), Destination(tmp_path / "tuned")
-    config = DecoderTuning(steps=60, batch=16, lr=5e-3, feature_weight=1.0)
+    config = DecoderTuning(steps=60, batch=16, lr=5e-3, feature_weight=1.0, logit_weight=0.1)
     seen_by = Classifiers(teacher)
     record = tune_decoder(whole, out, config, source=Tuned(str(tmp_path / "p"), seen_by))
     before, after = load_prior(tmp_path / "p"), load_prior(tmp_path / "tuned")
@@ -300,6 +316,7 @@ def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
         return float(FeatureLevels(teacher).distance(made, real))
 
     assert distance(after) < 0.8 * distance(before)
+    assert set(record["decoder_losses"]) == {"loss", "mse", "features", "logits"}
     assert set(record["after"]) == set(record["before"]) and (tmp_path / "tuned/unet").is_dir()
     # Tuned again, the latents are still the first one's; with another encoder they are nobody's.
     again = Destination(tmp_path / "again")

@@ -15,6 +15,7 @@ from ddoq_ray.models.classifiers import build_classifier, load_classifier
 from ddoq_ray.models.training import teacher as teachers
 from ddoq_ray.models.training.checkpoints import Checkpoints
 from ddoq_ray.models.training.data import Destination, TrainingSet
+from ddoq_ray.models.training.ranks import Alone, Part
 
 CLASSES = ["dark", "light"]
 
@@ -76,7 +77,8 @@ def test_mixed_views_have_mixed_classes(tmp_path):
     batches = []
     for config in (plain, mixed):
         model = build_classifier("convnet3-w8", 2, 8)
-        batches.append(teachers._Training(model, config)._batch(torch.from_numpy(images), ids, 3))
+        of = teachers._Training(model, TrainingSet(images, ids, CLASSES), config)
+        batches.append(of._batch(np.arange(6), 3, Part(6, Alone())))
     (pixels, own), (blended, shares) = batches
     assert own.argmax(1).tolist() == ids.tolist()
     weight = next(v for v in shares.flatten().tolist() if 0.01 < v < 0.99)
@@ -86,3 +88,24 @@ def test_mixed_views_have_mixed_classes(tmp_path):
         pairs = [(j, w) for j in range(6) for w in fitting]
         found = [(j, w) for j, w in pairs if torch.allclose(blended[i], w * pixels[i] + (1 - w) * pixels[j], atol=1e-5)]
         assert any(torch.allclose(shares[i], w * own[i] + (1 - w) * own[j], atol=1e-5) for j, w in found)
+
+
+@pytest.mark.parametrize("how", [{}, {"cutmix": True, "mixup": 0.4, "augment": "randaugment"}])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_ranks_views_are_its_rows_of_the_whole_batch(how: dict[str, Any], world: int) -> None:
+    """Partners are of all the batch, and each image's augmentation is its own: bit for bit, with shares of classes."""
+    images, ids = data(20)
+    of = teachers._Training(
+        build_classifier("convnet3-w8", 2, 8), TrainingSet(images, ids, CLASSES), TeacherTraining(**how)
+    )
+    rows = np.random.default_rng(1).permutation(20)[:11]
+    pixels, shares = of._batch(rows, 7, Part(11, Alone()))
+    assert shares.sum(1) == pytest.approx(1) and (not how or len(shares.unique()) > 2)
+    for rank in range(world):
+        mine, parts = of._batch(rows, 7, Part(11, Alone(rank=rank, world=world)))
+        assert torch.equal(mine, pixels[rank::world]) and torch.equal(parts, shares[rank::world])
+
+
+def test_workers_without_two_images_each_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"workers=4: a step has 7 images \(training.batch=7, 32 in all\).*2 a worker"):
+        train_teacher(*data(), CLASSES, tmp_path / "t", config=TeacherTraining(batch=7), ranks=Alone(world=4))

@@ -1,4 +1,4 @@
-"""Views: crop, flip and CutMix as a pure function of (seed, epoch, image_id).
+"""Views: crop, flip, CutMix, MixUp, shuffled patches and cutout as a pure function of (seed, epoch, image_id).
 
 A soft label is only right for the exact pixels the teacher saw, so the teacher (label stage) and the student
 (train stage) must render the same view of an image from its key alone: whatever the batch, the worker or the

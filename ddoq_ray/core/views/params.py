@@ -1,9 +1,12 @@
-"""What is done to each image: crops, flips and CutMix boxes, drawn for all rows at once. Shapes as in `core.views`."""
+"""What is done to each image: crops, flips, shuffled patches, what is cut out and what is mixed in, drawn for all rows
+at once. Shapes as in `core.views`; P strips a side.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,7 @@ _FIRST_ATTEMPT = 8  # then (area, aspect) for each attempt
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
 _BLOCKS = (_FIRST_ATTEMPT + 2 * _ATTEMPTS) // 4  # a Philox block is four 64-bit words
 _USUAL_BLOCKS = 3  # hold two attempts, one of which fits nearly always; the others are drawn where neither does
+_COLOURS = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class ViewSpec:
         flip: mirror horizontally with probability 1/2.
         cutmix: paste a box of another image's view (Yun et al., ICCV 2019) into every view.
         cutmix_beta: lambda is drawn from Beta(cutmix_beta, cutmix_beta).
+        mixup: blend another image's view into every view (Zhang et al., ICLR 2018), the image itself by lambda from
+            Beta(mixup, mixup); 0: not. A view is mixed in one way: not with `cutmix`.
+        patches: strips P into which the stored image is cut each way and shuffled before the crop, as RDED does with
+            images made of P x P parts (Sun et al., CVPR 2024); 1: not.
+        cutout: side of a box that is painted over in one random colour, as a share of the view's (DeVries and Taylor,
+            2017, as ImageNet-21K's teachers have it); 0: none.
         ratio: smallest and largest aspect (width / height) of a crop.
         kind: "rrc" random resized crop; "none" the whole image, resized. `flip` and `cutmix` hold for both
             kinds.
@@ -46,6 +56,9 @@ class ViewSpec:
     cutmix_beta: float = 1.0
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     kind: str = "rrc"
+    mixup: float = 0.0
+    patches: int = 1
+    cutout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -60,6 +73,12 @@ class ViewSpec:
             raise ValueError(f"ratio must be (smallest, largest) aspect, both above 0, got {self.ratio}")
         if not self.cutmix_beta > 0:
             raise ValueError(f"cutmix_beta must be above 0, got {self.cutmix_beta}; turn CutMix off by cutmix=False")
+        if self.mixup < 0 or (self.mixup and self.cutmix):
+            raise ValueError(f"mixup must be 0 or more, and 0 with cutmix, got {self.mixup} with cutmix={self.cutmix}")
+        if self.patches < 1:
+            raise ValueError(f"patches must be at least 1 strip a side, got {self.patches}")
+        if not 0 <= self.cutout <= 1:
+            raise ValueError(f"cutout must lie in [0, 1], got {self.cutout}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +89,15 @@ class ViewParams:
         boxes: float64 [B, 4], crop as (top, left, height, width) in pixels of the stored image (whole
             numbers).
         flip: bool [B].
-        partner: int64 [B], image pasted by CutMix as an index into the set; -1 where nothing is pasted.
+        partner: int64 [B], image mixed in as an index into the set; -1 where there is none.
         lam: float64 [B], share of the view that the base image keeps, from the box as pasted; 1 where partner
             is -1.
-        mix_box: int64 [B, 4], pasted box as (top, left, bottom, right) in pixels of the view, ends excluded.
+        mix_box: int64 [B, 4], pasted box as (top, left, bottom, right) in pixels of the view, ends excluded; empty
+            where the partner's whole view is blended in (MixUp).
+        patches: int64 [B, 2, P], which strip of the stored image comes first, second, ... from above, and from the
+            left; [B, 2, 0] where nothing is shuffled.
+        cutout: int64 [B, 7], painted box as `mix_box` has it, and its colour as red, green and blue of 0 to 255;
+            [B, 0] where none is.
     """
 
     boxes: Float64
@@ -81,17 +105,30 @@ class ViewParams:
     partner: Int64
     lam: Float64
     mix_box: Int64
+    patches: Int64
+    cutout: Int64
 
     def packed(self) -> bytes:
-        """The parameters of one view after another, 72 bytes each, little-endian: a digest of them, taken where labels
-        are made, tells later whether the same views are drawn."""
+        """The parameters of one view after another, little-endian, in 72 bytes each and those of shuffled patches and
+        cutout where there are any: a digest of them, taken where labels are made, tells later whether the same views
+        are drawn."""
+        shapes = {name: getattr(self, name).shape[1:] for name in ("patches", "cutout")}
         row = np.dtype(
             [("boxes", "<f8", 4), ("lam", "<f8"), ("partner", "<i8"), ("mix_box", "<i4", 4), ("flip", "<i8")]
+            + [(name, "<i4", shape) for name, shape in shapes.items() if math.prod(shape)]
         )
         rows = np.empty(len(self.partner), row)
         for name in row.names or ():
             rows[name] = getattr(self, name)
         return rows.tobytes()
+
+    def take(self, rows: Any) -> ViewParams:
+        """Those of some rows, by an index or a slice."""
+        return ViewParams(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def joined(self, other: ViewParams) -> ViewParams:
+        """These, and then the other's."""
+        return ViewParams(*(np.concatenate([getattr(p, f.name) for p in (self, other)]) for f in fields(self)))
 
 
 def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored: tuple[int, int, int]) -> ViewParams:
@@ -104,7 +141,13 @@ def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored:
     CutMix follows Yun et al.: sides are sqrt(1 - lambda) of the view, the centre is uniform, the box is
     clipped at the border, and lambda is then recomputed from the clipped box. The partner is uniform over
     the other images of the set. (FKD pairs images inside a batch and draws one box for all of it, which ties
-    a label to the batch; one partner and one box for each image do not.)
+    a label to the batch; one partner and one box for each image do not.) MixUp takes partner and lambda alike.
+
+    ShufflePatches follows RDED's code: whole strips from above are permuted, and whole strips from the left, not
+    each of the P x P parts by itself. Cutout follows the code that ImageNet-21K's teachers and labels were made with
+    (Alibaba-MIIL/ImageNet21K, `CutoutPIL`): side cutout * S, a uniform centre, clipped at the border, one uniform
+    colour; PIL paints the box's last row and column too. A partner brings its own strips and box. Both have streams
+    of their own, so that the other parameters are the same with and without them.
 
     Args:
         spec: what views look like.
@@ -133,13 +176,15 @@ def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored:
     left = np.flatnonzero(~found)
     if left.size:
         boxes[left], _ = _crop_boxes(spec, uniform(philox_words(key, ids[left], _BLOCKS)), height, width)
-    partner, lam, mix_box = _cutmix(spec, u, ids, num_images)
+    partner, lam, mix_box = _mixed(spec, u, ids, num_images)
     return ViewParams(
         boxes=boxes,
         flip=(u[:, _FLIP] < 0.5) if spec.flip else np.zeros(ids.size, dtype=bool),
         partner=partner,
         lam=lam,
         mix_box=mix_box,
+        patches=_patches(spec, seed, epoch, ids),
+        cutout=_cutout(spec, seed, epoch, ids),
     )
 
 
@@ -211,16 +256,14 @@ def _largest_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[
     return height, width
 
 
-def _cutmix(spec: ViewSpec, u: Float64, ids: Int64, num_images: int) -> tuple[Int64, Float64, Int64]:
-    """partner int64 [B], lam float64 [B], mix_box int64 [B, 4]."""
-    size = spec.size
-    if not spec.cutmix or num_images < 2:
-        return (
-            np.full(ids.size, -1, dtype=np.int64),
-            np.ones(ids.size),
-            np.zeros((ids.size, 4), dtype=np.int64),
-        )
+def _mixed(spec: ViewSpec, u: Float64, ids: Int64, num_images: int) -> tuple[Int64, Float64, Int64]:
+    """partner int64 [B], lam float64 [B], mix_box int64 [B, 4], of CutMix or MixUp."""
+    size, no_box = spec.size, np.zeros((ids.size, 4), dtype=np.int64)
+    if not (spec.cutmix or spec.mixup) or num_images < 2:
+        return np.full(ids.size, -1, dtype=np.int64), np.ones(ids.size), no_box
     partner = (ids + 1 + np.floor(u[:, _PARTNER] * (num_images - 1)).astype(np.int64)) % num_images
+    if spec.mixup:
+        return partner, _beta(u[:, _LAMBDA], spec.mixup), no_box
     side = np.floor(size * np.sqrt(1 - _beta(u[:, _LAMBDA], spec.cutmix_beta))).astype(np.int64)
     centre = np.floor(u[:, [_MIX_ROW, _MIX_COLUMN]] * size).astype(np.int64)
     low = centre - (side // 2)[:, None]
@@ -229,6 +272,26 @@ def _cutmix(spec: ViewSpec, u: Float64, ids: Int64, num_images: int) -> tuple[In
     box = np.concatenate([low.clip(0, size), high.clip(0, size)], axis=1)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
     return np.where(area > 0, partner, -1), 1 - area / (size * size), box * (area > 0)[:, None]
+
+
+def _patches(spec: ViewSpec, seed: int, epoch: int, ids: Int64) -> Int64:
+    """int64 [B, 2, P], or [B, 2, 0]: orders of strips."""
+    count = spec.patches
+    if count == 1:
+        return np.empty((ids.size, 2, 0), dtype=np.int64)
+    words = philox_words(_stream_key("views: patches", seed, epoch), ids, -(-2 * count // 4))
+    return words[:, : 2 * count].reshape(ids.size, 2, count).argsort(axis=2, kind="stable").astype(np.int64)
+
+
+def _cutout(spec: ViewSpec, seed: int, epoch: int, ids: Int64) -> Int64:
+    """int64 [B, 7], or [B, 0]: boxes and colours."""
+    if not spec.cutout:
+        return np.empty((ids.size, 0), dtype=np.int64)
+    u, size = uniform(philox_words(_stream_key("views: cutout", seed, epoch), ids, 2)), spec.size
+    centre = np.floor(u[:, :2] * size).astype(np.int64)
+    half = int(spec.cutout * size + 0.5) // 2
+    low, high = (centre - half).clip(0, size), (centre + half + 1).clip(0, size)
+    return np.concatenate([low, high, np.floor(u[:, 2:5] * _COLOURS).astype(np.int64)], axis=1)
 
 
 def _beta(u: Float64, concentration: float) -> Float64:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from ddoq_ray.core.transfers import on_device
 from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
 
 Index = Int64 | torch.Tensor
@@ -26,7 +27,7 @@ def render(
     params: ViewParams,
     params_of: Callable[[Int64], ViewParams],
 ) -> torch.Tensor:
-    """Render views: crop and resize, flip, then paste the partner's own view of that epoch.
+    """Render views: shuffle patches, crop and resize, flip, cut out, then mix in the partner's own view of that epoch.
 
     Bilinear, align_corners=False, clamped at the crop's border: where the crop is not larger than the view
     this is torchvision's `resized_crop`. Where a side of the crop is f > 1 times the view's, the view is
@@ -53,34 +54,42 @@ def render(
     rows = _as_numpy(index)
     if len(rows) != len(params.partner):
         raise ValueError(f"expected one row of params for each of {len(rows)} indices, got {len(params.partner)}")
-    looked_at, boxes, flip = rows[None], params.boxes[None], params.flip[None]
     mix = bool((params.partner >= 0).any())
     if mix:
-        # Base images and partners go through one call: for small images the cost is the number of calls.
-        # A row without a partner is its own, with an empty box.
+        # A row without a partner is its own, and keeps all of its view.
         partners = np.where(params.partner >= 0, params.partner, rows)
         theirs = params_of(partners)
-        looked_at = np.stack([rows, partners])
-        boxes, flip = np.stack([params.boxes, theirs.boxes]), np.stack([params.flip, theirs.flip])
 
     out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
-    step = _rows_at_once(images, boxes, size)
+    step = _rows_at_once(images, np.concatenate([params.boxes, theirs.boxes]) if mix else params.boxes, size)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        flat = looked_at[:, part].reshape(-1), boxes[:, part].reshape(-1, 4), flip[:, part].reshape(-1)
-        views = _crop_resize(images, *flat, size)
-        if mix:
-            base, pasted = views.chunk(2)
-            mask = torch.from_numpy(_box_mask(params.mix_box[part], size)).to(images.device)
-            torch.where(mask, pasted, base, out=out[part])
-        else:
-            out[part] = views
+        own = params.take(part)
+        if not mix:
+            out[part] = _views(images, rows[part], own, size)
+            continue
+        # Base images and partners go through one call: for small images the cost is the number of calls.
+        both = np.concatenate([rows[part], partners[part]])
+        base, other = _views(images, both, own.joined(theirs.take(part)), size).chunk(2)
+        _mix(base, other, own, out[part])
     return out.div_(255).clamp_(0, 1)  # bilinear weights may sum to one ulp above 1
+
+
+def _mix(base: torch.Tensor, other: torch.Tensor, params: ViewParams, out: torch.Tensor) -> None:
+    """Into float32 [B, 3, S, S]: the partner's view in the box; where there is no box, blended in by lambda."""
+    boxed = params.mix_box[:, 2] > params.mix_box[:, 0]
+    if (boxed | (params.partner < 0)).all():
+        torch.where(_inside(params.mix_box, base), other, base, out=out)
+        return
+    # Two products and a sum, each rounded by itself: a fused operation would not round every row of a batch alike.
+    kept = params.lam.astype(np.float32)[:, None, None, None]
+    base.mul_(on_device(kept, base.device))
+    torch.add(base, other.mul_(on_device(1 - kept, base.device)), out=out)
 
 
 def _rows_at_once(images: torch.Tensor, boxes: Float64, size: int) -> int:
     """How many rows, each with its partner, are rendered at a time, by the finest sampling that any crop asks."""
-    side = size * int(_oversampling(boxes.reshape(-1, 4), size).max(initial=1))
+    side = size * int(_oversampling(boxes, size).max(initial=1))
     budget = _CPU_CHUNK if images.device.type == "cpu" else _ACCELERATOR_CHUNK
     return max(1, budget // (2 * 3 * max(side * side, images.shape[2] * images.shape[3])))
 
@@ -98,8 +107,8 @@ def batch_views(
         epoch: epoch.
 
     Returns:
-        pixels float32 [B, 3, S, S] in [0, 1] on the device of `images`; partner int64 [B] (numpy; -1 = no
-        CutMix); lam float64 [B] (numpy), share of each view that its base image keeps.
+        pixels float32 [B, 3, S, S] in [0, 1] on the device of `images`; partner int64 [B] (numpy; -1 =
+        none); lam float64 [B] (numpy), share of each view that its base image keeps.
 
     Raises:
         ValueError: as `view_params` and `render`.
@@ -121,46 +130,73 @@ def _oversampling(boxes: Float64, size: int) -> Int64:
     return factors
 
 
-def _crop_resize(
-    images: torch.Tensor, rows: Int64, boxes: Float64, flip: npt.NDArray[np.bool_], size: int
-) -> torch.Tensor:
-    """float32 [B, 3, S, S] in [0, 255]: views without CutMix."""
-    factors = _oversampling(boxes, size)
+def _views(images: torch.Tensor, rows: Int64, params: ViewParams, size: int) -> torch.Tensor:
+    """float32 [B, 3, S, S] in [0, 255]: views of images int64 [B], before anything is mixed in."""
+    views = _crop_resize(images, rows, params, size)
+    if not params.cutout.size:
+        return views
+    inside = _inside(params.cutout[:, :4], views)
+    colour = on_device(params.cutout[:, 4:].astype(np.float32), images.device)
+    return torch.where(inside, colour[:, :, None, None], views)
+
+
+def _crop_resize(images: torch.Tensor, rows: Int64, params: ViewParams, size: int) -> torch.Tensor:
+    """float32 [B, 3, S, S] in [0, 255]: crops of images, at the size of views and mirrored."""
+    factors = _oversampling(params.boxes, size)
     if tuple(images.shape[2:]) == (size, size):
         # Whole images at their own size are copied, since sampling would only add rounding. Decided row by
         # row: what else is in the batch must not change a bit.
-        factors[(boxes[:, 2:] == size).all(axis=1)] = 0
+        factors[(params.boxes[:, 2:] == size).all(axis=1)] = 0
     groups = np.unique(factors)
     if len(groups) == 1:
-        return _sample(images, rows, boxes, flip, size, int(groups[0]))
+        return _sample(images, rows, params, size, int(groups[0]))
     out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
     for factor in groups:
         chosen = np.flatnonzero(factors == factor)
-        part = _sample(images, rows[chosen], boxes[chosen], flip[chosen], size, int(factor))
-        out[torch.from_numpy(chosen).to(images.device)] = part
+        out[on_device(chosen, images.device)] = _sample(images, rows[chosen], params.take(chosen), size, int(factor))
     return out
 
 
-def _sample(
-    images: torch.Tensor, rows: Int64, boxes: Float64, flip: npt.NDArray[np.bool_], size: int, factor: int
-) -> torch.Tensor:
+def _sample(images: torch.Tensor, rows: Int64, params: ViewParams, size: int, factor: int) -> torch.Tensor:
     """float32 [B, 3, S, S] in [0, 255]: views that share an oversampling factor; 0 copies."""
     height, width = images.shape[2:]
-    device = images.device
-    source = images[torch.from_numpy(rows).to(device)].to(torch.float32)  # index first: the set stays uint8
+    device, boxes, flip = images.device, params.boxes, params.flip
+    source = images[on_device(rows, device)]  # index first: the set stays uint8
+    source = _shuffled(source, params.patches).to(torch.float32)
     if factor == 0:
-        mirror = torch.from_numpy(flip).to(device).view(-1, 1, 1, 1)
-        return torch.where(mirror, source.flip(3), source)
+        return torch.where(on_device(flip, device).view(-1, 1, 1, 1), source.flip(3), source)
     samples = size * factor
     offset = (np.arange(samples) + 0.5) / samples
     y = _grid_axis(boxes[:, 0], boxes[:, 2], offset, height)
     x = _grid_axis(boxes[:, 1], boxes[:, 3], offset, width)
     x = np.where(flip[:, None], x[:, ::-1], x)  # mirroring the coordinates mirrors the view bit for bit
     grid = torch.empty((len(rows), samples, samples, 2), dtype=torch.float32, device=device)
-    grid[..., 0] = torch.from_numpy(x).to(device)[:, None, :]
-    grid[..., 1] = torch.from_numpy(y).to(device)[:, :, None]
+    grid[..., 0] = on_device(x, device)[:, None, :]
+    grid[..., 1] = on_device(y, device)[:, :, None]
     views = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return F.avg_pool2d(views, factor) if factor > 1 else views
+
+
+def _shuffled(source: torch.Tensor, patches: Int64) -> torch.Tensor:
+    """uint8 [B, 3, H, W] with its strips in the order of patches int64 [B, 2, P]."""
+    for axis in (2, 3) if patches.size else ():
+        order = _strips(patches[:, axis - 2], source.shape[axis])
+        shape = (len(order), 1, -1, 1) if axis == 2 else (len(order), 1, 1, -1)
+        source = source.take_along_dim(on_device(order, source.device).view(shape), axis)
+    return source
+
+
+def _strips(order: Int64, extent: int) -> Int64:
+    """int64 [B, extent]: the pixel that comes to each place along an axis that is cut into P strips.
+
+    They are as even as they can be; RDED's code asks for an extent that P divides.
+    """
+    count = order.shape[1]
+    bounds = np.arange(count + 1) * extent // count
+    strip = np.repeat(np.arange(count), np.diff(bounds))  # of each pixel
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(count), axis=1)
+    return place[:, strip].argsort(axis=1, kind="stable")
 
 
 def _grid_axis(start: Float64, length: Float64, offset: Float64, extent: int) -> npt.NDArray[np.float32]:
@@ -170,12 +206,12 @@ def _grid_axis(start: Float64, length: Float64, offset: Float64, extent: int) ->
     return (2 * position / extent - 1).astype(np.float32)
 
 
-def _box_mask(mix_box: Int64, size: int) -> npt.NDArray[np.bool_]:
-    """bool [B, 1, S, S]: True inside the box."""
-    line = np.arange(size)
-    in_rows = (line >= mix_box[:, 0, None]) & (line < mix_box[:, 2, None])
-    in_columns = (line >= mix_box[:, 1, None]) & (line < mix_box[:, 3, None])
-    return np.asarray((in_rows[:, :, None] & in_columns[:, None, :])[:, None])
+def _inside(boxes: Int64, views: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, S, S] for views [B, 3, S, S], where they are: True inside the boxes int64 [B, 4]."""
+    ends = on_device(np.ascontiguousarray(boxes.T), views.device)[:, :, None]  # [4, B, 1]
+    line = torch.arange(views.shape[-1], device=views.device)
+    in_rows, in_columns = (line >= ends[:2]) & (line < ends[2:])
+    return (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
 
 
 def _as_numpy(index: Any) -> Int64:

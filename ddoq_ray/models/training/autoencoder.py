@@ -14,7 +14,7 @@ from ddoq_ray.config.network_training import GROUPS, PriorTraining
 from ddoq_ray.models.features import FeatureLevels
 from ddoq_ray.models.training.averaging import Average, Resumable
 from ddoq_ray.models.training.course import arithmetic, compiled, generator_of
-from ddoq_ray.models.training.ranks import Part
+from ddoq_ray.models.training.ranks import Part, descend
 
 
 class AutoencoderTraining(Resumable):
@@ -60,7 +60,7 @@ class AutoencoderTraining(Resumable):
 
         Returns:
             The loss over the batch and its parts: mse (in [-1, 1]'s scale), kl (nats a latent value), features
-            (relative).
+            and logits (relative).
         """
         generator = generator_of(self.config.seed, "autoencoder", step)
         x = mirrored(pixels, generator, part) if self.config.flip else pixels
@@ -77,10 +77,14 @@ class AutoencoderTraining(Resumable):
             if not self.decoder_only:
                 terms["kl"] = 0.5 * (mean.square() + variance - 1.0 - posterior.logvar.float()).mean()
             if self.teacher is not None:
-                terms["features"] = self.teacher.distance(output / 2 + 0.5, x / 2 + 0.5)
-        weights = {"mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight}
+                terms["features"], logits = self.teacher.distances(output / 2 + 0.5, x / 2 + 0.5)
+                terms |= {"logits": logits} if self.config.logit_weight else {}
+        weights = {
+            "mse": 1.0, "kl": self.config.kl_weight, "features": self.config.feature_weight,
+            "logits": self.config.logit_weight,
+        }  # fmt: skip
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        descend(loss, self.optimizer, rate, part)
+        descend(loss, self.optimizer, rate, part, cut=1.0)
         self.average.update(step)
         return part.told({"loss": loss, **terms})
 
@@ -111,15 +115,3 @@ def mirrored(x: Tensor, generator: torch.Generator, part: Part) -> Tensor:
     """x [B, 3, S, S], about half of the images left to right."""
     chosen = part.of(torch.rand(part.size, generator=generator) < 0.5).to(x.device)
     return torch.where(chosen[:, None, None, None], x.flip(-1), x)
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, part: Part) -> None:
-    """One optimizer step on a loss that is a mean over a rank's part, gradients of the batch cut to norm 1."""
-    optimizer.zero_grad(set_to_none=True)
-    (loss * part.share).backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    part.ranks.add_up([p.grad for p in parameters if p.grad is not None])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()

@@ -13,6 +13,7 @@ import torch
 from ddoq_ray.models.training.ranks import Ranks
 
 CHECKPOINT = "checkpoint.pt"
+LATER = ("compile", "logit_weight")  # keys that change nothing while they are off
 IMAGES = "images"  # in a training's folder: what it reads images into
 
 
@@ -24,9 +25,8 @@ def training_folder(out: str | os.PathLike[str]) -> Path:
 def options(config: Any) -> dict[str, Any]:
     """Keys and values of a training's configuration, as its identity holds them."""
     values = asdict(config)
-    if not values["compile"]:  # what was begun before there was this key goes on
-        del values["compile"]
-    return values
+    # What was begun before there were these keys goes on.
+    return {key: value for key, value in values.items() if value or key not in LATER}
 
 
 def machine(ranks: Ranks) -> dict[str, Any]:

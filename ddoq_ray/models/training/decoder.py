@@ -112,6 +112,7 @@ def _train(
 ) -> AutoencoderKL:
     rules = PriorTraining(
         seed=config.seed, flip=config.flip, precision=config.precision, feature_weight=config.feature_weight,
+        logit_weight=config.logit_weight,
         autoencoder_ema=config.ema, compile=config.compile,
     )  # fmt: skip
     device = next(vae.parameters()).device

@@ -12,10 +12,9 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from ddoq_ray.config.network_training import GROUPS, PriorTraining
-from ddoq_ray.models.training.autoencoder import descend
 from ddoq_ray.models.training.averaging import Average, Resumable
 from ddoq_ray.models.training.course import arithmetic, compiled, generator_of
-from ddoq_ray.models.training.ranks import Part
+from ddoq_ray.models.training.ranks import Part, descend
 
 # diffusers' classes have no types: a UNet2DModel or a DiTTransformer2DModel.
 Denoiser: TypeAlias = nn.Module
@@ -69,7 +68,7 @@ class DenoiserTraining(Resumable):
             output = self._predict(noisy, timestep=t, class_labels=y).sample
         squared = (output.float() - target).square().flatten(1).mean(1)
         loss = (squared * self._weights(times).to(self.device)).mean()
-        descend(loss, self.optimizer, rate, part)
+        descend(loss, self.optimizer, rate, part, cut=1.0)
         self.average.update(step)
         return part.told({"loss": loss})
 

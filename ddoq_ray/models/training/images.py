@@ -1,26 +1,31 @@
 """The images of a student wherever they are kept, and the views it trains on, in the order of its epoch.
 
-On the device: views are cut there. In host memory or in a file of this machine: the rows of a batch and of their CutMix
-partners are read a batch ahead by a thread, and only these go to the device. The views are the same, bit for bit.
+On the device: views are cut there. In host memory or in a file of this machine: the rows of a batch and of the partners
+that are mixed in are read a batch ahead by a thread, and only these go to the device. The views are the same, bit for
+bit.
 
 Shape suffixes: N images, b of a batch on this rank, n rows that are read for it, S view size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddoq_ray.core.transfers import pinned
 from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
-from ddoq_ray.core.views.render import batch_views, render
+from ddoq_ray.core.views.render import render
 from ddoq_ray.data.pixel_rows import PixelRows
+
+ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
+_AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Views:
     Attributes:
         pixels: float32 [b, 3, S, S] in [0, 1], on the device.
         index: int64 [b], the images.
-        partner: int64 [b], whose view is pasted in; -1 = none.
+        partner: int64 [b], whose view is mixed in; -1 = none.
         kept: float64 [b], the share of each view that its own image keeps.
     """
 
@@ -66,9 +71,10 @@ class Resident:
         return len(self.images)
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        params_of = epoch_params(spec, seed, epoch, self.images.shape)
         for index in batches:
-            pixels, partner, kept = batch_views(self.images, index, spec, seed, epoch)
-            yield Views(pixels, index, partner, kept)
+            params = params_of(index)
+            yield Views(render(self.images, index, spec.size, params, params_of), index, params.partner, params.lam)
 
 
 @dataclass(frozen=True)
@@ -95,47 +101,63 @@ class Gathered:
         return self.rows.shape[0]
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        params_of = epoch_params(spec, seed, epoch, self.shape)
         with ThreadPoolExecutor(1) as thread:
             ahead: Future[_Read] | None = None
             for index in batches:
-                coming = thread.submit(self._read, index, spec, seed, epoch)
+                coming = thread.submit(self._read, index, params_of)
                 if ahead is not None:
-                    yield self._render(ahead.result(), spec, seed, epoch)
+                    yield self._render(ahead.result(), params_of, spec.size)
                 ahead = coming
             if ahead is not None:
-                yield self._render(ahead.result(), spec, seed, epoch)
+                yield self._render(ahead.result(), params_of, spec.size)
 
-    def _params(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> ViewParams:
-        n, _, height, width = self.rows.shape
-        return view_params(spec, seed, epoch, index, (n, height, width))
-
-    def _read(self, index: Int64, spec: ViewSpec, seed: int, epoch: int) -> _Read:
-        params = self._params(index, spec, seed, epoch)
-        rows = np.unique(np.concatenate([index, params.partner[params.partner >= 0]]))
-        pixels = torch.empty((len(rows), *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=_pinned(self.device))
+    def _read(self, index: Int64, params_of: ParamsOf) -> _Read:
+        params = params_of(index)
+        rows = with_partners(index, params)
+        pixels = torch.empty((len(rows), *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=pinned(self.device))
         self.rows.take(rows, pixels.numpy())
         return _Read(index, params, rows, pixels)
 
-    def _render(self, read: _Read, spec: ViewSpec, seed: int, epoch: int) -> Views:
-        pixels, params, rows = read.pixels.to(self.device, non_blocking=True), read.params, read.rows
-        here = replace(params, partner=np.where(params.partner >= 0, np.searchsorted(rows, params.partner), -1))
-        views = render(
-            pixels,
-            np.searchsorted(rows, read.index),
-            spec.size,
-            here,
-            lambda local: self._params(rows[local], spec, seed, epoch),
-        )
-        return Views(views, read.index, params.partner, params.lam)
+    def _render(self, read: _Read, params_of: ParamsOf, size: int) -> Views:
+        pixels = read.pixels.to(self.device, non_blocking=True)
+        return views_among(pixels, read.rows, read.index, read.params, params_of, size)
 
 
-def on_device(values: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
-    """An array on the device, without waiting for what the device is at."""
-    tensor = torch.from_numpy(values)
-    if _pinned(torch.device(device)):
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def epoch_params(spec: ViewSpec, seed: int, epoch: int, shape: Sequence[int]) -> ParamsOf:
+    """Parameters of the views of an epoch, by images int64 [b] of a set of `shape` (N, 3, H, W).
+
+    Those of a small set are drawn at once: one by one batch they would take longer than its pixels.
+    """
+    stored = (shape[0], shape[2], shape[3])
+    if shape[0] > _AT_ONCE:
+        return partial(view_params, spec, seed, epoch, stored=stored)
+    return view_params(spec, seed, epoch, np.arange(shape[0]), stored).take
 
 
-def _pinned(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available()
+def with_partners(index: Int64, params: ViewParams) -> Int64:
+    """int64 [n], each once, ascending: the images of views int64 [b], and those that are mixed into them."""
+    return np.unique(np.concatenate([index, params.partner[params.partner >= 0]]))
+
+
+def views_among(
+    pixels: Tensor,
+    rows: Int64,
+    index: Int64,
+    params: ViewParams,
+    params_of: ParamsOf,
+    size: int,
+) -> Views:  # fmt: skip
+    """Views of images where only those that are looked at are on the device.
+
+    Args:
+        pixels: uint8 [n, 3, H, W].
+        rows: int64 [n], what images these are, ascending: `with_partners`.
+        index: int64 [b], the images of the views.
+        params: of these views.
+        params_of: gives the parameters of other images.
+        size: S.
+    """
+    here = replace(params, partner=np.where(params.partner >= 0, np.searchsorted(rows, params.partner), -1))
+    views = render(pixels, np.searchsorted(rows, index), size, here, lambda local: params_of(rows[local]))
+    return Views(views, index, params.partner, params.lam)

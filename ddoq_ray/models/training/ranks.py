@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -96,14 +96,30 @@ class Part:
         return dict(zip(parts, values.tolist(), strict=True))
 
 
-def check_parts(images: int, batch: int, world: int, key: str) -> None:
-    """Refuse batches of which a rank would have no part.
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, part: Part, *, cut: float | None = None
+) -> None:
+    """One optimizer step on a loss that is a mean over a rank's part; gradients of the batch are cut to a norm."""
+    optimizer.zero_grad(set_to_none=True)
+    (loss * part.share).backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    part.ranks.add_up([p.grad for p in parameters if p.grad is not None])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if cut is not None:
+            nn.utils.clip_grad_norm_(group["params"], cut)
+    optimizer.step()
+
+
+def check_parts(images: int, batch: int, world: int, key: str, *, least: int = 1) -> None:
+    """Refuse batches of which a rank would have no part, or one of fewer than `least` images.
 
     Raises:
         ValueError: With both numbers.
     """
-    if min(images, batch) < world:
+    if world > 1 and min(images, batch) < least * world:
+        fewer = "workers" if least == 1 else f"{least} a worker (batch norm has no variance over one)"
         raise ValueError(
             f"workers={world}: a step has {min(images, batch)} images ({key}={batch}, {images} in all), which are "
-            "fewer than workers; give fewer workers, or a larger batch"
+            f"fewer than {fewer}; give fewer workers, or a larger batch"
         )

@@ -27,12 +27,13 @@ from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig, WeightsConfig
 from ddoq_ray.core.losses import weighted_cross_entropy, weighted_kl
 from ddoq_ray.core.rng import philox
+from ddoq_ray.core.transfers import on_device
 from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_order
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.ensemble import Teacher, for_teacher
 from ddoq_ray.models.training.averaging import Average
 from ddoq_ray.models.training.course import arithmetic
-from ddoq_ray.models.training.images import Images, Views, on_device
+from ddoq_ray.models.training.images import Images, Views
 from ddoq_ray.models.training.ranks import Alone, Ranks
 
 

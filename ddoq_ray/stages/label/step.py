@@ -69,6 +69,10 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
         ) from None
 
 
+# Keys of the protocol that views follow from.
+VIEWS = ("epochs", "steps", "min_scale", "flip", "cutmix", "mixup", "shuffle_patches", "cutout")
+
+
 @dataclass(frozen=True)
 class Label(Step):
     """The soft labels of an image set.
@@ -90,7 +94,7 @@ class Label(Step):
         return self.at.labels(self.key)
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        views = {k: plain(config.protocol)[k] for k in ("epochs", "steps", "min_scale", "flip", "cutmix")}
+        views = {k: plain(config.protocol)[k] for k in VIEWS}
         if config.protocol.steps is not None:
             views["batch"] = config.protocol.batch  # decides how many epochs the steps are
         size = config.student.image_size

@@ -127,8 +127,8 @@ class Trainer:
 
     def _begin(self, row: Cell, state: dict[str, Any] | None, digest: object = None) -> Student:
         from ddoq_ray.core.losses import image_weights
+        from ddoq_ray.core.transfers import on_device
         from ddoq_ray.models.labelling import view_spec
-        from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import StudentTraining
 
         found = self.sets.get(row.images, self.job.real, digest)
@@ -164,8 +164,8 @@ class Trainer:
 
     def _targets(self, student: Student) -> Targets:
         """What the student is to answer in the epoch that comes: classes, stored labels, or the teacher's own."""
+        from ddoq_ray.core.transfers import on_device
         from ddoq_ray.models.ensemble import load_teacher
-        from ddoq_ray.models.training.images import on_device
         from ddoq_ray.models.training.student import HardTargets, StoredTargets, TeacherTargets
 
         if self.config.labels.mode == "hard":

@@ -18,7 +18,7 @@ from ray.train import ControllerError, WorkerGroupError
 from support import ranks
 from support.students import EPOCHS, IMAGES, Apart, small_job
 
-from ddoq_ray.core.labels import make_codec
+from ddoq_ray.core.labels import CODECS, make_codec
 from ddoq_ray.data.soft_labels import SoftLabels, load_head
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
@@ -172,12 +172,25 @@ def test_views_are_cut_from_the_stored_resolution(tmp_path: Path) -> None:
     assert student.training.loss(np.arange(4), trainer._targets(student)).isfinite()
 
 
-@pytest.mark.parametrize("codec", ["logits", "features"])
-def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
+@pytest.mark.parametrize(
+    "views",
+    [
+        (),
+        ("protocol.cutmix=false", "protocol.mixup=0.8"),
+        ("protocol.shuffle_patches=2", "protocol.cutout=0.5", "weights.cutmix=mixed"),
+    ],
+)
+@pytest.mark.parametrize("labels", ["logits", "features", "logits_int8", "online", "hard"])
+def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, labels: str, views: tuple[str, ...]) -> None:
     """FakeTensorMode carries "cuda" through without one; it raises where two devices meet and where a value is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    job = small_job(tmp_path, codec=codec)
+    if labels in CODECS:
+        job = small_job(tmp_path, *views, codec=labels)
+    else:
+        job = small_job(tmp_path, *views, f"labels.mode={labels}")
+        ((row, facts),) = job.rows
+        job = dataclasses.replace(job, rows=((dataclasses.replace(row, labels=None), facts),))
     with FakeTensorMode():
         trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")), room=Room(device=float("inf")))
 
@@ -186,6 +199,7 @@ def test_a_step_up_to_its_loss_on_a_gpu(tmp_path: Path, codec: str) -> None:
                 return build_classifier("convnet3-w4", 2, 8, seed=seed)
 
         trainer._student = on_gpu  # type: ignore[method-assign]
+        trainer.teacher = on_gpu(1).eval()  # of online labels
         student = trainer._begin(job.rows[0][0], None)
         loss = student.training.loss(np.arange(4), trainer._targets(student))
     assert loss.device.type == "cuda" and loss.shape == ()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from support.students import EPOCHS, small_job
 
 from ddoq_ray.execution.networks import Networks
@@ -26,6 +26,8 @@ from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.prepared import Data
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
+
+PATIENCE = 300  # of torch's half an hour
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
@@ -45,17 +47,20 @@ def _shifted(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hurried", [0, 1])
 def test_two_workers_with_unlike_clocks_train_a_student(tmp_path: Path, hurried: int) -> None:
-    """Each asking its own clock, one would wait half an hour in the report's barrier for the other."""
+    """Each asking its own clock, one would wait in the report's barrier and the other in a collective.
+
+    A collective that waits for `PATIENCE` seconds fails the run. By the test's own clock nothing can be said: Ray's
+    workers start at the lowest priority, and a busy machine takes minutes for it.
+    """
     job = small_job(tmp_path / "run")
     trainer = TorchTrainer(
         _shifted,
         train_loop_config={"job": job, "hurried": hurried},
+        torch_config=TorchConfig(timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name="train", storage_path=str(tmp_path / "students")),
     )
-    start = time.monotonic()
     found = trainer.fit()
-    assert time.monotonic() - start < 120
     manifest = Artifact(job.run / job.rows[0][0].folder, "train").require()
     assert manifest["epochs"] == EPOCHS and not manifest["diverged"]
     assert (found.checkpoint is not None) == (hurried == 0)
@@ -116,8 +121,8 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     (row, facts) = job.rows[0]
     job.run.remove("labels/labels-000001.parquet")
     again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
-    start = time.monotonic()
+    deaths = job.run.read("events.jsonl").count(b"worker lost")
     with pytest.raises(ValueError, match=r"^\S*labels-000001\.parquet is missing, with the labels of epochs 2 to 3"):
         train._fit(run, [[again]])
-    assert time.monotonic() - start < 60
+    assert job.run.read("events.jsonl").count(b"worker lost") == deaths  # it was not tried again
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said
