@@ -227,9 +227,9 @@ def start_ray(processes: int, store_bytes: int | None = None) -> None:
         address="local", num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         object_store_memory=store_bytes,
     )  # fmt: skip
-    from ddoq_ray.execution.session import _quiet_ray_data
+    from ddoq_ray.execution import quiet
 
-    _quiet_ray_data()
+    quiet.ray_data()
 
 
 def save_encoder(folder: Path, width: int) -> None:

@@ -144,6 +144,30 @@ def compared(rows: Sequence[Row]) -> dict[str, str]:
     return {"digits-compare": markdown(head, lines)}
 
 
+def scale(rows: Sequence[Row]) -> dict[str, str]:
+    """Efficiency over workers, what a death costs, and the driver's memory over keys."""
+    of = {part: [row for row in rows if row["part"] == part] for part in ("scaling", "death", "keys")}
+    lines = [
+        [row["stage"], str(row["workers"]), f"{row['efficiency']:.3f}", f"{row['of_ideal']:.3f}",
+         f"{row['overhead_ms_per_chunk']:.1f}", f"{row['driver_ms_per_chunk']:.1f}", f"{row['start_s']:.1f}"]
+        for row in of["scaling"]
+    ]  # fmt: skip
+    head = ["stage", "workers", "efficiency", "of ideal", "overhead, ms a unit", "driver, CPU ms a unit", "start, s"]
+    deaths = [[row["stage"], str(row["workers"]), f"{row['lost_s']:.1f}"] for row in of["death"]]
+    grown = [
+        [row["stage"], f"{row['keys']:,}", f"{row['chunks']:,}", f"{row['driver_peak_bytes'] / 1e6:.0f}",
+         f"{row['growth']:.3f}" if "growth" in row else "", f"{row['chunks'] / row['span_s']:.0f}",
+         f"{row['driver_ms_per_chunk']:.1f}"]
+        for row in of["keys"]
+    ]  # fmt: skip
+    keys = ["stage", "keys", "units", "driver's peak, MB", "beside a tenth", "units a second", "driver, CPU ms a unit"]
+    return {
+        "scale-workers": markdown(head, lines),
+        "scale-deaths": markdown(["stage", "workers", "time lost to a death, s"], deaths),
+        "scale-keys": markdown(keys, grown),
+    }
+
+
 # Page, result file, and what makes the page's tables from its rows, by name.
 SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),

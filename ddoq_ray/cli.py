@@ -85,15 +85,15 @@ def _in_words(args: list[str]) -> int:
     except Exception as error:
         told = user_error(error)
         if told is not None:
-            emit(f"ddoq-ray: error: {told}", sys.stderr)
+            _tell(f"error: {told}")
             return 2
+        if isinstance(error, NoWorkers):  # before signals: one is how a run is got out of its wait
+            _tell(f"error: {error}")
+            return 3
         if signals.received() is not None:  # a library's own error on the way out
             return _interrupted(again)
-        if isinstance(error, NoWorkers):
-            emit(f"ddoq-ray: error: {error}", sys.stderr)
-            return 3
         if words := _lost():
-            emit(f"ddoq-ray: error: {words}", sys.stderr)
+            _tell(f"error: {words}")
             return 1
         raise
     return 0
@@ -103,8 +103,14 @@ def _interrupted(goes_on: bool) -> int:
     number = signals.received() or signal.SIGINT
     what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     again = "goes on where this one stopped" if goes_on else "begins anew"
-    emit(f"ddoq-ray: {what}; the same command again {again}", sys.stderr)
+    _tell(f"{what}; the same command again {again}")
     return 128 + number
+
+
+def _tell(words: str) -> None:
+    from ddoq_ray.execution.console import say  # tqdm is not for --help
+
+    say(f"ddoq-ray: {words}")
 
 
 def _lost() -> str:

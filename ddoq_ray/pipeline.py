@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,11 @@ from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.compose import load_config, parts_of, to_yaml
 from ddoq_ray.config.methods import SPECS
 from ddoq_ray.config.run import configured
-from ddoq_ray.execution import lease, networks, places, signals
-from ddoq_ray.execution.console import doing
+from ddoq_ray.execution import lease, metrics, networks, places, signals
+from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
+from ddoq_ray.execution.waiting import patience
 from ddoq_ray.execution.workers import Events, say
 from ddoq_ray.provenance import commit
 from ddoq_ray.stages import demands
@@ -29,16 +31,18 @@ from ddoq_ray.stages.cells import cells, label_key, methods, own_set
 from ddoq_ray.stages.encode import heldout
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.evaluate import step as evaluate
+from ddoq_ray.stages.given import step as given
 from ddoq_ray.stages.label import step as label
 from ddoq_ray.stages.label import teacher_check
 from ddoq_ray.stages.prepare import mapping
 from ddoq_ray.stages.prepare import step as prepare
 from ddoq_ray.stages.quantize import step as quantize
 from ddoq_ray.stages.quantize.memory import check_memory
-from ddoq_ray.stages.report import comparison
+from ddoq_ray.stages.recover import step as recover
+from ddoq_ray.stages.report import comparison, trackers
 from ddoq_ray.stages.report import step as report
 from ddoq_ray.stages.select import step as select
-from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.step import ImageSetStep, Step
 from ddoq_ray.stages.synthesize import step as synthesize
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train.ahead import set_size
@@ -48,6 +52,12 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
+SOURCES = (
+    synthesize.Synthesize,
+    recover.Recover,
+    select.Select,
+    given.Given,
+)  # of image sets, in the order in which they work
 CONFIG_CHECK = "# sha256 of the above: "
 
 
@@ -60,18 +70,22 @@ def steps(config: RunConfig) -> list[Step]:
         parts = [step for part in config.parts() for step in steps(part)]
         return list({(step.name, step.place): step for step in parts}.values())
     found: list[Step] = [prepare.Prepare(), encode.Encode()]
-    sets: dict[Place, synthesize.Synthesize | select.Select] = {}
+    sets: dict[Place, ImageSetStep] = {}
     for method in methods(config):
         for draw, place in enumerate(method.sets):
             if place not in sets and method.spec.images == "synthesize":
-                found.append(quantize.Quantize(method.spec, place))
-                sets[place] = synthesize.Synthesize(place)
+                if method.spec.quantizer is not None:
+                    found.append(quantize.Quantize(method.spec, place))
+                sets[place] = synthesize.Synthesize(place, method.spec)
+            elif place not in sets and method.spec.images == "recover":
+                sets[place] = recover.Recover(method.spec, place)
+            elif place not in sets and method.spec.images == "given":
+                sets[place] = given.Given(method.spec, place)
             elif place not in sets:
                 sets[place] = select.Select(method.spec, place, draw)
     if own_set(config) not in sets and any("codebook" in method.spec.reads for method in methods(config)):
         found.append(quantize.Quantize(SPECS[config.own_method], own_set(config)))
-    found += [step for step in sets.values() if isinstance(step, synthesize.Synthesize)]
-    found += [step for step in sets.values() if isinstance(step, select.Select)]
+    found += sorted(sets.values(), key=lambda step: SOURCES.index(type(step)))
     labels = {place: label.Label(source, place, label_key(config)) for place, source in sets.items()}
     found += [*labels.values(), *([] if config.compared else [heldout.EncodeHeldout()])]
     by_place = {place.images: place for place in sets}
@@ -93,6 +107,8 @@ def run(config: RunConfig) -> str | None:
         ValueError: For anything that users can mend: data, configuration, permissions, class mappings.
     """
     start = time.time()
+    lines_as(config.cluster.log)
+    trackers.check(config.tracking)
     places.check_lasting(config.folder, "run_dir")
     places.check_apart(config)
     run_dir = Folder(config.folder)
@@ -100,21 +116,31 @@ def run(config: RunConfig) -> str | None:
     parts = parts_of(config)
     for part in parts:
         check_run_dir(part, run_dir, steps(part))
-    with lease.held(run_dir) as hold, doing("run"):
+    # A report of a run that is at work is made beside it, of what is finished; it writes nothing else there.
+    beside = lease.at_work(run_dir) if config.stages == ("report",) else ""
+    if beside:
+        say(f"report     {run_dir.uri} is at work ({beside}): of what is finished by now")
+        prepare.Prepare().artifact(run_dir).require()
+    with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
-        teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
         where = locate(config.cluster)
         if where is None and not ray.is_initialized():
             for part in parts:
                 demands.plan(part, steps(part), [own_node(config.cluster)], may_grow=False)
-        known = _known(parts, teacher) if config.prior.path is not None else None
-        with ray_session(config.cluster, where):
+        known = _known(parts) if config.prior.path is not None else None
+        own_session = not ray.is_initialized()
+        name = posixpath.basename(run_dir.uri)
+        with (
+            ray_session(config.cluster, where),
+            patience(config.cluster, own_session),
+            metrics.published(name) as hear,
+        ):
             fitted = _fit(parts)
             places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
-            events = Events(run_dir)
+            events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
-                path = _steps(config, fitted, run_dir, events, known, hold.check)
+                path = _steps(config, fitted, run_dir, events, known, hold.check if hold else None)
             except BaseException as error:
                 with contextlib.suppress(Exception):
                     events.add("run stopped", reason=type(error).__name__)
@@ -124,7 +150,7 @@ def run(config: RunConfig) -> str | None:
     return path
 
 
-def _known(parts: Sequence[RunConfig], teacher: bool) -> list[networks.Networks]:
+def _known(parts: Sequence[RunConfig]) -> list[networks.Networks]:
     """Facts of the networks of each part.
 
     Raises:
@@ -132,8 +158,9 @@ def _known(parts: Sequence[RunConfig], teacher: bool) -> list[networks.Networks]
     """
     found = []
     for part in parts:
-        found.append(networks.Inspection(part, teacher=teacher).result())
+        found.append(networks.Inspection(part, teacher=networks.asks_teacher(part)).result())
         networks.check_side(part, found[-1])
+        networks.check_methods(part, found[-1])
     return found
 
 
@@ -206,7 +233,7 @@ def _steps(
     run_dir: Folder,
     events: Events,
     known: Sequence[networks.Networks] | None,
-    still_ours: Callable[[], None],
+    still_ours: Callable[[], None] | None,
 ) -> str | None:
     """Prepare, then everything that is wanted.
 
@@ -214,7 +241,8 @@ def _steps(
         asked: The configuration as given, which is recorded.
         parts: The same, with pools that fit the cluster; of a comparison, each of its runs.
         known: Facts of the networks of each part; None where data is prepared for a prior that is yet to be chosen.
-        still_ours: Raises when another run has taken the run directory over.
+        still_ours: Raises when another run has taken the run directory over; None where another holds it, and this
+            one only reports.
     """
     wanted = set(asked.stages)
     with doing("prepare"):
@@ -229,6 +257,8 @@ def _steps(
     resolved = {f.teacher_id: mapping.resolve(data, f, required=wanted != {"prepare"}) for f in _each_teachers(known)}
     runs = [Run(part, run_dir, resolved[f.teacher_id], f, events) for part, f in zip(parts, known, strict=True)]
     planned = _each_once(runs)
+    if still_ours is None:
+        return _report(asked, planned, None if asked.compared else heldout.Heldout(runs[0]).left_alone())
     # Before anything is spent: sets that a student cannot take, a wrong class mapping, unreadable validation images.
     if "train" in wanted:
         counts = data.counts
@@ -272,11 +302,17 @@ def _work(
     if "evaluate" in wanted:
         with doing("evaluate"):
             evaluate.evaluate(students)
-    if unseen is not None:
-        return report.run(first, asked, unseen, planned[0][1])
-    if "report" in wanted and isinstance(asked, CompareConfig):
+    return _report(asked, planned, unseen) if "report" in wanted else None
+
+
+def _report(
+    asked: RunConfig, planned: Sequence[tuple[Run, Sequence[Step]]], unseen: heldout.Heldout | None
+) -> str | None:
+    """The page of a run or of a comparison; `unseen`: a run's held-out latents, on their way."""
+    if isinstance(asked, CompareConfig):
         return comparison.run(planned, asked)
-    return None
+    assert unseen is not None
+    return report.run(planned[0][0], asked, unseen, planned[0][1])
 
 
 def _each_teachers(known: Sequence[networks.Networks]) -> list[networks.Networks]:
@@ -347,9 +383,15 @@ def _distil(run: Run, planned: Sequence[Step]) -> None:
     if "synthesize" in wanted:
         with doing("synthesize"):
             synthesize.run(run, of_kind(synthesize.Synthesize, planned))
-        for step in of_kind(select.Select, planned):
+        for step in of_kind(recover.Recover, planned):
             with doing(step.method.name):
-                select.run(run, step)
+                recover.run(run, step)
+        for chosen in of_kind(select.Select, planned):
+            with doing(chosen.method.name):
+                select.run(run, chosen)
+        for other in of_kind(given.Given, planned):
+            with doing(other.method.name):
+                given.run(run, other)
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

@@ -13,20 +13,24 @@ from mkdocs.structure.files import File, Files
 from ddoq_ray.commands.help import command_help, help_text
 from ddoq_ray.commands.table import COMMANDS, RUN
 
-RESULTS = Path(__file__).resolve().parent.parent / "studies/results"
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS = ("studies/results", "benchmarks/results")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add keys.md, and the files under studies/results that pages show."""
+    """Add keys.md, and the results that pages show."""
     files.append(File.generated(config, "keys.md", content=keys_page()))
-    for file in sorted(RESULTS.glob("*.*")):
-        files.append(File.generated(config, f"studies/results/{file.name}", abs_src_path=str(file)))
+    for folder in RESULTS:
+        for file in sorted(file for file in (CHECKOUT / folder).glob("*.*") if file.suffix != ".md"):
+            files.append(File.generated(config, f"{folder}/{file.name}", abs_src_path=str(file)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links into studies/ lead out of this folder in a checkout; on the site they do not."""
-    return markdown.replace("](../studies/", "](studies/")
+    """Links to results lead out of this folder in a checkout; on the site they do not."""
+    for folder in RESULTS:
+        markdown = markdown.replace(f"](../{folder}/", f"]({folder}/")
+    return markdown
 
 
 def keys_page() -> str:

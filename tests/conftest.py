@@ -68,6 +68,7 @@ def ray_here() -> None:
     import ray
     import ray.data
 
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # for those that read them; Ray's is ten seconds
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else pages of it in every failure
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from support.planned import on_disk
 
 from ddoq_ray import pipeline
 from ddoq_ray.cli import main
+from ddoq_ray.commands import plan
 from ddoq_ray.config.compose import load_config
 
 ASSETS = Path(os.environ.get("DDOQ_ASSETS", Path(__file__).resolve().parents[2] / "shared/assets"))
@@ -44,6 +46,10 @@ def test_cifar10_from_shards_to_report(tmp_path: Path, ray_here: None) -> None:
         "teacher.min_top1=0",
     ]
     pipeline.run(load_config([*data, prior, teacher, *small, f"run_dir={tmp_path}/run"]))
+    config = load_config([*data, prior, teacher, *small, f"run_dir={tmp_path}/run"])
+    made, there = plan.plan(config), on_disk(config)
+    made.written.pop("prepare")  # the shards lie elsewhere
+    assert made.written == {name: pytest.approx(size, rel=0.2) for name, size in there.items()}, made.lines
     results = json.loads((tmp_path / "run/report/results.json").read_text())
     assert results["counts"]["train_images"] == 2000 and results["quarantine"]["samples"] == 0
     assert {r["method"] for r in results["rows"]} == {"ddoq", "ddoq-sqrt", "d4m", "random", "full"}

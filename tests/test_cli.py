@@ -125,7 +125,7 @@ def test_a_commands_help_names_each_of_its_keys_with_words() -> None:
             for r in command.reads:
                 assert any(k == r or (r.endswith(".") and k.startswith(r)) for k, _, _ in keys), (command.name, r)
     # Every key of a run is read by a stage, but for those that choose stages or are for a plan.
-    assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages", "cluster.calibration"}
+    assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages", "cluster.calibration", "cluster.gpu_gb"}
     assert "soft labels" in command_help(BY_NAME["label"]) and "\n  synthesizer." not in command_help(BY_NAME["label"])
 
 

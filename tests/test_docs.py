@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.published import SHAPES, planned
 
 from ddoq_ray.commands.table import COMMANDS
 
@@ -34,6 +35,19 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(word in keys for word in ("synthesizer.guide_until", "training.autoencoder_share", "dataset.heldout"))
     assert all(command.name in keys for command in COMMANDS)
     assert (tmp_path / "site/studies/results/theory-weights.svg").exists()
+
+
+def test_the_bytes_of_the_published_runs_are_those_of_a_plan() -> None:
+    """To two digits."""
+    text = (CHECKOUT / "docs/reproduce.md").read_text().split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
+    assert [(line[0], line[1]) for line in lines] == [(name, ipc) for name in SHAPES for ipc in ("10", "50")]
+    for name, ipc, *told in lines:
+        made, logits = planned(name, int(ipc))
+        images = made["synthesize"] + made["select"]
+        is_ = [made["encode"], made["quantize"], images, made["label"], logits]
+        said = [float(cell.removesuffix(" GB").replace(",", "")) for cell in told]
+        assert said == pytest.approx(is_, rel=0.05), (name, ipc, is_)
 
 
 def test_the_tutorial_runs(capsys: pytest.CaptureFixture[str]) -> None:

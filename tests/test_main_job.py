@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.damage import KINDS, WAYS, damage
 from support.identities import left_out
+from support.planned import on_disk
 from support.recording import recording
 
 from ddoq_ray import pipeline
@@ -24,6 +25,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.core.labels import LogitsCodec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.image_set import load_image_arrays
+from ddoq_ray.execution import lease
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.storage.at_rest import Seen
@@ -243,21 +245,40 @@ def test_status_tells_what_is_done_and_what_is_left(copy: Path, capsys: pytest.C
     assert lines["train"].startswith("train      done, 10 of 10") and lines["report"].endswith("done")
 
 
+def test_a_report_of_a_run_at_work_tells_what_is_finished_and_touches_nothing_else(run: Path, tmp_path: Path) -> None:
+    """As in the middle of training: one student is not there yet, and nothing was evaluated."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/report")
+    (tmp_path / f"run/{STUDENT}-seed1/manifest.json").unlink()
+    holder = lease.Lease(Folder(str(tmp_path / "run")))
+    holder.acquire()
+
+    def there() -> dict[str, int]:
+        files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and "report" not in p.parts]
+        return {str(p): p.stat().st_mtime_ns for p in files if p.name != "lease.json"}
+
+    before = there()
+    try:
+        pipeline.run(load_config([*SMALL, f"run_dir={tmp_path}/run", "stages=[report]", "tracking=tensorboard"]))
+        assert there() == before and (tmp_path / "run/lease.json").exists()
+    finally:
+        holder.release()
+    results = json.loads((tmp_path / "run/report/results.json").read_text())
+    assert results["rows"] == [] and len(results["classes"]) == 20 and results["heldout"]["images"] == 497
+    assert len(results["curves"]) == 9 and (tmp_path / "run/report/index.html").stat().st_size > 10_000
+    assert len(list((tmp_path / "run/report/tensorboard").iterdir())) == 10  # nine students, and the results
+    with pytest.raises(ValueError, match="another run holds"):
+        holder.acquire()
+        pipeline.run(load_config([*SMALL, f"run_dir={tmp_path}/run", "stages=[evaluate,report]"]))
+    holder.release()
+
+
 def test_plan_and_run_agree_on_bytes(run: Path) -> None:
     config = load_config([*SMALL, f"run_dir={run}"])
     made = plan.plan(config)
     assert made.problems == []
-    there: dict[str, int] = {}
-    for step in pipeline.steps(config):
-        files = [
-            p
-            for p in (run / step.place).rglob("*")
-            if p.suffix in (".parquet", ".tar") or p.match("part-*.json") or p.match("labels-*.json")
-        ]
-        files = [p for p in files if step.name != "prepare" or p.parent.name == "train"]
-        if step.name in made.written:
-            there[step.name] = there.get(step.name, 0) + sum(p.stat().st_size for p in files)
-    assert set(there) == {"prepare", "encode", "heldout", "quantize", "synthesize", "select", "label"}
+    there = on_disk(config)
+    assert set(there) == {"prepare", "encode", "heldout", "quantize", "synthesize", "select", "label", "train"}
     assert made.written == {name: pytest.approx(size, rel=0.2) for name, size in there.items()}
 
 

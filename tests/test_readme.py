@@ -105,6 +105,29 @@ def compose(words: list[str]) -> Any:
     return configurations(command, line.words)[0][1] if line.several else command.compose(line.words)
 
 
+@pytest.mark.parametrize("page", [*PAGES, CHECKOUT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_every_block_of_commands_is_run_by_a_test_or_says_what_it_needs(page: Path) -> None:
+    text = page.read_text()
+    marks = re.findall(r"(?:<!-- (needs|run by): ([^>]+) -->\n)?```bash\n", text)
+    for how, what in marks:
+        assert how, f"{page}: a block of commands without <!-- needs: ... --> or <!-- run by: FILE -->"
+        if how == "run by":
+            assert all((CHECKOUT / file.strip()).is_file() for file in what.split(",")), what
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHECKOUT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_modules_and_targets_that_pages_name_are_there(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:benchmarks|studies)\.\w+)", text):
+        assert (CHECKOUT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    makefile = (CHECKOUT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)", text, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", (CHECKOUT / "pyproject.toml").read_text(), re.S)
+    for extra in re.findall(r'pip install "ddoq_ray\[(\w+)\]"', text):
+        assert extras and re.search(rf"^{extra} =", extras[1], re.M), extra
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p}: {' '.join(w)[:60]}" for p, w in COMMANDS])
 def test_every_command_shown_composes(page: str, words: list[str]) -> None:
     if {"--help", "--shell-completion"} & set(words):
@@ -118,11 +141,12 @@ def test_every_command_shown_composes(page: str, words: list[str]) -> None:
 
 
 def test_the_imagenet_commands_are_what_they_say() -> None:
-    found = [compose(w) for _, w in COMMANDS if "experiment=imagenet-1k-dit" in w]
-    assert len(found) == 5  # a run in README; in cluster/ what prepares, measures, plans and submits one
-    for c in found:
+    found = [(page, compose(w)) for page, w in COMMANDS if "experiment=imagenet-1k-dit" in w]
+    assert len(found) == 6  # a run in README, one in docs/; in cluster/ what prepares, measures, plans and submits one
+    for page, c in found:
         s = c.synthesizer
-        assert (c.prior.path, c.teacher.path) == ("facebook/DiT-XL-2-256", "torchvision:resnet18")
+        prior = "/shared/weights/DiT-XL-2-256" if page.startswith("docs/") else "facebook/DiT-XL-2-256"
+        assert (c.prior.path, c.teacher.path) == (prior, "torchvision:resnet18")
         assert (s.guidance, s.steps) == (4.0, 50) and s.strength * s.steps >= 25
         assert (c.student.arch, c.student.image_size) == ("resnet18", 224)
         assert (c.protocol.name, c.protocol.val_crop, c.weights.scheme) == ("ddoq-v1", 0.875, "sqrt")

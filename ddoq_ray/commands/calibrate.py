@@ -6,7 +6,7 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import require
 from ddoq_ray.execution.workers import say
 from ddoq_ray.provenance import hardware
-from ddoq_ray.storage.calibration import Rate, add_rates, asked_of, default_file
+from ddoq_ray.storage.calibration import BATCHES, Rate, add_rates, asked_of, default_file
 
 SECONDS = 6.0  # of each rate, about; five of them and loading make a minute
 
@@ -25,11 +25,32 @@ def main(config: RunConfig) -> None:
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name(0) if gpu else hardware()
     asked = asked_of(config)
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else 0
     rates: list[Rate] = []
     say(f"calibrate  on {device}: about a minute")
-    for what, per_second in measured(config, "cuda" if gpu else "cpu", SECONDS):
-        say(f"calibrate  {what:<8} {per_second:,.4g} {'image-steps' if what == 'denoise' else 'images'} a second")
-        rates.append({"what": what, "device": device, "gpu": gpu, "per_second": per_second, "asked": asked[what]})
+    try:
+        for what, per_second, peak in measured(config, "cuda" if gpu else "cpu", SECONDS):
+            held = f", {peak / 1e9:,.3g} GB of the GPU's {memory / 1e9:,.3g} GB" if gpu else ""
+            items = "image-steps" if what == "denoise" else "images"
+            say(f"calibrate  {what:<8} {per_second:,.4g} {items} a second{held}")
+            rates.append(
+                {
+                    "what": what,
+                    "device": device,
+                    "gpu": gpu,
+                    "per_second": per_second,
+                    "peak_bytes": peak,
+                    "memory_bytes": memory,
+                    "asked": asked[what],
+                }
+            )
+    except torch.OutOfMemoryError as error:
+        done = {rate["what"] for rate in rates}
+        at = next((what for what in BATCHES if what not in done), "the networks")
+        raise ValueError(
+            f"{at}: this GPU's {memory / 1e9:,.3g} GB are too few for its batch ({BATCHES.get(at, 'the networks')}); "
+            f"choose a smaller one. {' '.join(str(error).split())[:200]}"
+        ) from None
     path = config.cluster.calibration or default_file()
     add_rates(path, rates)
     say(f"calibrate  written to {path}, for runs of these networks and batches")

@@ -21,14 +21,14 @@ from ddoq_ray.config.cluster import ClusterConfig, TrainerResources
 from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.execution import signals
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
-from ddoq_ray.execution.workers import say
+from ddoq_ray.execution.workers import MAX_DEATHS, say
 from ddoq_ray.models.training.checkpoints import training_folder
 from ddoq_ray.models.training.data import Progress, TrainingSet
 from ddoq_ray.models.training.ranks import Ranks
 from ddoq_ray.stages import demands
 from ddoq_ray.stages.step import Ask
 from ddoq_ray.stages.train import ranks as ray_ranks
-from ddoq_ray.stages.train.fitting import MAX_DEATHS, fit
+from ddoq_ray.stages.train.fitting import fit
 
 TOLD = "told.json"  # in the training's folder: rank 0's last words
 LOOK_SECONDS = 0.5

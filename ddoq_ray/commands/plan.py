@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,11 +29,14 @@ from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.work import work_of
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact
-from ddoq_ray.storage.calibration import asked_of, default_file, rates_for, read_rates
+from ddoq_ray.storage.calibration import BATCHES, Rate, asked_of, default_file, rates_for, read_rates
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 GB = 10**9
+CONTEXT = 600_000_000  # of a GPU's memory, that CUDA and its libraries take in each process, about
+# What is measured -> the group of the workers that do it.
+WORKERS = {"encode": "encoder", "decode": "decoder", "denoise": "decoder", "label": "teacher", "train": "trainer"}
 
 
 @dataclass
@@ -104,7 +107,7 @@ def plan(config: RunConfig) -> Plan:
     sizes = Sizes(config, data, known)
     _bytes(made, config, wanted, sizes)
     _traffic(made, config, wanted, sizes)
-    _room(made, run_dir)
+    _room(made, run_dir, sizes)
     with made.looking():
         _quantizers(made, config, data, known, wanted)
     _workers(made, config, steps)
@@ -126,15 +129,16 @@ def _data(made: Plan, data: Data) -> None:
 
 def _networks(made: Plan, config: RunConfig, data: Data) -> networks.Networks | None:
     """The networks' facts; None where they cannot be had. Their places for the classes are looked up too."""
-    teacher = bool(set(config.stages) & {"label", "train", "evaluate"})
     if config.prior.path is None:
         made.problems.append("prior.path=null: a plan needs a prior")
         return None
     known = None
     with made.looking():
-        known = networks.Inspection(config, teacher=teacher).result()
+        known = networks.Inspection(config, teacher=networks.asks_teacher(config)).result()
     if known is None:
         return None
+    with made.looking():
+        networks.check_methods(config, known)
     if "prior_label" in known.prior_needs:
         with made.looking():
             resolve_mapping(data.classes, "prior_label", "prior", known.prior_classes, known.prior_labels)
@@ -160,7 +164,7 @@ def _bytes(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -
         made.say(
             "labels", f"{sizes.epochs:,} epochs of {sizes.centroids:,} images a set: {by_codec}; codec {sizes.codec}"
         )
-    made.say("bytes", f"in all     {_size(sum(made.written.values()))}, without checkpoints of students")
+    made.say("bytes", f"in all     {_size(sum(made.written.values()))}")
 
 
 def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> None:
@@ -172,16 +176,14 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes)
     log = sizes.latents([s.samples for s in sizes.data.train])
     quantizers = [s for s in steps if isinstance(s, Quantize)]
     for step in quantizers:
-        algorithm = step.algorithm(config)
+        algorithm, ipc = step.algorithm(config), step.sized(config).ipc
         times = (
             2.0
             if isinstance(algorithm, ClvqConfig)
-            else log_readings(
-                sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), config.ipc, sizes.dim)
-            )
+            else log_readings(sizes.data, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim))
         )
         read["latents for quantize"] = read.get("latents for quantize", 0.0) + times * log
-    sets = written.get("synthesize", 0) + written.get("select", 0)
+    sets = sum(written.get(name, 0) for name in ("synthesize", "select", "recover", "given"))
     if "label" in written:
         read["images for label"] = sets * config.labels.workers
     trained = [s for s in steps if s.name == "train"]
@@ -194,7 +196,7 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes)
     made.say("traffic", f"read {_size(sum(read.values()))} ({told}); written {_size(out)}")
 
 
-def _room(made: Plan, run_dir: Folder) -> None:
+def _room(made: Plan, run_dir: Folder, sizes: Sizes) -> None:
     """Whether what is still to be written fits a local disk."""
     if not run_dir.local:
         return
@@ -203,7 +205,9 @@ def _room(made: Plan, run_dir: Folder) -> None:
         place = os.path.dirname(place)
     free = shutil.disk_usage(place).free
     need = sum(amount for name, amount in made.written.items() if name != "prepare")  # which is there already
-    made.say("disk", f"{_size(free)} are free at {place}")
+    passing = sizes.checkpoints if "train" in made.written else 0
+    need += passing
+    made.say("disk", f"{_size(free)} are free at {place}; checkpoints, which go, take up to {_size(passing)} more")
     if need > free:
         made.problems.append(
             f"run_dir={run_dir.uri}: the run writes {_size(need)} and {_size(free)} are free; choose another run_dir, "
@@ -215,9 +219,9 @@ def _quantizers(made: Plan, config: RunConfig, data: Data, known: networks.Netwo
     """Memory of the quantizer actors of each codebook."""
     dim, rows = int(np.prod(known.latent_shape)), file_rows(config, known)
     for step in (s for s in steps if isinstance(s, Quantize)):
-        algorithm = step.algorithm(config)
-        parts = actors_parts(algorithm, len(data.classes), config.ipc, dim)
-        needs = plan_memory(config, algorithm, data, dim, rows, parts)
+        algorithm, sized = step.algorithm(config), step.sized(config)
+        parts = actors_parts(algorithm, len(data.classes), sized.ipc, dim)
+        needs = plan_memory(sized, algorithm, data, dim, rows, parts)
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 
@@ -243,10 +247,12 @@ def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) ->
     for gpu in (True, False):
         mine = {s: w for s, w in work.items() if (getattr(cluster, w.group).num_gpus > 0) == gpu}
         found = rates_for(read_rates(path), asked_of(config), gpu=gpu) if mine else {}
+        if gpu:
+            _gpu_memory(made, config, found)
         for device, rates in found.items():
             total = 0.0
             for stage, w in mine.items():
-                seconds = sum(n / rates[what] for what, n in w.items.items() if what in rates)
+                seconds = sum(n / rates[what]["per_second"] for what, n in w.items.items() if what in rates)
                 if not set(w.items) <= set(rates):
                     made.say("time", f"{stage:<10} not measured on {device}")
                     continue
@@ -264,6 +270,25 @@ def _time(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) ->
                 f"{', '.join(mine)}: no {'GPU' if gpu else 'processor'} rates of these settings in {path}; "
                 "`ddoq-ray calibrate` with the same keys measures them in a minute",
             )
+
+
+def _gpu_memory(made: Plan, config: RunConfig, found: Mapping[str, Mapping[str, Rate]]) -> None:
+    """Whether each worker's part of a GPU holds its network and batch, by what was measured."""
+    for device, rates in found.items():
+        for what, rate in rates.items():
+            group, peak = WORKERS[what], rate["peak_bytes"]
+            given = config.cluster.gpu_gb
+            whole = given * GB if given is not None else rate["memory_bytes"]
+            share = min(1.0, getattr(config.cluster, group).num_gpus)
+            if not peak or not whole:
+                continue
+            made.say("gpu", f"{what:<10} {_size(peak)} of {_size(whole * share)}, measured on {device}")
+            if peak + CONTEXT > whole * share:
+                part = "" if share == 1 else f" times cluster.{group}.num_gpus={share:g}"
+                made.problems.append(
+                    f"{what} takes {_size(peak)} of a GPU's memory (measured on {device}) and some {_size(CONTEXT)} "
+                    f"beside, and a worker has {_size(whole)}{part}: choose a smaller {BATCHES[what]}, or larger GPUs"
+                )
 
 
 def _size(amount: float) -> str:

@@ -34,6 +34,8 @@ UNITS = {
     "quantize": ("parts", layout.CODEBOOK_RECORDS),
     "synthesize": ("image shards", layout.IMAGE_SHARDS),
     "select": ("image shards", layout.IMAGE_SHARDS),
+    "recover": ("image shards", layout.IMAGE_SHARDS),
+    "given": ("image shards", layout.IMAGE_SHARDS),
     "label": ("files", layout.LABEL_RECORDS),
 }
 

@@ -80,7 +80,7 @@ def _stage(name: str, words: str, reads: str) -> Command:
         use=f"ddoq-ray {name} run_dir=FOLDER key=value ...",
         about=f"The stage `{name}` of a run: {words}. The stages before it must be done in run_dir; give the keys that "
         "they were given, which config.yaml there holds. The keys that it reads:",
-        reads=("run_dir", *reads.split(), "overwrite"),
+        reads=("run_dir", *reads.split(), "overwrite", "cluster.log"),
         means=(f"stages=[{name}]",),
     )
 
@@ -112,39 +112,39 @@ STAGE_COMMANDS = (
     _stage(
         "quantize",
         "latents to centroids, counts and weights, for each method that has a codebook",
-        "seed ipc small_class baselines dataset. latents. prior. quantizer. weights.scheme cluster.address "
+        "seed ipc small_class baselines images. dataset. latents. prior. quantizer. weights.scheme cluster.address "
         "cluster.num_cpus cluster.threads cluster.quantizer.",
     ),
     _stage(
         "synthesize",
-        "centroids to images, and the baselines' choices of real images",
-        "seed ipc small_class baselines num_seeds dataset. prior. encoder.resize synthesizer. weights.scheme "
-        "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.decoder. "
-        "cluster.reader.",
+        "centroids to images, and the images of every other method",
+        "seed ipc small_class baselines images. rded. recovery. num_seeds dataset. prior. encoder.resize synthesizer. "
+        "teacher. labels.workers weights.scheme cluster.address cluster.num_cpus cluster.threads cluster.wait_s "
+        "cluster.give_up_s cluster.decoder. cluster.reader. cluster.teacher.",
     ),
     _stage(
         "label",
         "soft labels of seeded views of every image set, by the teacher",
-        f"seed ipc baselines num_seeds dataset. prior. teacher. labels. weights.scheme {_VIEWS}"
+        f"seed ipc baselines images. num_seeds dataset. prior. teacher. labels. weights.scheme {_VIEWS}"
         "cluster.address cluster.num_cpus cluster.threads cluster.wait_s cluster.give_up_s cluster.teacher.",
     ),
     _stage(
         "train",
         "students on every image set, by Ray Train",
-        "seed ipc baselines num_seeds max_bad_fraction dataset. prior. encoder.resize teacher.path labels.mode "
+        "seed ipc baselines images. num_seeds max_bad_fraction dataset. prior. encoder.resize teacher.path labels.mode "
         "weights. student. protocol. cluster.address cluster.num_cpus cluster.trainer.",
     ),
     _stage(
         "evaluate",
         "accuracy of the students on real validation images",
-        "ipc baselines num_seeds max_bad_fraction dataset. prior. teacher.path weights.scheme student. "
+        "ipc baselines images. num_seeds max_bad_fraction dataset. prior. teacher.path weights.scheme student. "
         "protocol.val_crop cluster.address cluster.num_cpus cluster.threads cluster.evaluator.",
     ),
     _stage(
         "report",
         "results.json, the page and the table, with the codebooks measured on unseen images",
-        "seed ipc baselines num_seeds dataset. latents. prior. encoder. teacher.path weights.scheme student. "
-        "report. cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
+        "seed ipc baselines images. num_seeds dataset. latents. prior. encoder. teacher.path weights.scheme student. "
+        "report. tracking cluster.address cluster.num_cpus cluster.threads cluster.reader. cluster.encoder.",
     ),
 )
 COMMANDS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddoq_ray.config.presets import AUTOENCODER, OWN, own_settings, preset_of
+from ddoq_ray.config.presets import ABLATION, AUTOENCODER, OWN, own_settings, preset_keys, preset_of
 from ddoq_ray.config.run import RunConfig
 
 ELSEWHERE = ("ddoq-sqrt", "d4m", "random")  # baselines: `full` holds all real images in memory
@@ -36,12 +36,21 @@ _OWN_KEYS = {"prior": ("prior.path",), "teacher": ("teacher.path",), "student": 
 
 def own_data(given: Given) -> bool:
     """Whether other data than the digits is asked for, and no experiment by name that brings its settings."""
-    if given.get("experiment") is not None:
+    if given.get("experiment") is not None and ablation_of(given) is None:
         return False
     kinds = {given.get("dataset", "digits"), given.get("dataset.source", "digits")}
     return bool(kinds - {"digits"}) or any(
         given.get(key) is not None for key in ("dataset.path", "dataset.torchvision")
     )
+
+
+def ablation_of(given: Given) -> Mapping[str, Any] | None:
+    """The keys that an ablation changes, dotted; None where no ablation is asked for.
+
+    An ablation changes one thing of a run, on whatever data and with whatever networks: it brings neither.
+    """
+    name = str(given.get("experiment") or "")
+    return preset_keys("experiment", name) if name.startswith(ABLATION) else None
 
 
 def implied(given: Given) -> list[tuple[str, Any]]:
@@ -50,9 +59,10 @@ def implied(given: Given) -> list[tuple[str, Any]]:
     Raises:
         ValueError: The folder of a prior says something that no run can be given.
     """
-    before = _of_prior(given)
+    ablated = ablation_of(given) or {}  # what an ablation changes comes after what a prior brings
+    before = [(key, value) for key, value in _of_prior(given) if key not in ablated]
     if own_data(given):
-        if "baselines" not in given:
+        if "baselines" not in {*given, *ablated}:
             before.append(("baselines", ELSEWHERE))
         if "prior" not in given and given.get("prior.path") is None:
             before.append(("prior", OWN))

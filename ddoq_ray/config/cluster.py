@@ -67,11 +67,15 @@ class ClusterConfig:
     calibration: str | None = option(
         None, "file of measured rates that calibrate writes and plan reads; by default in the user's cache folder"
     )
+    gpu_gb: float | None = option(
+        None, "memory of one of the cluster's GPUs in GB, for plan; by default that of the GPU that was calibrated"
+    )
     wait_s: float = option(30.0, "after so long without a worker (or with fewer than its least) a pool says why")
     give_up_s: float | None = option(
         None,
         "after so long without a worker the run ends; by default 120 on this machine's own Ray, never on a cluster",
     )
+    log: Literal["text", "json"] = option("text", "the lines on stderr: words, or json, an object a line without bars")
     threads: int = option(1, "torch threads in an actor; part of what makes outputs the same bytes")
     reader: WorkerResources = option(WorkerResources(0.5), "tasks that read and decode shards")
     encoder: WorkerResources = option(WorkerResources(0.2), "encoder actors")
@@ -87,6 +91,7 @@ class ClusterConfig:
             f"cluster.address={self.address}: expected local, auto or HOST:PORT",
         )
         require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
+        require(self.gpu_gb is None or self.gpu_gb > 0, f"cluster.gpu_gb={self.gpu_gb}: expected more than 0, or null")
         require(self.wait_s > 0, f"cluster.wait_s={self.wait_s}: expected more than 0 seconds")
         require(
             self.give_up_s is None or self.give_up_s > 0,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from ddoq_ray.config.methods import METHODS
+from ddoq_ray.config.methods import METHODS, SPECS, MethodSpec
 from ddoq_ray.config.models import TeacherConfig
 from ddoq_ray.config.paths import plain_path
 from ddoq_ray.config.presets import choices, config_dir
@@ -39,6 +39,11 @@ class PartConfig(RunConfig):
         twice = sorted({m for m in self.methods if self.methods.count(m) > 1})
         require(not twice, f"methods names {', '.join(twice)} twice")
         super().__post_init__()
+
+    @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods of this part, and the set of `images.path`."""
+        return (*(SPECS[name] for name in self.methods), *self.given)
 
     @property
     def folder(self) -> str:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ddoq_ray.config.asking import ask, implied
+from ddoq_ray.config.asking import ablation_of, ask, implied
 from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.grammar import kind_of, nested, read, written
@@ -169,13 +169,19 @@ def _check_networks(config: RunConfig) -> None:
     for group, needing in (("prior", wanted - {"prepare"}), ("teacher", MEASURED & wanted)):
         if getattr(config, group).path is None and needing:
             raise ValueError(f"{group}.path=null: {', '.join(sorted(needing))} need one; leave it out, or give a path")
+    asking = config.methods_of("teacher") if "synthesize" in wanted else []
+    if config.teacher.path is None and asking:
+        raise ValueError(
+            f"teacher.path=null: {', '.join(asking)} ask a teacher for images; give a path, or leave them out of "
+            "baselines"
+        )
 
 
 def _check_experiment(given: Mapping[str, Any], values: Mapping[str, Any], cls: type) -> None:
-    name = given.get("experiment")
-    if cls is RunConfig and name is not None and {"methods", "ipcs"} & set(values) - set(given):
-        raise ValueError(f"experiment={name} is a comparison: `ddoq-ray compare experiment={name}`")
-    if not given.get("experiment", "digits").startswith("digits") and not {"dataset", "dataset.path"} & set(given):
+    named = given.get("experiment", "digits")
+    if cls is RunConfig and "experiment" in given and {"methods", "ipcs"} & set(values) - set(given):
+        raise ValueError(f"experiment={named} is a comparison: `ddoq-ray compare experiment={named}`")
+    if not named.startswith("digits") and ablation_of(given) is None and not {"dataset", "dataset.path"} & set(given):
         raise ValueError(
             f"experiment={given['experiment']} needs data: give dataset.path and dataset.val_path (shards with a "
             "classes.json, or what `ddoq-ray prepare` wrote)"

@@ -36,7 +36,9 @@ class DatasetConfig:
         0.0, "training images to hold out for validation where the source has none: a part (0.1) or a number a class"
     )
     resort: bool = option(False, "write given WebDataset shards anew, sorted by class and shuffled within each")
-    shard_samples: int = option(10_000, "samples in a shard that is written, at most")
+    shard_samples: int = option(
+        10_000, "samples in a shard that is written, at most; fewer where 32 shards of 500 or more can be made"
+    )
     shard_mb: int = option(256, "megabytes in a shard that is written, at most (but always one sample)")
 
     def __post_init__(self) -> None:

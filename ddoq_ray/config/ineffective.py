@@ -83,6 +83,11 @@ _RULES: tuple[Rule, ...] = (
     ("dataset.heldout", lambda c: c.dataset.val_path is not None, _fixed("dataset.val_path gives validation images")),
     *(rule for key in ("resort", *WRITTEN) for rule in _packing(key)),
     (
+        "tracking",
+        lambda c: "report" not in c.stages,
+        lambda _: "without the stage report, which hands results over; leave it out, or add report to stages",
+    ),
+    (
         "latents.keep",
         lambda c: c.latents.path is not None and not c.latents.keep,
         lambda _: "with latents.path: a run never removes another run's latents; leave it out",
@@ -145,6 +150,13 @@ _RULES: tuple[Rule, ...] = (
         "weights.cutmix",
         lambda c: not c.protocol.cutmix and not c.protocol.mixup,
         _fixed("protocol.cutmix=false pastes nothing"),
+    ),
+    ("images.name", lambda c: c.images.path is None, lambda _: "without images.path; set images.path too"),
+    ("rded.", lambda c: "rded" not in c.methods, _fixed("`rded` is not among baselines")),
+    (
+        "recovery.",
+        lambda c: not {"sre2l", "cda"} & set(c.methods),
+        _fixed("neither `sre2l` nor `cda` is among baselines"),
     ),
     ("protocol.full_epochs", lambda c: "full" not in c.methods, _fixed("`full` is not among baselines")),
     ("protocol.step_factor", lambda c: c.protocol.schedule != "step", _fixed("protocol.schedule is not step")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 
 PRIOR_JSON = "ddoq_prior.json"
 OWN = "own"  # the choice for a prior that has no preset
+ABLATION = "ablation/"  # experiments that change one thing of a run
 AUTOENCODER = "autoencoder"  # the choice for a folder of an autoencoder alone
 # What belongs to a prior: how it is run, and how a picture becomes its square.
 BROUGHT = {
@@ -47,7 +49,25 @@ def groups_of(cls: type) -> tuple[str, ...]:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    return tuple(sorted(p.stem for p in (config_dir() / group).glob("*.yaml")))
+    """The names of a group's files; of those in a folder of it, such as experiment/ablation/, with the folder's."""
+    folder = config_dir() / group
+    names = (p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    return tuple(sorted(names, key=lambda name: ("/" in name, name)))
+
+
+@cache
+def preset_keys(group: str, name: str) -> dict[str, Any]:
+    """The keys that a choice's file itself sets, dotted."""
+    values = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text()) or {}
+
+    def leaves(part: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            elif key != "defaults":
+                yield f"{prefix}{key}", value
+
+    return dict(leaves(values, ""))
 
 
 @cache

@@ -95,7 +95,22 @@ class FaissConfig(QuantizerConfig):
     name: str = option("faiss", _NAME)
 
 
+@dataclass(frozen=True)
+class BalancedConfig(QuantizerConfig):
+    name: str = option("balanced", _NAME)
+    rounds: int = option(30, "rounds of transport and barycentric means, at most")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rounds >= 0, f"quantizer.rounds={self.rounds}: expected 0 or more")
+        require(
+            not self.shrink,
+            "quantizer.shrink=true with quantizer.name=balanced: it draws centroids by what their Voronoi cells hold, "
+            "and these are made for uniform weights; choose one",
+        )
+
+
 _ALGORITHMS: tuple[type[QuantizerConfig], ...] = (
-    ClvqConfig, GramConfig, MinibatchKmeansConfig, KmeansConfig, FaissConfig,
+    ClvqConfig, GramConfig, MinibatchKmeansConfig, KmeansConfig, FaissConfig, BalancedConfig,
 )  # fmt: skip
 QUANTIZERS: dict[str, type[QuantizerConfig]] = {algorithm.name: algorithm for algorithm in _ALGORITHMS}

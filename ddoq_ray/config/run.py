@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
+from ddoq_ray.config.baselines import ImagesConfig, RdedConfig, RecoveryConfig
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import EncoderConfig, LatentsConfig
-from ddoq_ray.config.methods import METHODS, own_method
+from ddoq_ray.config.methods import GIVEN, METHODS, SPECS, MethodSpec, own_method
 from ddoq_ray.config.models import PriorConfig, TeacherConfig
 from ddoq_ray.config.paths import plain_paths
 from ddoq_ray.config.quantizer import QUANTIZERS, ClvqConfig, QuantizerConfig
@@ -38,6 +39,9 @@ class RunConfig:
     )
     num_seeds: int = option(3, "students of each method, with seeds 0 to num_seeds - 1")
     max_bad_fraction: float = option(0.01, "stop when more than this part of the samples is refused")
+    tracking: Literal["tensorboard", "wandb", "mlflow"] | None = option(
+        None, "hand the report's curves, table and sample images to a tracker too, by an extra of this package"
+    )
     overwrite: bool = option(False, "make anew a stage that another configuration made in the same run_dir")
     dataset: DatasetConfig = option(DatasetConfig, "what is distilled")
     latents: LatentsConfig = option(LatentsConfig, "the latent store")
@@ -45,6 +49,9 @@ class RunConfig:
     encoder: EncoderConfig = option(EncoderConfig, "images to latents")
     quantizer: QuantizerConfig = option(ClvqConfig, "latents to centroids and weights")
     synthesizer: SynthesizerConfig = option(SynthesizerConfig, "centroids to images")
+    images: ImagesConfig = option(ImagesConfig, "a set that another method made")
+    rded: RdedConfig = option(RdedConfig, "the method rded")
+    recovery: RecoveryConfig = option(RecoveryConfig, "the methods sre2l and cda")
     teacher: TeacherConfig = option(TeacherConfig, "the network that labels")
     labels: LabelsConfig = option(LabelsConfig, "soft labels")
     weights: WeightsConfig = option(WeightsConfig, "weights of the images in the student's loss")
@@ -73,6 +80,10 @@ class RunConfig:
         unknown = [m for m in self.baselines if m not in METHODS]
         require(not unknown, f"baselines={unknown}: expected some of {', '.join(METHODS)}")
         require(
+            self.images.name not in METHODS,
+            f"images.name={self.images.name} is a method's own word; choose another for the set of images.path",
+        )
+        require(
             "full" not in self.methods or self.protocol.steps is not None or self.protocol.full_epochs is not None,
             "protocol.full_epochs is not set, and the row `full` needs it: set it, or leave `full` out of baselines",
         )
@@ -99,8 +110,23 @@ class RunConfig:
         return own_method(self.weights.scheme)
 
     @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods of this run: its own first, its baselines, and the set of `images.path`."""
+        known = [SPECS[name] for name in dict.fromkeys((self.own_method, *self.baselines))]
+        return (*known, *self.given)
+
+    @property
+    def given(self) -> tuple[MethodSpec, ...]:
+        """The set of `images.path`, as a method; empty without one."""
+        return (replace(GIVEN, name=self.images.name),) if self.images.path is not None else ()
+
+    @property
     def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.own_method, *self.baselines)))
+        return tuple(spec.name for spec in self.specs)
+
+    def methods_of(self, read: str) -> list[str]:
+        """The methods whose images are made from what `read` names: `latents`, `codebook` or `teacher`."""
+        return [spec.name for spec in self.specs if read in spec.reads]
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:

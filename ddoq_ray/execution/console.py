@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,17 +22,38 @@ MARKS, MARK_SECONDS = 32, 2.0  # the rate is that of the last marks, which lie s
 # What is waited for, in words; empty when nothing is. The Ray session sets it.
 waits: list[Callable[[], str]] = []
 
+# Who looks at the counts, about once a second and when one ends. The metrics do.
+watchers: list[Callable[[Progress], None]] = []
+
+_as_json = False
 _doing: list[_Activity] = []
 _lock = threading.Lock()
 _ticker: threading.Thread | None = None
-_spoken = time.monotonic()
+_spoken = _moved = time.monotonic()
 
 
-def say(text: str) -> None:
-    """One line for the user; on stderr, so that stdout holds the result only."""
+def lines_as(form: str) -> None:
+    """How lines are written from now on: `text`, or `json`, an object a line and no bars."""
+    global _as_json
+    _as_json = form == "json"
+
+
+def say(text: str, **facts: Any) -> None:
+    """One line for the user, its first word the stage; on stderr, so that stdout holds the result only.
+
+    Args:
+        facts: The same in figures; only JSON lines have them.
+    """
     global _spoken
     _spoken = time.monotonic()
-    tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else emit(text, sys.stderr)
+    if _as_json:
+        stage, _, words = text.partition(" ")
+        line = {"time": round(time.time(), 3), "stage": stage.rstrip(":"), "text": words.strip(), **facts}
+        emit(json.dumps(line, default=str), sys.stderr)
+    elif sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
+    else:
+        emit(text, sys.stderr)
 
 
 class _Activity:
@@ -57,14 +80,17 @@ class Progress(_Activity):
     Attributes:
         done: Items that are finished, those that an earlier run finished among them.
         workers: How many are ready; set by a pool, None for whatever has none.
+        measured: Sums of what came with the items of this run (bytes, samples refused), and means so far (distortion).
     """
 
     def __init__(self, stage: str, total: int | None, unit: str) -> None:
         self.total, self.unit = total, unit
         self.done = self.before = 0
         self.workers: int | None = None
+        self.measured: dict[str, float] = {}
+        self._counts: dict[str, float] = {}  # of what the means are
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _as_json:
             self.bar = tqdm(total=total, desc=f"{stage:<10}", unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
         super().__init__(stage)
         self.last = self.moved = self.start
@@ -80,10 +106,14 @@ class Progress(_Activity):
             self.bar.n += n
             self.bar.refresh()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
+    def advance(self, n: int = 1, note: str = "", **more: float) -> None:
+        """`n` items are done; `more` came with them, and is added up in `measured`."""
+        global _moved
         self.done += n
+        for name, amount in more.items():
+            self.measured[name] = self.measured.get(name, 0.0) + amount
         if n:
-            self.moved = time.monotonic()
+            self.moved = _moved = time.monotonic()
             if self.moved - self.marks[-1][0] >= MARK_SECONDS:
                 self.marks.append((self.moved, self.done))
         if self.bar is not None:
@@ -92,6 +122,14 @@ class Progress(_Activity):
             self.bar.update(n)
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self._line(note)
+
+    def average(self, name: str, mean: float, count: float) -> None:
+        """Take the mean of `count` more values into that of all so far, in `measured`."""
+        before = self._counts.get(name, 0.0)
+        self._counts[name] = before + count
+        if self._counts[name]:
+            so_far = before * self.measured.get(name, 0.0) + count * mean
+            self.measured[name] = so_far / self._counts[name]
 
     def _line(self, note: str = "") -> None:
         self.last = time.monotonic()
@@ -106,7 +144,13 @@ class Progress(_Activity):
             f"{seconds:.0f} s",
             f"{span(left / rate)} left" if rate and left > 0 else "",
         ]
-        say(f"{self.stage:<10} {', '.join(filter(None, parts))}{f' ({note})' if note else ''}")
+        facts = {"done": self.done, "total": self.total, "unit": self.unit, "seconds": round(seconds, 3)}
+        say(
+            f"{self.stage:<10} {', '.join(filter(None, parts))}{f' ({note})' if note else ''}",
+            **facts,
+            workers=self.workers,
+            **self.measured,
+        )
 
     def rate(self) -> float:
         """Items a second of late, up to now; 0 when that is not known. A pool that grows is not its own average."""
@@ -133,6 +177,7 @@ class Progress(_Activity):
 
     def close(self, note: str = "") -> None:
         _end(self)
+        _show([self])
         if self.bar is not None:
             self.bar.close()
         else:
@@ -167,8 +212,15 @@ def doing(stage: str) -> Iterator[None]:
         _end(activity)
 
 
+def at_rest() -> tuple[str, float]:
+    """The newest activity's stage, and for how many seconds nothing has begun, ended or advanced."""
+    with _lock:
+        return (_doing[-1].stage if _doing else ""), time.monotonic() - _moved
+
+
 def _begin(activity: _Activity) -> None:
-    global _ticker
+    global _ticker, _moved
+    _moved = time.monotonic()
     with _lock:
         _doing.append(activity)
         if _ticker is None or not _ticker.is_alive():
@@ -177,9 +229,19 @@ def _begin(activity: _Activity) -> None:
 
 
 def _end(activity: _Activity) -> None:
+    global _moved
+    _moved = time.monotonic()
     with _lock:
         if activity in _doing:
             _doing.remove(activity)
+
+
+def _show(counts: Sequence[Progress]) -> None:
+    """Tell the watchers; what fails there is no reason to stop the work."""
+    for watch in list(watchers):
+        for count in counts:
+            with suppress(Exception):
+                watch(count)
 
 
 def _tick() -> None:
@@ -187,6 +249,8 @@ def _tick() -> None:
         time.sleep(min(1.0, SILENCE_SECONDS / 4))
         with _lock:
             activity = _doing[-1] if _doing else None
+            counts = [each for each in _doing if isinstance(each, Progress)]
+        _show(counts)
         if activity is None or time.monotonic() - max(_spoken, activity.start) < SILENCE_SECONDS:
             continue
         try:

@@ -226,6 +226,12 @@ def _refusal(run: Folder, there: dict[str, Any]) -> str:
     )
 
 
+def at_work(run: Folder) -> str:
+    """Who holds the directory now; empty when no living run does."""
+    there = Lease(run)._read()
+    return _holder(there) if there is not None and not why_stale(there) else ""
+
+
 @contextlib.contextmanager
 def held(run: Folder) -> Iterator[Lease]:
     """The directory is this run's for the duration of the block.

@@ -15,6 +15,8 @@ from typing import Any
 import ray
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.compose import MEASURED
+from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.execution.known_networks import PACKAGE, keep, kept, place_of
 
 # The keys of `synthesizer` that a prior may refuse.
@@ -35,6 +37,10 @@ class Networks:
         prior_needs: The fields of a class without which the prior cannot be asked for it.
         noise_scales: (signal, sigma) of `quantizer.noise_level`; None at level 0.
         student_takes_one: Whether the student trains on a batch of one image, which batch norm refuses.
+        student_bytes: Of the student's weights, in its published form.
+        scorer_id: Content digest of the first teacher, by which methods choose or make images.
+        scorer_norms: How many batch norms it has.
+        scorer_side: Side of the images that it sees, in pixels.
         environment: Versions, threads and device kind of a worker: what the same bytes depend on.
     """
 
@@ -55,6 +61,10 @@ class Networks:
     prior_needs: tuple[str, ...] = ("prior_label",)
     noise_scales: tuple[float, float] | None = None
     student_takes_one: bool = True
+    student_bytes: int = 0
+    scorer_id: str | None = None
+    scorer_norms: int = 0
+    scorer_side: int = 0
 
     @property
     def latents_id(self) -> str:
@@ -86,6 +96,11 @@ class Inspection:
             },
             "noise": [config.quantizer.noise_level, s.steps],
             "synthesizer": {key: getattr(s, key) for key in SAMPLING} if "synthesize" in wanted else None,
+            "methods": {
+                name: {key: getattr(made, key) for key in SAMPLING}
+                for name, made in _other_ways(config).items()
+                if "synthesize" in wanted
+            },
             "judge": judge,
             "teacher": config.teacher.paths if teacher else None,
             "student": {"arch": config.student.arch, "image_size": size} if teacher else None,
@@ -172,6 +187,32 @@ def _ask(question: str, threads: int) -> subprocess.Popen[str]:
     process.stdin.write(question)
     process.stdin.flush()
     return process
+
+
+def _other_ways(config: RunConfig) -> dict[str, SynthesizerConfig]:
+    """Method -> how it is synthesized, where that is not the run's own way."""
+    return {spec.name: spec.synthesizer(config.synthesizer) for spec in config.specs if spec.synthesizer is not None}
+
+
+def asks_teacher(config: RunConfig) -> bool:
+    """Whether a stage of the run needs the teacher: to measure students, or to choose or make a method's images."""
+    wanted = set(config.stages)
+    return bool(wanted & MEASURED) or ("synthesize" in wanted and bool(config.methods_of("teacher")))
+
+
+def check_methods(config: RunConfig, networks: Networks) -> None:
+    """Refuse methods that the networks cannot carry out.
+
+    Raises:
+        ValueError: Images are to be recovered from batch norms that the teacher does not have.
+    """
+    recovered = [spec.name for spec in config.specs if spec.images == "recover"]
+    if "synthesize" in config.stages and recovered and not networks.scorer_norms:
+        raise ValueError(
+            f"{', '.join(recovered)} recover images from the statistics of the teacher's batch norms, and "
+            f"{config.teacher.paths[0]} has none; give a teacher.path with batch norm (a ResNet, such as "
+            "`ddoq-ray train-teacher` makes of arch=resnet18-small), or leave them out of baselines"
+        )
 
 
 def check_side(config: RunConfig, networks: Networks) -> None:

@@ -92,6 +92,7 @@ def named_paths(config: RunConfig) -> list[Named]:
         "dataset.val_path": config.dataset.val_path,
         "dataset.classes": config.dataset.classes,
         "latents.path": config.latents.path,
+        "images.path": config.images.path,
         "prior.path": config.prior.path,
         "encoder.path": config.encoder.path,
         "synthesizer.judge": config.synthesizer.judge,

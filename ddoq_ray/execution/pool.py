@@ -16,15 +16,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from ddoq_ray.config.cluster import ClusterConfig, WorkerResources
-from ddoq_ray.execution.session import may_grow
-from ddoq_ray.execution.waiting import Waiting
-from ddoq_ray.execution.workers import DEATHS, Progress
+from ddoq_ray.execution.waiting import Waiting, give_up
+from ddoq_ray.execution.workers import DEATHS, MAX_DEATHS, Progress
 
-MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
 SLOW = 2.0  # times the median of finished units: so long at work, a unit is begun on an idle worker too
 REMEMBERED = 999  # finished units of which the median is taken
 IDLE_SECONDS = 5.0  # a worker that was idle for longer is asked whether it is there before it is given a unit
-OWN_GIVE_UP_SECONDS = 120.0  # without a worker on a Ray that no node will join
 TICK_SECONDS = 0.5  # between two looks when nothing happens
 
 
@@ -63,9 +60,6 @@ class Elastic:
     ) -> Elastic:
         """A pool of workers that ask for what ``cluster.<worker>`` says."""
         asked: WorkerResources = getattr(cluster, worker)
-        give_up = cluster.give_up_s
-        if give_up is None and not may_grow():
-            give_up = OWN_GIVE_UP_SECONDS
         return Elastic(
             stage,
             min_workers,
@@ -74,7 +68,7 @@ class Elastic:
             room={"CPU": asked.num_cpus, "GPU": asked.num_gpus},
             key=f"cluster.{worker}",
             wait_s=cluster.wait_s,
-            give_up_s=give_up,
+            give_up_s=give_up(cluster),
         )
 
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from ray.exceptions import AuthenticationError
 
 from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.execution import console as progress
-from ddoq_ray.execution import signals
+from ddoq_ray.execution import quiet, signals
 from ddoq_ray.execution.cluster_address import Where, find, probe
 from ddoq_ray.execution.console import say
 
@@ -75,22 +74,22 @@ def ray_session(cluster: ClusterConfig, where: Where | None = None) -> Iterator[
     Raises:
         ValueError: When the cluster that is asked for cannot be joined.
     """
+    loud = bool(os.environ.get("DDOQ_RAY_LOGS"))
     if ray.is_initialized():
-        with _spoken_of():
+        with contextlib.nullcontext() if loud else quiet.guest(), _spoken_of():
             yield
         return
     where = where or locate(cluster)
-    loud = bool(os.environ.get("DDOQ_RAY_LOGS"))
-    quiet = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
+    logs = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
     try:
-        with contextlib.nullcontext() if loud else _quiet_core():
+        with contextlib.nullcontext() if loud else quiet.core():
             if where is not None:
-                _join(where, quiet)
+                _join(where, logs)
             else:
-                _start(cluster, quiet)
+                _start(cluster, logs)
         signals.reinstall()
         if not loud:
-            _quiet_ray_data()
+            quiet.ray_data()
         own = "this run's own Ray" if where is None else f"the cluster at {where.address}"
         with signals.last_resort(_kill_own), _Watch(ray.get_runtime_context().gcs_address, own), _spoken_of():
             yield
@@ -104,12 +103,12 @@ def may_grow() -> bool:
     return node is None or not node.is_head()
 
 
-def _join(where: Where, quiet: dict[str, Any]) -> None:
+def _join(where: Where, logs: dict[str, Any]) -> None:
     done = threading.Event()
     guard = threading.Thread(target=_bound, args=(where, done), daemon=True)
     guard.start()
     try:
-        ray.init(address=where.address, **quiet)
+        ray.init(address=where.address, **logs)
     except Exception as error:
         raise ValueError(refused_words(where, error)) from error
     finally:
@@ -146,11 +145,11 @@ def _bound(where: Where, done: threading.Event) -> None:
         signals.leave(2)
 
 
-def _start(cluster: ClusterConfig, quiet: dict[str, Any]) -> None:
+def _start(cluster: ClusterConfig, logs: dict[str, Any]) -> None:
     place = short_temporary(os.environ)
     more: dict[str, Any] = {} if place is None else {"_temp_dir": place}
     try:
-        ray.init(address="local", num_cpus=_cpus(cluster), include_dashboard=False, **quiet, **more)
+        ray.init(address="local", num_cpus=_cpus(cluster), include_dashboard=False, **logs, **more)
     except OSError as error:
         raise ValueError(
             f"Ray cannot start with its files in {place or _temporary(os.environ)}: {error}. "
@@ -180,42 +179,6 @@ def short_temporary(environment: Any) -> str | None:
         f"{wanted} (RAY_TMPDIR or TMPDIR) is too long a path for Ray's sockets, which may have {SOCKET_BYTES} bytes; "
         "set RAY_TMPDIR to a short one"
     )
-
-
-@contextlib.contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Keep Ray's C++ core off the driver's stderr: it warns there of Ray Data's own actors.
-
-    The variable silences it from the start of the session on; the line by which it announces that, and anything else
-    that the start writes, is shown only when the start fails for a reason that we have no words for.
-    """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held, signals.stderr_at(stderr):
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, ValueError):
-                held.seek(0)
-                os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def _quiet_ray_data() -> None:
-    """One progress line a stage is ours; Ray Data's own plan lines and bars would bury it."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_rich_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _kill_own() -> None:

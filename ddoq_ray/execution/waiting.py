@@ -1,23 +1,28 @@
-"""A pool without a worker: why nothing moves, said by time, and when the run gives up."""
+"""Work that has no place: why nothing moves, said by time, and when the run gives up."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from ddoq_ray.execution import session
+from ddoq_ray.config.cluster import ClusterConfig
+from ddoq_ray.execution import console, session, signals
 from ddoq_ray.execution.console import say
 from ddoq_ray.execution.errors import NoWorkers
 
 Shape = tuple[tuple[str, float], ...]  # resources by Ray's names, sorted
 
+OWN_GIVE_UP_SECONDS = 120.0  # on a Ray that no node will join
+LOOK_SECONDS = 1.0  # between two looks at what is pending
 AGAIN_SECONDS = 60.0  # between two lines of the same wait
 _AUTOSCALER = b"__autoscaling_status"  # where Ray's first autoscaler leaves its report
 
@@ -114,6 +119,87 @@ def waiting_words(
     waits = [f"{count} x {_together(s)}" for s, count in sorted(pending.items(), key=lambda item: -item[1])[:3]]
     words = f"a worker asks for {_together(shape)} on one node; the cluster has {' and '.join(there)}"
     return f"{words}; pending are {', '.join(waits)}{f'; {scaling}' if scaling else ''}"
+
+
+class Patience:
+    """Ends a run whose work has no place on any node, wherever it waits: for a task, in Ray Data, in Ray Train.
+
+    A pool does so by itself (`Waiting`). A demand that would fit some node if it were free is no reason.
+
+    Attributes:
+        give_up_s: So long nothing has moved, and in the latter half of it some demand fits no node that is there.
+        words: Why the run is ended; empty while it is not.
+    """
+
+    def __init__(self, give_up_s: float, own_session: bool) -> None:
+        self.give_up_s, self.own_session, self.words = give_up_s, own_session, ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="patience", daemon=True)
+        self._runs_in_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Patience:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self.words:  # of the interruption, whatever it became on its way
+            raise NoWorkers(self.words) from None
+
+    def _look(self) -> None:
+        homeless_since: float | None = None
+        while not self._over.wait(LOOK_SECONDS):
+            stage, still = console.at_rest()
+            shape = homeless() if still >= self.give_up_s / 2 else None
+            now = time.monotonic()
+            homeless_since = None if shape is None else homeless_since or now
+            if shape is not None and still >= self.give_up_s and now - (homeless_since or now) >= self.give_up_s / 2:
+                self._end(stage, shape, still)
+                return
+
+    def _end(self, stage: str, shape: Shape, still: float) -> None:
+        why = waiting_words(shape, ray.cluster_resources(), ray.available_resources(), session.demands(), autoscaler())
+        self.words = (
+            f"{stage}: nothing has moved for {still:.0f} s (cluster.give_up_s), and no node has room: {why}. What is "
+            "published stays; the same command goes on with more nodes, smaller workers, or a longer cluster.give_up_s"
+        )
+        if self._runs_in_main:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if self.own_session and not self._over.wait(signals.GRACE_SECONDS):  # held up in a library
+            signals.tell(f"ddoq-ray: error: {self.words}")
+            signals.leave(3)
+
+
+@contextlib.contextmanager
+def patience(cluster: ClusterConfig, own_session: bool) -> Iterator[None]:
+    """Give a run up as `cluster.give_up_s` says.
+
+    Args:
+        own_session: The process is there for this run, and may be ended with it.
+
+    Raises:
+        NoWorkers: See `Patience`.
+    """
+    give_up_s = give_up(cluster)
+    with contextlib.nullcontext() if give_up_s is None else Patience(give_up_s, own_session):
+        yield
+
+
+def give_up(cluster: ClusterConfig) -> float | None:
+    """After how many seconds without a place a run ends; None: never."""
+    if cluster.give_up_s is None and not session.may_grow():
+        return OWN_GIVE_UP_SECONDS
+    return cluster.give_up_s
+
+
+def homeless() -> Shape | None:
+    """A pending demand for which no node is large enough, were it idle; None where there is none."""
+    with contextlib.suppress(RayError, RuntimeError, OSError):  # the head may be away: the session says so
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for shape in session.demands():
+            if not any(all(node.get(name, 0.0) >= amount for name, amount in shape) for node in nodes):
+                return shape
+    return None
 
 
 def _together(shape: Shape) -> str:

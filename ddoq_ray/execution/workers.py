@@ -25,6 +25,36 @@ from ddoq_ray.storage.folder import Folder
 DEATHS: tuple[type[BaseException], ...] = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
 
 
+MAX_DEATHS = 3  # a unit that kills its worker this often would kill every worker
+
+
+def on_actor(spawn: Callable[[], Any], ask: Callable[[Any], Any], on_event: Callable[..., None]) -> Any:
+    """What `ask` gives of an actor that is made for it alone; after a death of another one. No actor is left.
+
+    Args:
+        spawn: Makes an actor.
+        ask: Calls it and waits for what it says; doing so again changes nothing.
+        on_event: Called with ``"worker lost"``.
+
+    Raises:
+        One of `DEATHS`: The third one, or the actor's constructor fails.
+        ValueError: Of the actor, for the user.
+    """
+    for deaths in range(1, MAX_DEATHS + 1):
+        actor = spawn()
+        try:
+            return ask(actor)
+        except DEATHS as error:
+            if deaths == MAX_DEATHS or getattr(error, "actor_init_failed", False):
+                raise
+            on_event("worker lost", reason=type(error).__name__, deaths=deaths)
+        except ray.exceptions.RayTaskError as error:
+            raise plain_error(error) from None
+        finally:
+            ray.kill(actor)
+    raise AssertionError(MAX_DEATHS)
+
+
 def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:
     """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
 
@@ -50,13 +80,21 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
 
 
 class Events:
-    """``events.jsonl`` of the run: node lost, unit requeued, stage finished. The driver alone writes it."""
+    """``events.jsonl`` of the run: node lost, unit requeued, stage finished. The driver alone writes it.
 
-    def __init__(self, run: Folder) -> None:
-        self.run = run
+    Attributes:
+        run: Where it lies; None where another run writes there: nothing is written.
+        hear: Told of each event too; the metrics are.
+    """
+
+    def __init__(self, run: Folder | None, hear: Callable[..., None] = lambda event, **facts: None) -> None:
+        self.run, self.hear = run, hear
         self._lines: list[str] | None = None
 
     def add(self, event: str, **facts: Any) -> None:
+        self.hear(event, **facts)
+        if self.run is None:
+            return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str) + "\n"
         if self.run.local:
             os.makedirs(self.run.uri, exist_ok=True)

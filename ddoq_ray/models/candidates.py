@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ddoq_ray.models.classifiers import Classifier
+from ddoq_ray.models.confidence import class_losses
 
 Keep = Literal["confident", "cell"]
 
@@ -33,7 +33,6 @@ class Candidates:
             raise ValueError(f"candidates: expected 2 or more to choose among, got {count}")
         self.count, self.judge, self.keep = count, judge, keep
 
-    @torch.inference_mode()
     def losses(self, pictures: npt.NDArray[np.uint8], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """The judge's cross-entropy in nats, float32 [n], of pictures uint8 [n, H, W, 3].
 
@@ -44,18 +43,7 @@ class Candidates:
         Raises:
             ValueError: an index that the judge has no output for.
         """
-        if len(indices) and not 0 <= indices.min() <= indices.max() < self.judge.num_classes:
-            raise ValueError(
-                f"synthesizer.judge: it has {self.judge.num_classes} outputs, and a class asks for output "
-                f"{int(indices.max())} (teacher_index in classes.json); give a classifier of these classes"
-            )
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.judge.mean.device).float() / 255
-        size = self.judge.image_size
-        if x.shape[-1] != size:
-            x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-        targets = torch.from_numpy(indices).to(x.device)
-        losses = torch.nn.functional.cross_entropy(self.judge(x).float(), targets, reduction="none")
-        return np.asarray(losses.cpu().numpy(), np.float32)
+        return class_losses(self.judge, pictures, indices)
 
     def chosen(self, losses: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """Which candidate of each centroid is kept; the first of equal ones.

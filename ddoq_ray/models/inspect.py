@@ -15,7 +15,7 @@ from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
-from ddoq_ray.models.ensemble import Teacher, feature_dim, load_teacher
+from ddoq_ray.models.ensemble import Teacher, feature_dim, first_of, load_teacher
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.provenance import environment
@@ -38,6 +38,11 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     check_encoder(prior, autoencoder, encoder)
     if question["synthesizer"] is not None:
         check_synthesizer(prior, question["synthesizer"])
+    for method, settings in question.get("methods", {}).items():
+        try:
+            check_synthesizer(prior, settings)
+        except ValueError as error:
+            raise ValueError(f"baselines={method}: {error}") from error
     teacher = None
     if question["teacher"] is not None:
         teacher = load_teacher(question["teacher"])
@@ -46,9 +51,9 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
     if question["judge"] is not None:
         judge = load_classifier(question["judge"])
         check_judge(judge, teacher)
-    takes_one = True
+    takes_one, student_bytes = True, 0
     if question["student"] is not None:
-        takes_one = check_student(**question["student"], outputs=teacher.num_classes if teacher else 2)
+        takes_one, student_bytes = check_student(**question["student"], outputs=teacher.num_classes if teacher else 2)
     noise = question["noise"]
     return {
         "prior_id": prior.id,
@@ -67,6 +72,10 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
         "latents_of": prior.latents_id if prior.latents_id != prior.id else None,
         "noise_scales": list(prior.noise_scales(*noise)) if noise[0] else None,
         "student_takes_one": takes_one,
+        "student_bytes": student_bytes,
+        "scorer_id": first_of(teacher).id if teacher else None,
+        "scorer_norms": sum(isinstance(m, nn.BatchNorm2d) for m in first_of(teacher).modules()) if teacher else 0,
+        "scorer_side": first_of(teacher).image_size if teacher else 0,
         "environment": environment(threads),
     }
 
@@ -124,13 +133,17 @@ def check_teacher(teacher: Teacher) -> None:
         raise ValueError("the teacher answers a grey image with NaN or infinite logits; check teacher.path")
 
 
-def check_student(arch: str, image_size: int, outputs: int = 2) -> bool:
-    """Run one step's forward and backward of the student; whether it trains on a batch of one image as well.
+def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, int]:
+    """Run one step's forward and backward of the student.
+
+    Returns:
+        Whether it trains on a batch of one image as well, and the bytes of its weights.
 
     Raises:
         ValueError: its name is unknown, or it does not fit its image size.
     """
     student = build_classifier(arch, outputs, image_size).train()
+    nbytes = sum(tensor.nbytes for tensor in student.state_dict().values())
     try:
         _step(student, 2, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -141,12 +154,12 @@ def check_student(arch: str, image_size: int, outputs: int = 2) -> bool:
             "resnet18-small or convnet3"
         ) from error
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
-        return True
+        return True, nbytes
     try:
         _step(student, 1, image_size)
     except ValueError:  # batch norm over one value
-        return False
-    return True
+        return False, nbytes
+    return True, nbytes
 
 
 def _step(student: Classifier, images: int, size: int) -> None:

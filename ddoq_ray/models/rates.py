@@ -5,14 +5,16 @@ Pictures are random: a network's time does not depend on what it sees. Reading a
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.models.autoencoder import load_autoencoder
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.encoding import Encoding, LatentEncoder
@@ -27,8 +29,10 @@ from ddoq_ray.storage.records import ClassInfo
 WARM_UP = 1  # calls that are not counted: they compile, and choose kernels
 
 
-def measured(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[str, float]]:
-    """(what, items a second): images of encode, decode, label and train; image-steps of denoise.
+def measured(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[str, float, int]]:
+    """(what, items a second, peak bytes): images of encode, decode, label and train; image-steps of denoise.
+
+    The peak is that of the GPU's memory, with the weights of the network alone; 0 on a processor.
 
     Args:
         device: cpu or cuda.
@@ -38,25 +42,43 @@ def measured(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[s
         ValueError: A network cannot be loaded, or refuses the settings.
     """
     torch.set_num_threads(config.cluster.threads)
+    latent_shape, side = yield from _prior(config, device, seconds)
+    _forget()  # each worker holds its own network only
+    yield from _encoder(config, device, seconds, latent_shape, side)
+    _forget()
+    if config.teacher.paths:
+        outputs = yield from _teacher(config, device, seconds)
+        _forget()
+        yield from _student(config, device, seconds, outputs)
+
+
+Measured = Iterator[tuple[str, float, int]]
+
+
+def _prior(
+    config: RunConfig, device: str, seconds: float
+) -> Generator[tuple[str, float, int], None, tuple[tuple[int, ...], int]]:
+    """The prior's rates; its latent shape and the side of its images."""
     prior = load_prior(config.prior.given, device=device, **config.prior.loading, **config.synthesizer.loading)
-    side = prior.image_size
+    batch = config.synthesizer.batch
+    z = torch.zeros(batch, *prior.latent_shape)
+    decode, peak = _seconds(lambda: prior.decode(z.to(prior.device)), seconds)
+    yield "decode", batch / decode, peak
+    if (steps := steps_of(config, prior)) > 0:
+        whole, peak = _seconds(lambda: _synthesized(config, prior, z), seconds)
+        yield "denoise", batch * steps / max(whole - decode, 1e-6), peak
+    return tuple(prior.latent_shape), prior.image_size
+
+
+def _encoder(config: RunConfig, device: str, seconds: float, latent_shape: tuple[int, ...], side: int) -> Measured:
     own = config.encoder
-    encoding = Encoding(prior.latent_shape, own.batch or 16, one_shape=own.compile)
+    encoding = Encoding(latent_shape, own.batch or 16, one_shape=own.compile)
     how = {"dtype": own.dtype, "channels_last": own.channels_last, "compile": own.compile}
     encoder = LatentEncoder(load_autoencoder(own.path or config.prior.given, device=device, **how), encoding)
     pixels = np.random.default_rng(0).integers(0, 256, (encoding.batch, side, side, 3), np.uint8)
     keys = [str(i) for i in range(encoding.batch)]
-    yield "encode", encoding.batch / _seconds(lambda: encoder.encode(pixels, keys), seconds)
-
-    batch = config.synthesizer.batch
-    z = torch.zeros(batch, *prior.latent_shape)
-    decode = _seconds(lambda: prior.decode(z.to(prior.device)), seconds)
-    yield "decode", batch / decode
-    if (steps := steps_of(config, prior)) > 0:
-        whole = _seconds(lambda: _synthesized(config, prior, z), seconds)
-        yield "denoise", batch * steps / max(whole - decode, 1e-6)
-
-    yield from _students(config, device, seconds)
+    taken, peak = _seconds(lambda: encoder.encode(pixels, keys), seconds)
+    yield "encode", encoding.batch / taken, peak
 
 
 def steps_of(config: RunConfig, prior: Prior) -> int:
@@ -84,31 +106,43 @@ def _synthesized(config: RunConfig, prior: Prior, z: torch.Tensor) -> torch.Tens
     return prior.synthesize(z, prior.conditioning(some), noise, _sampling(config, prior), generators)
 
 
-def _students(config: RunConfig, device: str, seconds: float) -> Iterator[tuple[str, float]]:
-    """The teacher that labels views, and a student that learns by them."""
-    if not config.teacher.paths:
-        return
+def _teacher(config: RunConfig, device: str, seconds: float) -> Generator[tuple[str, float, int], None, int]:
+    """The first teacher, as it labels views; how many outputs it has."""
     teacher = load_classifier(config.teacher.paths[0], device)
-    size = config.student.image_size
-    spec, batch = view_spec(config.protocol, size), config.teacher.batch
-    side = config.protocol.stored_side(size)
-    shape = (max(batch, config.protocol.batch), 3, side, side)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
-    labeller = Labeller(teacher, "logits", spec, seed=0, batch=batch)
-    yield "label", batch / _seconds(lambda: labeller.labels(images, np.arange(batch), 0), seconds)
+    images, spec = _stored(config, config.teacher.batch, device)
+    labeller = Labeller(teacher, "logits", spec, seed=0, batch=len(images))
+    taken, peak = _seconds(lambda: labeller.labels(images, np.arange(len(images)), 0), seconds)
+    yield "label", len(images) / taken, peak
+    return teacher.num_classes
 
-    torch.set_num_threads(config.cluster.trainer.threads)
-    student = build_student(config.student, teacher.num_classes, 0).to(device).train()
-    weights = torch.ones(len(images), device=device)
+
+def _student(config: RunConfig, device: str, seconds: float, outputs: int) -> Measured:
+    """A student that learns by stored labels."""
     how = config.cluster.trainer
+    torch.set_num_threads(how.threads)
+    images, spec = _stored(config, config.protocol.batch, device)
+    student = build_student(config.student, outputs, 0).to(device).train()
+    weights = torch.ones(len(images), device=device)
     training = StudentTraining(student, student, Resident(images), weights, config.protocol, spec, 0, 0, how=how)
-    answers = torch.zeros(len(images), teacher.num_classes, device=device)
+    answers = torch.zeros(len(images), outputs, device=device)
     targets = StoredTargets(lambda rows: answers[torch.from_numpy(rows).to(device)])
-    yield "train", len(images) / _seconds(lambda: training.train_epoch(config.protocol.lr, targets), seconds)
+    taken, peak = _seconds(lambda: training.train_epoch(config.protocol.lr, targets), seconds)
+    yield "train", len(images) / taken, peak
 
 
-def _seconds(call: Callable[[], Any], limit: float) -> float:
-    """Seconds that a call takes: the median of as many as fit the limit."""
+def _stored(config: RunConfig, count: int, device: str) -> tuple[torch.Tensor, ViewSpec]:
+    """Random stored images uint8 [count, 3, H, W], and the views that are cut from them."""
+    size = config.student.image_size
+    side = config.protocol.stored_side(size)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8).to(device)
+    return images, view_spec(config.protocol, size)
+
+
+def _seconds(call: Callable[[], Any], limit: float) -> tuple[float, int]:
+    """Seconds that a call takes, the median of as many as fit the limit; and the GPU's memory at its highest."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP):
         call()
     _wait()
@@ -119,7 +153,14 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
         call()
         _wait()
         taken.append(time.monotonic() - before)
-    return float(np.median(taken))
+    return float(np.median(taken)), torch.cuda.max_memory_allocated() if gpu else 0
+
+
+def _forget() -> None:
+    """Give back what the networks before held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _wait() -> None:

@@ -12,7 +12,7 @@ from ddoq_ray.config.methods import SPECS
 
 METHODS = {name: spec.words for name, spec in SPECS.items()}
 _NAMED_SLOTS = {"random": "random", "full": "full"}
-_FREE_SLOTS = ("a", "b", "c", "d", "e")
+_FREE_SLOTS = tuple("abcdefghijkl")
 
 
 def number(value: Any) -> float | None:

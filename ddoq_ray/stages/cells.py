@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.methods import SPECS, MethodSpec, own_method
+from ddoq_ray.config.methods import MethodSpec, own_method
 from ddoq_ray.storage.layout import LabelKey, Place, word
 
 
@@ -41,8 +41,8 @@ def own_set(config: RunConfig) -> Place:
 def methods(config: RunConfig) -> list[Method]:
     """The run's own method, first, and its baselines; of a comparison, its methods."""
     found = []
-    for name in config.methods:
-        spec = SPECS[name]
+    for spec in config.specs:
+        name = spec.name
         own = name == config.own_method and not config.compared
         at = Place() if own else Place.of_method(name, config.ipc)
         if spec.images == "data":

@@ -33,9 +33,15 @@ def table(config: RunConfig, steps: Sequence[Step]) -> dict[str, list[Ask]]:
             found[step.name] = [
                 replace(a, count=a.count + b.count, least=a.least + b.least) for a, b in zip(there, asks, strict=True)
             ]
+        else:  # they take turns: what asks for most must fit
+            found[step.name] = max(there, asks, key=_demanded)
     if "encode" in found and "quantize" in found:
         found["encode"] += found.pop("quantize")  # they take the latents while encoders write them
     return {name: asks for name, asks in found.items() if asks}
+
+
+def _demanded(asks: Sequence[Ask]) -> tuple[float, ...]:
+    return tuple(sum(a.count * a.room[name] for a in asks) for name in ("GPU", "CPU", "memory"))
 
 
 def fits(asks: Iterable[Ask], nodes: Sequence[Room]) -> bool:

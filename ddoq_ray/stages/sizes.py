@@ -64,9 +64,20 @@ class Sizes:
             "quantize": self.codebook,
             "synthesize": lambda: self.images(self._side, self.config.synthesizer.format),
             "select": lambda: self.images(self.networks.image_size, "png"),
+            "train": lambda: self.networks.student_bytes,
+            "given": lambda: self.images(self.networks.image_size, "png"),
+            "recover": lambda: self.images(self.networks.scorer_side, "png"),
             "label": lambda: self.labels(self.codec_bytes[self.codec]) if self.config.labels.stored else 0,
         }
         return round(made[step.name]()) if step.name in made else 0
+
+    @property
+    def checkpoints(self) -> int:
+        """Of the students that are at work: weights, the optimizer's two moments, an average; the new beside the old.
+
+        They go when their students are finished.
+        """
+        return 2 * 4 * self.config.cluster.trainer.groups * self.networks.student_bytes
 
     @property
     def _side(self) -> int:

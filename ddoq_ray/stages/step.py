@@ -12,6 +12,7 @@ from ddoq_ray.config.cluster import TrainerResources, WorkerResources
 from ddoq_ray.execution.run import Run
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.layout import Place
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,20 @@ class Step(ABC):
     def wanted(self, config: RunConfig) -> bool:
         """Whether this run is asked to do it."""
         return self.stage in config.stages
+
+
+class ImageSetStep(Step):
+    """A step that makes an image set.
+
+    Attributes:
+        at: Where the set is, and what belongs to it.
+    """
+
+    at: Place
+
+    @property
+    def place(self) -> str:
+        return self.at.images
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

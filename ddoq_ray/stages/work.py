@@ -58,5 +58,5 @@ def estimate(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> tuple[fl
         gpu = getattr(config.cluster, work.group).num_gpus > 0
         found = next(iter(rates_for(rates, asked_of(config), gpu=gpu).values()), {})
         unknown |= set(work.items) - set(found)
-        total += sum(n / found[what] for what, n in work.items.items() if what in found) / work.workers
+        total += sum(n / found[what]["per_second"] for what, n in work.items.items() if what in found) / work.workers
     return total, unknown

@@ -219,13 +219,10 @@ def _codebook(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
 def _images(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
     """An image set: the manifest knows every shard; of an unfinished one the records do."""
     made = {row["name"]: row for row in manifest.get("shards", ())}
-    recorded = manifest.get("stage", "synthesize") == "synthesize"  # chosen real images have no records
     names = {posixpath.basename(n).removesuffix(".json") for n in walk.run.names(f"{place}/{layout.image_record('*')}")}
     for name in sorted(made.keys() | names):
         record = layout.image_record(name)
-        row = None
-        if recorded:
-            row = yield from walk.record(place, "synthesize", record, missing=name in made)
+        row = yield from walk.record(place, "synthesize", record, missing=name in made)
         row = made.get(name, row)
         if row is not None:
             yield Stored(f"{name}.tar", row["sha256"], row["bytes"], (record,))

@@ -13,6 +13,15 @@ from ddoq_ray.config.schema import plain
 
 TRAINING = ("threads", "precision", "channels_last", "compile", "micro_batch")  # of cluster.trainer
 
+# What is measured, in its order -> the key of its batch.
+BATCHES = {
+    "decode": "synthesizer.batch, or synthesizer.decode_batch",
+    "denoise": "synthesizer.batch",
+    "encode": "encoder.batch",
+    "label": "teacher.batch",
+    "train": "protocol.batch, or cluster.trainer.micro_batch",
+}
+
 
 class Rate(TypedDict):
     """A measured rate.
@@ -22,6 +31,8 @@ class Rate(TypedDict):
         device: The GPU's or processor's name.
         gpu: Whether it is a GPU.
         per_second: Images; of denoise image-steps.
+        peak_bytes: Of the GPU's memory, with the network's weights; 0 on a processor, and where an older file has none.
+        memory_bytes: What the GPU has; 0 likewise.
         asked: The settings that it depends on.
     """
 
@@ -29,6 +40,8 @@ class Rate(TypedDict):
     device: str
     gpu: bool
     per_second: float
+    peak_bytes: int
+    memory_bytes: int
     asked: dict[str, Any]
 
 
@@ -69,6 +82,8 @@ def read_rates(path: str) -> list[Rate]:
                 "device": str(row["device"]),
                 "gpu": bool(row["gpu"]),
                 "per_second": float(row["per_second"]),
+                "peak_bytes": int(row.get("peak_bytes", 0)),
+                "memory_bytes": int(row.get("memory_bytes", 0)),
                 "asked": dict(row["asked"]),
             }
             for row in rows
@@ -91,14 +106,14 @@ def add_rates(path: str, rates: list[Rate]) -> None:
     os.replace(temporary, path)
 
 
-def rates_for(rates: list[Rate], asked: Mapping[str, Mapping[str, Any]], *, gpu: bool) -> dict[str, dict[str, float]]:
-    """device -> what -> items a second, of the rates that were measured with these settings."""
-    found: dict[str, dict[str, float]] = {}
+def rates_for(rates: list[Rate], asked: Mapping[str, Mapping[str, Any]], *, gpu: bool) -> dict[str, dict[str, Rate]]:
+    """device -> what -> the rate, of those that were measured with these settings."""
+    found: dict[str, dict[str, Rate]] = {}
     for rate in rates:
         if rate["gpu"] == gpu and json.dumps(asked.get(rate["what"]), sort_keys=True) == json.dumps(
             rate["asked"], sort_keys=True
         ):
-            found.setdefault(rate["device"], {})[rate["what"]] = rate["per_second"]
+            found.setdefault(rate["device"], {})[rate["what"]] = rate
     return found
 
 

@@ -43,6 +43,8 @@ class PartRecord:
         warnings: Words for what is not as asked, a class each.
         row_groups: [class_id, rows, sha256 of the row group's bytes] of each class, in the file's order.
         footer: [first byte, sha256] of what follows the row groups. Both are empty in records of older runs.
+        distortion: Mean over its latents, in 12 digits as text, of which any change is another text (a number may be
+            written in several ways); None in records of older runs.
     """
 
     digest: str
@@ -54,6 +56,7 @@ class PartRecord:
     warnings: list[str]
     row_groups: list[Any] = field(default_factory=list)
     footer: list[Any] = field(default_factory=list)
+    distortion: str | None = None
 
 
 def part_classes(num_classes: int, ipc: int, dim: int) -> list[list[int]]:
@@ -105,7 +108,9 @@ def write_part(
     digest, size = codebook.digest(layout.codebook_part(part))
     latents, centroids = sum(int(b.counts.sum()) for b in books), sum(b.k for b in books)
     row_groups = [[b.class_id, b.k, group] for b, group in zip(books, groups, strict=True)]
-    row = asdict(PartRecord(digest, size, latents, centroids, row_groups=row_groups, footer=end, **asdict(account)))
+    distortion = sum(b.distortion * int(b.counts.sum()) for b in books) / max(1, latents)
+    facts = {"row_groups": row_groups, "footer": end, "distortion": f"{distortion:.12g}", **asdict(account)}
+    row = asdict(PartRecord(digest, size, latents, centroids, **facts))
     codebook.publish_json(layout.codebook_record(part), with_check(row))
 
 

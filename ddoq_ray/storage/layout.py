@@ -39,6 +39,7 @@ RESULTS = "results.json"
 PAGE = "index.html"
 TABLE = "table.md"  # of a comparison
 TABLE_CSV = "table.csv"
+TENSORBOARD = "tensorboard"  # a folder: what tracking=tensorboard wrote
 
 # A student's folder.
 METRICS = "metrics.jsonl"
@@ -64,6 +65,8 @@ HEAD = "head.safetensors"  # beside feature labels
 CARD = "README.md"  # of a finished image set
 IMAGE_SHARDS = "images-*.tar"
 IMAGE_RECORDS = ".records"  # a file an image shard; hidden, since other libraries take a folder's files for data
+EXCERPTS = ".excerpts"  # while real images are copied: a file a data shard, with its record; removed at the end
+SCORES = ".scores"  # while a teacher looks at real images: a file a data shard; removed at the end
 
 # Stage -> its small files that have no record of their own: its manifest holds their digests.
 IN_MANIFEST = {
@@ -103,6 +106,21 @@ def image_record(name: str) -> str:
     return f"{IMAGE_RECORDS}/{name}.json"
 
 
+def excerpt(shard: int) -> str:
+    """The pictures that were chosen of a data shard."""
+    return f"{shard_name(shard)}.bin"
+
+
+def excerpt_record(shard: int) -> str:
+    """Where each of them is in there."""
+    return f"{shard_name(shard)}.json"
+
+
+def scores(shard: int) -> str:
+    """What a teacher says of a data shard's images."""
+    return f"{shard_name(shard)}.json"
+
+
 def shard_name(index: int) -> str:
     """What belongs to a shard of the data: its folder in a latent log, its files in quarantine."""
     return f"shard-{index:06d}"
@@ -123,6 +141,11 @@ def codebook_part(part: int) -> str:
 
 def codebook_record(part: int) -> str:
     return f"part-{part:05d}.json"
+
+
+def record_part(name: str) -> int:
+    """Inverse of `codebook_record`."""
+    return int(name.removeprefix("part-").removesuffix(".json"))
 
 
 def label_file(index: int) -> str:

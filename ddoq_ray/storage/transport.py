@@ -118,14 +118,17 @@ def _is_folder(fs: Any, root: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_shard(url: str) -> Iterator[IO[bytes]]:
+def open_shard(url: str, buffer: int = -1) -> Iterator[IO[bytes]]:
     """A shard to read and seek in, from its first byte on.
+
+    Args:
+        buffer: Bytes that are read of a local file at once; by default the library's. Of a store it is blocks.
 
     Raises:
         ValueError: Here or in reading, when it cannot be read: the store refuses it, or every try failed.
     """
     try:
-        with open_file(url) as f:
+        with open_file(url, buffer) as f:
             yield f
     except Exception as error:
         if not isinstance(error, ImportError) and not is_store_error(error):
@@ -133,8 +136,8 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
         raise ValueError(f"cannot read {url}: {_words(error)}") from error
 
 
-def open_file(url: str) -> IO[bytes]:
-    """A file to read and seek in.
+def open_file(url: str, buffer: int = -1) -> IO[bytes]:
+    """A file to read and seek in; `buffer` as in `open_shard`.
 
     Raises:
         OSError: When it is not there or may not be read, as a disk says it (FileNotFoundError, PermissionError).
@@ -142,7 +145,7 @@ def open_file(url: str) -> IO[bytes]:
     """
     fs, root = _place(url)
     if _is_local(fs):
-        return open(root, "rb")
+        return open(root, "rb", buffering=buffer)
     size = retried(url, lambda: fs.size(root))
     if size is None:
         raise ValueError(f"cannot read {url}: its store does not tell its size; copy it to a disk, S3 or Google store")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -57,6 +58,25 @@ def test_a_line_says_rate_workers_and_time_left(
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "synthesize 20,100 of 50,000 images, 0.1 a second, 1 worker, 1000 s, 83 h 03 min left"
     assert told[-2] == "synthesize 21,100 of 50,000 images, 10.0 a second, 3 workers, 1100 s, 48 min left"
+
+
+def test_json_lines_have_the_words_and_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.lines_as("json")
+    try:
+        progress.say("cluster    2 nodes")
+        with progress.Progress("encode", 100, "images") as line:
+            line.already(40)
+            line.workers = 2
+            line.advance(60, bytes=480, quarantined=1)
+            line.average("distortion", 2.0, 30)
+            line.average("distortion", 4.0, 10)
+    finally:
+        progress.lines_as("text")
+    first, last = (json.loads(row) for row in capsys.readouterr().err.splitlines())
+    assert (first["stage"], first["text"]) == ("cluster", "2 nodes") and abs(first["time"] - time.time()) < 60
+    figures = {"stage": "encode", "done": 100, "total": 100, "unit": "images", "workers": 2, "bytes": 480}
+    assert last.items() >= (figures | {"quarantined": 1, "distortion": 2.5}).items()
+    assert last["text"].startswith("100 of 100 images")
 
 
 def test_words_that_fail_leave_a_line_all_the_same(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.run import STAGES
 from ddoq_ray.execution.cluster_address import Where, find, probe
 from ddoq_ray.execution.places import check_apart, check_lasting, complaint, named_paths, unseen
 from ddoq_ray.execution.session import short_temporary
@@ -104,6 +105,47 @@ def test_sigterm_ends_a_run_in_words_and_frees_what_it_held(tmp_path: Path) -> N
     assert "stopped by SIGTERM; the same command again goes on" in text
     assert "Traceback" not in text and "finished   " not in text and "*** SIG" not in text
     assert not (tmp_path / "run/lease.json").exists()
+
+
+NOTEBOOK = """
+import sys, threading, ray, ddoq_ray
+
+heard = threading.Event()
+
+class Ear:
+    def write(self, text):
+        if "of the user's own task" in text:
+            heard.set()
+
+    def flush(self):
+        pass
+
+ray.init(address="local", num_cpus=2, include_dashboard=False)  # a user's own, with Ray's own defaults
+
+@ray.remote
+def loud():
+    print("of the user's own task")
+
+print("begins", file=sys.stderr, flush=True)
+ddoq_ray.distill("ipc=1", "stages=[prepare,encode,quantize]", "baselines=[]", run_dir=sys.argv[1])
+print("ends", file=sys.stderr, flush=True)
+sys.stdout = Ear()
+ray.get(loud.remote())
+assert heard.wait(60), "what the user's own tasks print is kept back after the run"
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_in_a_session_that_is_up_a_run_says_its_own_lines_alone(tmp_path: Path) -> None:
+    """As in a notebook; and afterwards the user's own tasks are heard as before."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    words = [sys.executable, "-c", NOTEBOOK, str(tmp_path / "run")]
+    done = subprocess.run(words, env=environment, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    ours = lines[lines.index("begins") + 1 : lines.index("ends")]
+    assert ours and [line for line in ours if line.split(" ")[0] not in (*STAGES, "finished")] == []
 
 
 def test_a_job_s_working_copy_is_no_place_for_results(tmp_path: Path) -> None:

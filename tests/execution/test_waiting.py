@@ -11,9 +11,10 @@ import ray
 
 from ddoq_ray.config.cluster import ClusterConfig, WorkerResources
 from ddoq_ray.execution import pool
+from ddoq_ray.execution.console import doing
 from ddoq_ray.execution.errors import NoWorkers
 from ddoq_ray.execution.pool import Elastic, run_elastic
-from ddoq_ray.execution.waiting import _of_report, scaling_words
+from ddoq_ray.execution.waiting import Patience, _of_report, scaling_words
 
 
 @ray.remote(num_cpus=1)
@@ -92,6 +93,26 @@ class TestWaiting:
         start = time.monotonic()
         assert list(run_elastic(Echo.remote, [1], Elastic("decode", min_workers=2, max_workers=2))) == [(1, 1)]
         assert time.monotonic() - start < 25
+
+    def test_a_task_that_no_node_can_take_ends_the_run_too(self) -> None:
+        """Outside a pool: the wait is inside Ray, and is ended as by Ctrl-C."""
+        start, task = time.monotonic(), ray.remote(num_cpus=1, num_gpus=4)(lambda: None)
+        with pytest.raises(NoWorkers) as told, doing("evaluate"), Patience(3.0, own_session=False):
+            ref = task.remote()
+            ray.get(ref)
+        ray.cancel(ref)
+        assert 3 <= time.monotonic() - start < 15
+        assert re.match(
+            r"evaluate: nothing has moved for [34] s \(cluster\.give_up_s\), and no node has", str(told.value)
+        )
+        assert "a worker asks for 1 CPU and 4 GPU on one node; the cluster has 2 CPU" in str(told.value)
+
+    def test_a_task_that_waits_for_others_to_end_is_waited_for(self) -> None:
+        sleep = ray.remote(lambda seconds: time.sleep(seconds))
+        first = sleep.options(num_cpus=1).remote(6.0)
+        with doing("evaluate"), Patience(1.0, own_session=False):
+            ray.get(sleep.options(num_cpus=2).remote(0.0))
+        ray.get(first)
 
     def test_a_ray_that_no_node_will_join_is_given_up_by_itself(self) -> None:
         def of(**keys: Any) -> Elastic:

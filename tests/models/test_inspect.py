@@ -66,7 +66,7 @@ def test_a_student_that_does_not_fit_its_images(arch: str, size: int) -> None:
 
 
 def test_batch_norm_refuses_a_batch_of_one_and_the_run_says_so() -> None:
-    assert check_student("convnet3-w8", 16) and not check_student("resnet18-small-w8", 8)
+    assert check_student("convnet3-w8", 16)[0] and not check_student("resnet18-small-w8", 8)[0]
     facts = Networks("", (4,), 8, None, 10, None, None, None, 0, 0, {}, student_takes_one=False)
     config = load_config(["protocol.batch=3"])
     with pytest.raises(

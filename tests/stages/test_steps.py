@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from ddoq_ray.config.methods import METHODS, SPECS
 from ddoq_ray.config.run import STAGES
 from ddoq_ray.pipeline import of_kind, steps
 from ddoq_ray.stages.cells import cells, label_key, methods
+from ddoq_ray.stages.given.step import Given
 from ddoq_ray.stages.label.step import Label
 from ddoq_ray.stages.quantize.step import Quantize
+from ddoq_ray.stages.recover.step import Recover
 from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.step import Train
@@ -26,10 +29,14 @@ EVERYTHING = ["ipc=2", "num_seeds=2", f"baselines=[{','.join(METHODS)}]"]
 
 def test_every_method_has_its_steps() -> None:
     planned = steps(load_config(EVERYTHING))
-    assert [s.place for s in of_kind(Quantize, planned)] == ["codebook", "compare/d4m-ipc2/codebook"]
-    assert [s.place for s in of_kind(Synthesize, planned)] == ["images", "compare/d4m-ipc2/images"]
-    chosen = {"herding-ipc2", "medoids-ipc2", "random-ipc2/draw-0", "random-ipc2/draw-1"}
-    assert {s.place for s in of_kind(Select, planned)} == {f"compare/{name}/images" for name in chosen}
+    books = [f"compare/{name}-ipc2" for name in ("d4m", "uniform-grid", "stitched")]
+    assert [s.place for s in of_kind(Quantize, planned)] == ["codebook", *(f"{book}/codebook" for book in books)]
+    sets = [*books, "compare/noise-init-ipc2"]  # which has the run's own codebook
+    assert [s.place for s in of_kind(Synthesize, planned)] == ["images", *(f"{at}/images" for at in sets)]
+    chosen = {"herding", "medoids", "confident", "rded"}
+    draws = {"compare/random-ipc2/draw-0/images", "compare/random-ipc2/draw-1/images"}
+    assert {s.place for s in of_kind(Select, planned)} == {f"compare/{name}-ipc2/images" for name in chosen} | draws
+    assert {s.place for s in of_kind(Recover, planned)} == {f"compare/{name}-ipc2/images" for name in ("sre2l", "cda")}
     trained = of_kind(Train, planned)
     assert len(trained) == 2 * len(SPECS)
     for step in trained:
@@ -55,11 +62,27 @@ def test_other_sizes_teachers_and_protocols_lie_beside_each_other() -> None:
     )  # fmt: skip
     configs = [load_config([*EVERYTHING, *keys]) for keys in changes]
     labels = [{s.place for s in of_kind(Label, steps(c))} for c in configs[:4]]
-    assert not set.intersection(labels[0], labels[1] | labels[2] | labels[3]) and len(set.union(*labels)) == 4 * 6
+    assert (
+        not set.intersection(labels[0], labels[1] | labels[2] | labels[3])
+        and len(set.union(*labels)) == 4 * len(labels[0]) == 4 * 13
+    )
     students = [{c.folder for c in cells(c)} for c in configs[:5]]
     assert len(set.union(*students)) == sum(map(len, students))
     assert students[0] < {c.folder for c in cells(configs[5])}  # more seeds leave the others where they are
     assert label_key(configs[2]).name == "other-digits-16px"
+
+
+def test_a_given_set_is_a_method_with_a_name_of_its_own() -> None:
+    config = load_config(["ipc=2", "num_seeds=1", "baselines=[]", "images.path=somewhere", "images.name=dm"])
+    assert config.methods == ("ddoq", "dm")
+    (given,) = of_kind(Given, steps(config))
+    assert given.place == "compare/dm-ipc2/images"
+    assert [(c.method, c.images, c.scheme) for c in cells(config)][1] == ("dm", given.place, "counts")
+    for wrong, words in (("images.name=random", "method's own word"), ("images.name=a/b", "letters, digits")):
+        with pytest.raises(ValueError, match=words):
+            load_config(["images.path=somewhere", wrong])
+    with pytest.raises(ValueError, match=r"images.name has no effect without images.path"):
+        load_config(["images.name=dm"])
 
 
 def test_settings_need_nothing_but_the_configuration() -> None:
@@ -77,6 +100,7 @@ def test_a_method_is_a_row() -> None:
     for method in methods(load_config(EVERYTHING)):
         assert method.spec is SPECS[method.name] and method.spec.words.endswith(".")
         assert (method.codebook is None) == (method.spec.quantizer is None)
+        assert method.spec.tiles == math.isqrt(method.spec.tiles) ** 2
         if method.spec.images == "select":
             assert (PACKAGE / "stages/select" / f"{method.name}.py").is_file()
 

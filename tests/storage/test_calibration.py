@@ -6,15 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from ddoq_ray.commands.plan import Plan, _gpu_memory
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.models.rates import measured
-from ddoq_ray.storage.calibration import Rate, add_rates, asked_of, rates_for, read_rates
+from ddoq_ray.storage.calibration import BATCHES, Rate, add_rates, asked_of, rates_for, read_rates
 
 
 def rates(device: str, per_second: float, *keys: str) -> list[Rate]:
     asked = asked_of(load_config(keys))
     return [
-        {"what": what, "device": device, "gpu": True, "per_second": per_second, "asked": asked[what]} for what in asked
+        {
+            "what": what,
+            "device": device,
+            "gpu": True,
+            "per_second": per_second,
+            "peak_bytes": 5 * 10**9,
+            "memory_bytes": 16 * 10**9,
+            "asked": asked[what],
+        }
+        for what in asked
     ]
 
 
@@ -28,7 +38,8 @@ def test_rates_are_found_for_the_settings_that_they_depend_on(tmp_path: Path) ->
     shared = {"encode": 9.0, "label": 9.0, "train": 9.0}  # which do not depend on the synthesizer's batch
 
     def found(*keys: str, gpu: bool = True) -> dict[str, dict[str, float]]:
-        return rates_for(kept, asked_of(load_config(keys)), gpu=gpu)
+        of = rates_for(kept, asked_of(load_config(keys)), gpu=gpu)
+        return {device: {what: rate["per_second"] for what, rate in rates.items()} for device, rates in of.items()}
 
     assert found() == {"A": shared | {"decode": 6.0, "denoise": 6.0}, "B": dict.fromkeys(found()["A"], 7.0)}
     assert found("ipc=3", "encoder.workers=4", "seed=9") == found(), "rates do not depend on these"
@@ -41,7 +52,27 @@ def test_rates_are_found_for_the_settings_that_they_depend_on(tmp_path: Path) ->
 
 def test_each_rate_of_the_shipped_networks_is_measured() -> None:
     config = load_config(["synthesizer.batch=4", "teacher.batch=4", "protocol.batch=4", "encoder.batch=4"])
-    found = dict(measured(config, "cpu", 0.01))
-    assert found.keys() == asked_of(config).keys() and all(rate > 0 for rate in found.values())
-    plain = dict(measured(load_config(["synthesizer.strength=0", "synthesizer.batch=4"]), "cpu", 0.01))
-    assert "denoise" not in plain
+    found = list(measured(config, "cpu", 0.01))
+    assert [what for what, _, _ in found] == list(BATCHES) and set(BATCHES) == asked_of(config).keys()
+    assert all(rate > 0 and peak == 0 for _, rate, peak in found)
+    plain = measured(load_config(["synthesizer.strength=0", "synthesizer.batch=4"]), "cpu", 0.01)
+    assert "denoise" not in [what for what, _, _ in plain]
+
+
+def test_a_plan_says_which_batch_a_gpu_is_too_small_for(tmp_path: Path) -> None:
+    """5 GB on a GPU of 16: a whole one holds them, a quarter does not, nor does another kind of 5.5 GB."""
+    file = str(tmp_path / "calibration.json")
+    add_rates(file, rates("A", 5.0, "cluster=gpu"))
+
+    def problems(*keys: str) -> list[str]:
+        config = load_config(["cluster=gpu", f"cluster.calibration={file}", *keys])
+        made = Plan()
+        _gpu_memory(made, config, rates_for(read_rates(file), asked_of(config), gpu=True))
+        assert len(made.lines) == 5
+        return made.problems
+
+    assert problems() == []
+    (told,) = problems("cluster.teacher.num_gpus=0.25")
+    assert told.startswith("label takes 5 GB of a GPU's memory (measured on A)") and "smaller teacher.batch" in told
+    assert "cluster.teacher.num_gpus=0.25" in told
+    assert len(problems("cluster.gpu_gb=5.5")) == 5

@@ -28,8 +28,10 @@ MADE_FROM = {
     "quantize": ("encode",),
     "synthesize": ("quantize",),
     "select": ("encode", "quantize"),
+    "recover": ("prepare",),
+    "given": ("prepare",),
     "heldout": ("encode",),
-    "label": ("synthesize", "select"),
+    "label": ("synthesize", "select", "recover", "given"),
     "train": ("label",),
 }  # fmt: skip
 

@@ -128,6 +128,11 @@ class Heldout:
         task = _encode.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
         self._refs = [task.remote(self.folder, todo[i::tasks], settings, reading) for i in range(tasks)]
 
+    def left_alone(self) -> Heldout:
+        """Encode nothing, since another run is at work here: what it has finished is there."""
+        self.missing = "" if self._artifact.manifest() is not None else "the run is still at work"
+        return self
+
     def _why_not(self) -> str:
         networks = self.run.networks
         if self.run.config.report.heldout_images == 0:

@@ -120,15 +120,16 @@ def run(run: Run, on_shard: Callable[[int], None]) -> LatentsManifest:
     batch = inner_batch(config, run.networks, latents)
     total = sum(s.samples for s in data.train)
     expected = sum(s.expected for s in data.train)
+    latent_bytes = 2 * int(np.prod(run.networks.latent_shape))
     with Progress("encode", total, "images") as progress:
-        for done in done_records(latents, sorted(finished)):
-            progress.advance(done.classes.total)
+        progress.already(sum(done.classes.total for done in done_records(latents, sorted(finished))))
         refused = 0
         for record in done_records_of(run, finished, batch):
             latents.publish(f"{layout.shard_name(record.shard)}/{layout.DONE}", record.dumps())
             (latents / layout.PARTS / layout.shard_name(record.shard)).remove()
             refused += record.refused
-            progress.advance(record.classes.total)
+            encoded = record.classes.total
+            progress.advance(encoded, bytes=encoded * latent_bytes, quarantined=record.refused)
             if refused > config.max_bad_fraction * max(1, expected):
                 break  # no need to spend the rest of the hours; the final check below says why
             on_shard(record.shard)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,19 +19,16 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.core.labels import choose_codec, codec_class, codec_sizes, make_codec
 from ddoq_ray.core.sizing import in_bytes
-from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.execution.workers import Progress, on_actor, say
 from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.stages.evaluate.validation import check_refused, teacher_columns
 from ddoq_ray.stages.label.images import SharedImages, shared_images
 from ddoq_ray.stages.label.teacher import LabelUnit, spawner
 from ddoq_ray.stages.label.teacher_check import check_teacher
-from ddoq_ray.stages.select.step import Select
-from ddoq_ray.stages.step import Ask, Step
-from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.stages.step import Ask, ImageSetStep, Step
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.label_grid import LabelGrid
 from ddoq_ray.storage.label_log import finished_files
@@ -85,7 +83,7 @@ class Label(Step):
 
     stage = name = "label"
 
-    source: Synthesize | Select
+    source: ImageSetStep
     at: Place
     key: LabelKey
 
@@ -220,13 +218,10 @@ def _say_codecs(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[str, Any]:
     )
     if codecs == ["logits"]:
         return {}  # fp16: nothing to measure
-    step, actor = next(iter(grids)), spawner(run.config, run.dir)()
-    try:
-        costs: dict[str, dict[str, float]] = ray.get(actor.codec_costs.remote(_images(run, step)))
-    except ray.exceptions.RayTaskError as error:
-        raise plain_error(error) from None
-    finally:
-        ray.kill(actor)
+    images, spawn = _images(run, next(iter(grids))), spawner(run.config, run.dir)
+    costs: dict[str, dict[str, float]] = on_actor(
+        spawn, lambda actor: ray.get(actor.codec_costs.remote(images)), partial(run.events.add, stage="label")
+    )
     words = "; ".join(f"{name} {cost['kl']:.2g} nats, {cost['relative']:.2g} of it" for name, cost in costs.items())
     say(f"label      KL of labels as stored to the teacher's, and as a share of what they tell: {words}")
     return {"codec_costs": costs}
@@ -238,9 +233,8 @@ def _label(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[Label, int]:
     spawn = spawner(config, run.dir)
     with_heads = [step.place for step in grids if codec_class(step.codec(run)).packs_features]
     if with_heads:
-        actor = spawn()
-        ray.get([actor.save_head.remote(place) for place in with_heads])
-        ray.kill(actor)
+        save = lambda actor: ray.get([actor.save_head.remote(place) for place in with_heads])
+        on_actor(spawn, save, partial(run.events.add, stage="label"))
     units = [unit for step, grid in grids.items() for unit in _units(run, step, grid)]
     of = {step.place: step for step in grids}
     left = Counter(unit.labels for unit in units)
@@ -255,7 +249,7 @@ def _label(run: Run, grids: Mapping[Label, LabelGrid]) -> dict[Label, int]:
             progress=progress,
         ):
             made[of[unit.labels]] += result["labels"]
-            progress.advance(result["labels"])
+            progress.advance(result["labels"], bytes=result["bytes"])
             left[unit.labels] -= 1
             if not left[unit.labels]:
                 unit.images.release()

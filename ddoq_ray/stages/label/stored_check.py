@@ -12,14 +12,13 @@ from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import in_tasks
 from ddoq_ray.stages.label.images import check_shard
 from ddoq_ray.stages.label.step import Label
-from ddoq_ray.stages.select.step import Select
-from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.stages.step import Step
 from ddoq_ray.storage.label_log import LabelStore, check_file
 
 AT_ONCE = 64  # files with Ray at a time
 
 
-def check_stored(run: Run, sources: Collection[Synthesize | Select], labels: Collection[Label]) -> None:
+def check_stored(run: Run, sources: Collection[Step], labels: Collection[Label]) -> None:
     """Read every byte of image sets and of their labels, on the cluster.
 
     Raises:

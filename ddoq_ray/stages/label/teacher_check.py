@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.confusion import Mistaken, swapped_classes
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import say
+from ddoq_ray.execution.workers import on_actor, say
 from ddoq_ray.stages.evaluate.validation import Validation, check_refused, say_refused, teacher_columns
 from ddoq_ray.stages.label.autoencoder_check import say_kept
 from ddoq_ray.stages.label.teacher import Named, spawner
@@ -36,15 +37,15 @@ def check_teacher(run: Run) -> dict[str, Any]:
         ValueError: As `judge`.
     """
     columns, arch = teacher_columns(run.data), run.networks.teacher_arch
-    actor = spawner(run.config, run.dir)()
-    try:
-        named: Named = ray.get(actor.name_images.remote(Validation.of(run.config, run.data), columns))
-        names = ray.get(actor.class_names.remote())
+    validation = Validation.of(run.config, run.data)
+
+    def ask(actor: Any) -> tuple[Named, Sequence[str] | None, dict[str, Any] | None]:
+        named: Named = ray.get(actor.name_images.remote(validation, columns))
         made = "synthesize" in run.config.stages and named.class_ids.size > 0
-        validation = Validation.of(run.config, run.data)
         kept = ray.get(actor.judge_autoencoder.remote(validation, columns)) if made else None
-    finally:
-        ray.kill(actor)
+        return named, ray.get(actor.class_names.remote()), kept
+
+    named, names, kept = on_actor(spawner(run.config, run.dir), ask, partial(run.events.add, stage="label"))
     found = judge(run.config, run.dir, run.data, named, names)
     top1, images = found["top1_pct"], found["images"]
     say(f"label      teacher {arch}: top-1 {top1:.2f} % on {images:,} real validation images")

@@ -38,6 +38,8 @@ from ddoq_ray.storage.records import ClassInfo, ShardInfo
 
 Rows = npt.NDArray[np.int64]
 SCRATCH = "scratch"  # below data/: containers unpacked, removed at the end
+SHARDS = 32  # of a collection, at least: each is read by one reader at a time,
+FEWEST = 500  # samples; smaller shards are not worth a file
 MEMBER_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE  # of a sample, beside its image: two headers and the label
 
 
@@ -106,6 +108,15 @@ def cut(order: Sequence[Rows], sizes: npt.NDArray[np.int64], samples: int, max_b
     return shards
 
 
+def samples_in_a_shard(images: int, most: int) -> int:
+    """Samples in a shard of a split of so many images: `most`, or fewer so that several readers find work.
+
+    >>> [samples_in_a_shard(n, 10_000) for n in (100, 17_000, 50_000, 14_000_000)]
+    [500, 532, 1563, 10000]
+    """
+    return min(most, max(FEWEST, -(-images // SHARDS)))
+
+
 def make_plans(config: RunConfig, survey: Survey) -> list[Plan]:
     """The plan of the training and, where there are such, of the validation shards.
 
@@ -115,7 +126,11 @@ def make_plans(config: RunConfig, survey: Survey) -> list[Plan]:
     d = config.dataset
     order = class_order(survey.train, config.seed, "train")
     plans = []
-    limits = (d.shard_samples, d.shard_mb * 1_000_000)
+
+    def cut_up(order: Sequence[Rows], listing: Listing) -> list[Rows]:
+        samples = samples_in_a_shard(sum(map(len, order)), d.shard_samples)
+        return cut(order, listing.sizes, samples, d.shard_mb * 1_000_000)
+
     if d.heldout:
         if survey.val is not None:
             raise ValueError(
@@ -124,11 +139,11 @@ def make_plans(config: RunConfig, survey: Survey) -> list[Plan]:
             )
         class_ids = np.unique(survey.train.class_ids).tolist()
         order, held = hold_out(order, d.heldout, survey.classes, class_ids)
-        plans.append(Plan("val", "train", survey.train, cut(held, survey.train.sizes, *limits)))
+        plans.append(Plan("val", "train", survey.train, cut_up(held, survey.train)))
     elif survey.val is not None:
         held = class_order(survey.val, config.seed, "val")
-        plans.append(Plan("val", "val", survey.val, cut(held, survey.val.sizes, *limits)))
-    return [Plan("train", "train", survey.train, cut(order, survey.train.sizes, *limits)), *plans]
+        plans.append(Plan("val", "val", survey.val, cut_up(held, survey.val)))
+    return [Plan("train", "train", survey.train, cut_up(order, survey.train)), *plans]
 
 
 def survey_source(source: Source) -> Survey:
@@ -181,7 +196,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
                 if plan.split == "val":
                     for size, digest in pictures:
                         known.setdefault(size, set()).add(digest)
-                progress.advance()
+                progress.advance(bytes=info.bytes, quarantined=sum(why.values()))
             listed[plan.split] = infos
     _remove_others(data, plans)
     unlisted = [r for split in (survey.train, survey.val) if split is not None for r in split.refused]

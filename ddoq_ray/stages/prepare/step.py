@@ -159,16 +159,20 @@ def _check_validation(config: RunConfig, there: bool) -> None:
 
 def check_small_classes(config: RunConfig, counts: dict[int, int], classes: Sequence[ClassInfo]) -> None:
     """Refuse classes below `ipc` before hours of encoding, unless `small_class` says what to do with them."""
-    small = [(c, counts.get(c.class_id, 0)) for c in classes if counts.get(c.class_id, 0) < config.ipc]
+    most = max((spec.tiles, spec.name) for spec in config.specs)  # whose image takes most real ones
+    least = config.ipc * most[0]
+    small = [(c, counts.get(c.class_id, 0)) for c in classes if counts.get(c.class_id, 0) < least]
     if small and config.small_class == "error":
         shown = ", ".join(f"{c.class_id} ({c.name}): {n}" for c, n in small[:5])
         raise ValueError(
-            f"{len(small)} of {len(classes)} classes have fewer images than ipc={config.ipc}: {shown}"
+            f"{len(small)} of {len(classes)} classes have fewer images than ipc={config.ipc}"
+            + (f" times the {most[0]} centroids of an image of {most[1]}" if most[0] > 1 else "")
+            + f": {shown}"
             f"{', ...' if len(small) > 5 else ''}; choose a smaller ipc, small_class=cap (as many centroids as images) "
             "or small_class=drop (leave them out)"
         )
     if config.small_class == "drop" and len(small) == len(classes):
-        raise ValueError(f"small_class=drop would leave no class: none has ipc={config.ipc} images")
+        raise ValueError(f"small_class=drop would leave no class: none has {least} images")
 
 
 def _status(config: RunConfig, artifact: Artifact, facts: dict) -> Status:

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from ddoq_ray.execution.pool import MAX_DEATHS
+from ddoq_ray.execution.workers import MAX_DEATHS
 from ddoq_ray.storage.folder import Folder
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import ray
 
 from ddoq_ray.config import RunConfig
-from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
+from ddoq_ray.config.quantizer import BalancedConfig, ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
 from ddoq_ray.stages.prepare.step import Data
@@ -115,7 +115,8 @@ def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int, gpu: bool
     if kind == "clvq":  # too large to be whole in memory: it is streamed
         buffer = Clvq.default_buffer(k)
         return float(clvq_bytes(n, k, dim, buffer)) + clvq_seeding_bytes(k, dim, buffer)
-    return 16.0 * n * dim  # scikit-learn and faiss copy what they get
+    plan = 40.0 * n * k if kind == BalancedConfig.name else 0.0  # costs, the plan and the solver's copies
+    return 16.0 * n * dim + plan  # scikit-learn and faiss copy what they get
 
 
 class _Census:

@@ -72,9 +72,13 @@ class Quantize(Step):
         assert self.method.quantizer is not None, self.method.name
         return self.method.quantizer(config.quantizer)
 
+    def sized(self, config: RunConfig) -> RunConfig:
+        """The configuration whose `ipc` is the number of this codebook's centroids: an image may be made of several."""
+        return config if self.method.tiles == 1 else replace(config, ipc=config.ipc * self.method.tiles)
+
     def settings(self, config: RunConfig) -> dict[str, Any]:
         return {
-            "ipc": config.ipc,
+            "ipc": config.ipc * self.method.tiles,
             "seed": config.seed,
             "small_class": config.small_class,
             "quantizer": self.algorithm(config).identity(),
@@ -109,6 +113,7 @@ class Quantizers:
         self.done = np.zeros(len(run.data.train), np.uint8)
         self.actors: list[Any] = []
         self._calls: list[Any] = []
+        self._told: set[str] = set()  # records of parts that are counted
         self.needs: list[int] = []
         self._arguments: list[tuple[Any, ...]] = []
 
@@ -118,7 +123,7 @@ class Quantizers:
         Raises:
             ValueError: The folder holds the codebook of another configuration.
         """
-        run, config = self.run, self.run.config
+        run, config = self.run, self.step.sized(self.run.config)
         if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
             return
         algorithm = self.step.algorithm(config)
@@ -185,6 +190,7 @@ class Quantizers:
             assert self.done.all(), "finish() before every shard is done"
             bitmap = np.packbits(self.done).tobytes()
             with Progress("quantize", self.num_parts, "parts") as progress:
+                self._told = set()
                 # A last call may still have much to do, and its error must surface as itself.
                 self._wait([call for call in self._calls if call is not None], progress)
                 seconds = max(self._wait([actor.advance.remote(bitmap) for actor in self.actors], progress))
@@ -203,8 +209,18 @@ class Quantizers:
             ray.wait(waiting, num_returns=1, timeout=1.0)
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             ray.get(ready)
-            progress.advance(len(self.codebook.names(layout.CODEBOOK_RECORDS)) - progress.done)
+            self._look(progress)
         return ray.get(calls)
+
+    def _look(self, progress: Progress) -> None:
+        """Count the parts that have appeared."""
+        progress.advance(0)
+        for name in set(self.codebook.names(layout.CODEBOOK_RECORDS)) - self._told:
+            record = read_record(self.codebook, layout.record_part(name))
+            progress.advance(bytes=record.bytes)
+            if record.distortion is not None:
+                progress.average("distortion", float(record.distortion), record.latents)
+            self._told.add(name)
 
     def close(self) -> None:
         for actor in self.actors:

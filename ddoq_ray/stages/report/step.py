@@ -26,6 +26,7 @@ from ddoq_ray.stages.cells import Cell, cells, label_key, methods
 from ddoq_ray.stages.encode.heldout import Heldout
 from ddoq_ray.stages.encode.step import Encode, quarantine_reasons
 from ddoq_ray.stages.evaluate.step import Evaluate
+from ddoq_ray.stages.report import trackers
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
@@ -274,10 +275,13 @@ def run(run: Run, asked: RunConfig, heldout: Heldout, steps: Sequence[Step]) -> 
     seconds = round(time.time() - start, 3)
     costs.append({"stage": "report", "seconds": seconds, "items": len(classes), "unit": "classes", "bytes": 0})
     results = finite(results | {"stages": costs})
-    report.publish(layout.PAGE, render_page(results, set_images(run, _shown(run))).encode())
+    images = set_images(run, _shown(run))
+    report.publish(layout.PAGE, render_page(results, images).encode())
     report.publish_json(layout.RESULTS, with_check(results | {FILES: file_facts(report, [layout.PAGE])}))
     if results["rows"]:
         emit(accuracy_table(results), sys.stdout)
+    if run.config.tracking is not None:
+        say(f"report     {run.config.tracking}: {trackers.hand_over(run.config.tracking, report, results, images)}")
     path = report.path(layout.PAGE)
     say(f"report     {path}")
     return path

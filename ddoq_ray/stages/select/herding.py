@@ -9,13 +9,13 @@ import numpy.typing as npt
 import ray
 
 from ddoq_ray.execution.class_tasks import Reading
-from ddoq_ray.stages.select.choice import Choice, Picks, of_class_latents
+from ddoq_ray.stages.select.choice import Choice, Picks, Selection, of_class_latents
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import part_classes
 from ddoq_ray.storage.folder import Folder
 
 
-def choose(choice: Choice) -> Picks:
+def choose(choice: Choice) -> Selection:
     run, wanted = choice.run, choice.wanted
     dim = int(np.prod(run.networks.latent_shape))
     parts = part_classes(len(run.data.classes), run.config.ipc, dim)

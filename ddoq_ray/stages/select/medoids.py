@@ -15,7 +15,7 @@ import ray
 
 from ddoq_ray.execution.class_tasks import Reading
 from ddoq_ray.stages.cells import own_set
-from ddoq_ray.stages.select.choice import Choice, Picks, of_class_latents
+from ddoq_ray.stages.select.choice import Choice, Picks, Selection, of_class_latents
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
 from ddoq_ray.storage.folder import Folder
@@ -23,7 +23,7 @@ from ddoq_ray.storage.latent_log import noise_of
 from ddoq_ray.storage.records import binary_rows
 
 
-def choose(choice: Choice) -> Picks:
+def choose(choice: Choice) -> Selection:
     run = choice.run
     codebook = run.dir / own_set(run.config).codebook
     names, classes, dim = parts_with_classes(codebook)

@@ -6,11 +6,11 @@ import numpy as np
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.stages.select.choice import Choice, Picks, wanted_images
+from ddoq_ray.stages.select.choice import Choice, Picks, Selection, wanted_images
 
 
-def choose(choice: Choice) -> Picks:
-    return draw(choice.run.config, choice.counts, choice.draw)
+def choose(choice: Choice) -> Selection:
+    return Selection(draw(choice.run.config, choice.counts, choice.draw))
 
 
 def draw(config: RunConfig, counts: dict[int, int], draw_index: int) -> Picks:

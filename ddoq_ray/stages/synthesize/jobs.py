@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.codebook import open_parts
 from ddoq_ray.storage.folder import Folder
@@ -51,17 +52,34 @@ class ImageUnit:
 
 
 @dataclass(frozen=True)
+class Making:
+    """How an image set is made of a codebook.
+
+    Attributes:
+        book: Whose codebook it is, where it is not the set's own: then its masses are not the images'.
+        tiles: Centroids of an image, a square.
+        settings: Start, strength and what else is asked of the prior.
+    """
+
+    settings: SynthesizerConfig
+    book: Place | None = None
+    tiles: int = 1
+
+
+@dataclass(frozen=True)
 class Job:
     """One unit of work for a decoder: an image shard of the set in `folder`, and the codebook parts it needs.
 
     Attributes:
         identity: Digest of what the set follows from.
+        how: How the set is made of its codebook; None: as a run's own.
     """
 
     folder: str
     unit: ImageUnit
     parts: tuple[str, ...]
     identity: str = ""
+    how: Making | None = None
 
     @property
     def name(self) -> str:
@@ -73,13 +91,17 @@ class Job:
         return digest_of([self.identity, self.unit.index, self.unit.ranges])
 
 
-def image_jobs(run_dir: Folder, folder: str, shard_images: int, identity: str = "") -> list[Job]:
+def image_jobs(
+    run_dir: Folder, folder: str, shard_images: int, identity: str = "", how: Making | None = None
+) -> list[Job]:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
     names: list[str] = []
     classes, counts, holders = [], [], []
-    for part in open_parts(run_dir / Place(folder).codebook):
+    book = how.book if how is not None and how.book is not None else Place(folder)
+    tiles = how.tiles if how is not None else 1
+    for part in open_parts(run_dir / book.codebook):
         classes.append(part.class_ids)
-        counts.append(part.rows)
+        counts.append(-(-part.rows // tiles))
         holders.append(np.full(len(part.rows), len(names), np.int32))
         names.append(part.name)
     if not names:
@@ -96,7 +118,7 @@ def image_jobs(run_dir: Folder, folder: str, shard_images: int, identity: str = 
         low, high = np.maximum(starts[a:b], first) - starts[a:b], np.minimum(ends[a:b], last) - starts[a:b]
         ranges = tuple(map(ClassRange, class_ids[a:b].tolist(), low.tolist(), high.tolist()))
         parts = tuple(names[part] for part in range(part_of[a], part_of[b - 1] + 1))
-        jobs.append(Job(folder, ImageUnit(i, ranges), parts, identity))
+        jobs.append(Job(folder, ImageUnit(i, ranges), parts, identity, how))
     return jobs
 
 

@@ -15,16 +15,18 @@ from typing import Any, cast
 from ray.actor import ActorClass
 
 from ddoq_ray.config import RunConfig
+from ddoq_ray.config.methods import SPECS, MethodSpec
 from ddoq_ray.config.schema import plain
 from ddoq_ray.data.image_set import EXTENSIONS
 from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress
-from ddoq_ray.stages.step import Ask, Step
+from ddoq_ray.stages.cells import own_set
+from ddoq_ray.stages.step import Ask, ImageSetStep
 from ddoq_ray.stages.synthesize.card import CardFacts, dataset_card, title_of
 from ddoq_ray.stages.synthesize.constant_images import check_constant
 from ddoq_ray.stages.synthesize.decoder import Decoder
-from ddoq_ray.stages.synthesize.jobs import Job, image_jobs, judge_of
+from ddoq_ray.stages.synthesize.jobs import Job, Making, image_jobs, judge_of
 from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.layout import CARD, Place
@@ -34,20 +36,29 @@ OWN = "ddoq"  # the method of the run's own set: others that share it differ by 
 
 
 @dataclass(frozen=True)
-class Synthesize(Step):
-    """The images of a codebook."""
+class Synthesize(ImageSetStep):
+    """The images of a codebook.
+
+    Attributes:
+        at: Where the set is.
+        method: Whose it is: which codebook it is made of, and how.
+    """
 
     stage = name = "synthesize"
 
     at: Place
+    method: MethodSpec = SPECS[OWN]
 
-    @property
-    def place(self) -> str:
-        return self.at.images
+    def making(self, config: RunConfig) -> Making:
+        """How the images are made of centroids."""
+        of = self.method
+        own = config.synthesizer if of.synthesizer is None else of.synthesizer(config.synthesizer)
+        return Making(own, own_set(config) if of.quantizer is None else None, of.tiles)
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
         workers = ("min_workers", "max_workers")
-        own = config.synthesizer
+        making = self.making(config)
+        own = making.settings
         idle = [k for k in ("guide_until", "guide_scale", "guide_pool") if own.start != "guided"]
         idle += ["strength"] if own.start in ("noise", "guided") else []
         idle += ["keep"] if own.candidates == 1 else []
@@ -56,10 +67,12 @@ class Synthesize(Step):
         idle += ["judge"]  # its content counts, not its path: see `inputs`
         options = {k: v for k, v in plain(own).items() if k not in (*workers, *idle)}
         options |= config.prior.sampling
-        return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc}
+        tiles = {"tiles": making.tiles} if making.tiles > 1 else {}
+        return {"synthesizer": options, "seed": config.seed, "ipc": config.ipc} | tiles
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        source = run.finished(Artifact(run.dir / self.at.codebook, "quantize"))
+        book = self.making(run.config).book or self.at
+        source = run.finished(Artifact(run.dir / book.codebook, "quantize"))
         asked = digest_of([(c.prior_label, c.prompt) for c in run.data.classes])[:32]
         made_by = {"codebook": source["digest"], "prior": run.networks.prior_id, "classes": asked}
         if judge_of(run.config) is None:
@@ -78,7 +91,7 @@ def run(run: Run, steps: Sequence[Synthesize]) -> None:
     facts = {step: step.identity(run) for step in steps}
     todo = [s for s in steps if s.artifact(run.dir).begin(facts[s], overwrite=config.overwrite) != "done"]
     size = config.synthesizer.shard_images
-    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, size, digest_of(facts[s]))]
+    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, size, digest_of(facts[s]), s.making(config))]
     shards = _synthesized(run, jobs, classes) if todo else {}
     seconds = time.time() - start
     total = max(1, sum(s["images"] for s in shards.values()))
@@ -117,7 +130,7 @@ def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) ->
             progress=progress,
         ):
             shards[job.name] = result
-            progress.advance(result["images"])
+            progress.advance(result["images"], bytes=result["bytes"])
     return shards
 
 

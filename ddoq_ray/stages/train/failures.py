@@ -12,23 +12,23 @@ from ddoq_ray.execution.errors import cause_of
 _COLLATERAL = (RuntimeError, OSError)
 
 
-def failures(error: TrainingFailedError) -> list[BaseException]:
-    """The exceptions behind Ray Train's, in order of rank."""
+def failures(error: BaseException) -> list[BaseException]:
+    """The exceptions behind Ray Train's, in order of rank; one that is not Ray Train's stands for itself."""
     if isinstance(error, WorkerGroupError):
         found: list[Any] = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
     elif isinstance(error, ControllerError):
         found = [error.controller_failure]
     else:
-        found = []
+        found = [] if isinstance(error, TrainingFailedError) else [error]
     return [cause_of(e) for e in found]
 
 
-def own_words(error: TrainingFailedError) -> str | None:
+def own_words(error: BaseException) -> str | None:
     """The text of a ValueError of our own among the failures: it is the user's to mend, in its own words."""
     return next((str(e) for e in failures(error) if type(e) is ValueError), None)
 
 
-def worth_retrying(error: TrainingFailedError, workers: int) -> bool:
+def worth_retrying(error: BaseException, workers: int) -> bool:
     """Whether a worker died, which says nothing about the work: it may go well elsewhere, from the last checkpoint.
 
     An exception of the work itself comes again however often it is tried. In a group, a death also shows as the other

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from ddoq_ray.config.cluster import TrainerResources
+from ddoq_ray.execution.workers import DEATHS, MAX_DEATHS
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
 
 if TYPE_CHECKING:  # torch: not in a driver that trains nothing
     from ray.train.torch import TorchTrainer
 
-MAX_DEATHS = 3  # of workers; an exception of the work itself is not tried again
+# A death by itself is that of Ray Train's controller.
+FAILED: tuple[type[BaseException], ...] = (ray.train.TrainingFailedError, *DEATHS)
 RAY_TRAIN = "train"  # Ray Train's own folder in its storage, where nothing else is said
 
 
@@ -43,7 +45,7 @@ def fit(
         try:
             _trainer(loop, settings, resources, storage, name).fit()
             return
-        except ray.train.TrainingFailedError as error:
+        except FAILED as error:
             told = own_words(error)
             if told is not None:
                 raise ValueError(told) from None

@@ -15,16 +15,14 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.schema import plain
 from ddoq_ray.execution.networks import Networks, check_batches
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress, say
+from ddoq_ray.execution.workers import MAX_DEATHS, Progress, say
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Validation, teacher_columns
 from ddoq_ray.stages.label.step import Label, check_scored
 from ddoq_ray.stages.label.stored_check import check_stored
-from ddoq_ray.stages.select.step import Select
-from ddoq_ray.stages.step import Ask, Step
-from ddoq_ray.stages.synthesize.step import Synthesize
+from ddoq_ray.stages.step import Ask, ImageSetStep, Step
 from ddoq_ray.stages.train.ahead import Ahead, Load, group_of, planned_loads
-from ddoq_ray.stages.train.fitting import MAX_DEATHS, RAY_TRAIN, fit
+from ddoq_ray.stages.train.fitting import RAY_TRAIN, fit
 from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
@@ -48,7 +46,7 @@ class Train(Step):
     stage = name = "train"
 
     cell: Cell
-    source: Synthesize | Select | None
+    source: ImageSetStep | None
     labels: Label | None
 
     @property

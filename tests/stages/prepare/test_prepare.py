@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.collections import DIGIT_NAMES, DIGIT_SPLITS, digits
 from ddoq_ray.data.samples import load_arrays
 from ddoq_ray.data.shard_index import index_shard
+from ddoq_ray.stages.prepare import given_shards
 from ddoq_ray.stages.prepare.mapping import resolve_mapping
 from ddoq_ray.stages.prepare.step import check_small_classes, digit_shards
-from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.prepared import Data
+from ddoq_ray.storage.records import ClassCounts, ClassInfo, ShardInfo
 
 CATS = [ClassInfo(0, "n1", "Tabby"), ClassInfo(1, "tiger", "a tiger")]
 
@@ -106,3 +110,28 @@ def test_small_classes() -> None:
     check_small_classes(load_config(["ipc=10", "small_class=drop"]), counts, classes)
     with pytest.raises(ValueError, match="would leave no class: none has ipc=13"):
         check_small_classes(load_config(["ipc=13", "small_class=drop"]), counts, classes)
+
+
+def test_shards_that_changed_are_refused_and_many_are_asked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question waits for seven others: one after another they would never be answered."""
+    together, size = threading.Barrier(8, timeout=20), given_shards._size
+
+    def ask(url: str) -> int | None:
+        together.wait()
+        return size(url)
+
+    monkeypatch.setattr(given_shards, "_size", ask)
+    shards = []
+    for i in range(16):
+        (tmp_path / f"{i}.tar").write_bytes(bytes(100 + i))
+        shards.append(ShardInfo(f"{tmp_path}/{i}.tar", 1, 100 + i, ClassCounts({0: 1}), ""))
+    data = Data(Folder(str(tmp_path)), (), tuple(shards), ())
+    given_shards.check_unchanged(data)
+    (tmp_path / "9.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"9\.tar has 0 bytes, but had 109"):
+        given_shards.check_unchanged(data)
+    (tmp_path / "9.tar").unlink()
+    with pytest.raises(ValueError, match=r"9\.tar is gone"):
+        given_shards.check_unchanged(data)

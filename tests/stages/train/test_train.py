@@ -276,6 +276,7 @@ def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
         error = WorkerGroupError("", found)
         assert (own_words(error), worth_retrying(error, workers)) == (words, again), found
     assert own_words(ControllerError(ours)) == "mend this" and not worth_retrying(ControllerError(ours), 1)
+    assert own_words(RayActorError()) is None and worth_retrying(RayActorError(), 1)  # Ray Train's own controller died
 
 
 # The driver

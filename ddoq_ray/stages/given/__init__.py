@@ -1,0 +1,1 @@
+"""given: an image set that another method made."""

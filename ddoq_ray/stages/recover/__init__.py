@@ -1,0 +1,1 @@
+"""recover: images found in the teacher by gradients."""

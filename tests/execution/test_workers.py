@@ -1,0 +1,61 @@
+"""An actor that is asked once, outside a pool: its death is survived as that of any other worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from ddoq_ray.execution.workers import on_actor
+
+
+@ray.remote(num_cpus=1)
+class Dies:
+    """Dies at the first `deaths` calls; `broken` fails in its constructor."""
+
+    def __init__(self, folder: str, deaths: int, broken: bool = False) -> None:
+        if broken:
+            raise KeyError("no such network")
+        self.folder, self.deaths = Path(folder), deaths
+
+    def tell(self) -> str:
+        if (died := len(list(self.folder.iterdir()))) < self.deaths:
+            (self.folder / f"{died}").touch()
+            os._exit(1)
+        return f"after {died}"
+
+    def refuse(self) -> None:
+        raise ValueError("your images are of another size")
+
+
+def ask(actor: Any) -> str:
+    told: str = ray.get(actor.tell.remote())
+    return told
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestOnActor:
+    def test_two_deaths_are_survived_and_told(self, tmp_path: Path) -> None:
+        events = []
+        spawn = lambda: Dies.remote(str(tmp_path), 2)
+        assert on_actor(spawn, ask, lambda event, **facts: events.append((event, facts["deaths"]))) == "after 2"
+        assert events == [("worker lost", 1), ("worker lost", 2)]
+
+    def test_the_third_is_raised(self, tmp_path: Path) -> None:
+        with pytest.raises(RayActorError):
+            on_actor(lambda: Dies.remote(str(tmp_path), 9), ask, lambda event, **facts: None)
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_an_error_of_the_constructor_is_raised_at_once(self, tmp_path: Path) -> None:
+        events: list[str] = []
+        with pytest.raises(RayActorError, match="no such network"):
+            on_actor(lambda: Dies.remote("", 0, broken=True), ask, lambda event, **facts: events.append(event))
+        assert events == []
+
+    def test_what_the_user_can_mend_comes_in_its_own_words(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^your images are of another size$"):
+            on_actor(lambda: Dies.remote(str(tmp_path), 0), lambda a: ray.get(a.refuse.remote()), print)
