@@ -31,6 +31,7 @@ class PartConfig(RunConfig):
     methods: tuple[str, ...] = option(
         ("ddoq", "ddoq-sqrt", "d4m", "random"), "methods to compare: " + ", ".join(METHODS)
     )
+    baselines: tuple[str, ...] = option((), "of a run only: here `methods` lists what is compared")
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.methods if m not in METHODS]

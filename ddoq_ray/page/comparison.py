@@ -76,8 +76,8 @@ def _columns(lines: Sequence[Line], reference: str) -> dict[str, Callable[[Line]
     }
     if any(line["hlr_pct"] is not None for line in lines):
         columns["HLR"] = lambda li: "-" if li["hlr_pct"] is None else f"{li['hlr_pct']:.2f}"
-    columns["images"] = lambda li: in_bytes(li["images_bytes"])
-    columns["labels of it"] = lambda li: in_bytes(li["labels_bytes"]) if li["labels_bytes"] else "-"
+    columns["image bytes"] = lambda li: in_bytes(li["images_bytes"])
+    columns["label bytes"] = lambda li: in_bytes(li["labels_bytes"]) if li["labels_bytes"] else "-"
     columns["s to make, label, train"] = lambda li: " ".join(
         f"{li[key]:.1f}" for key in ("images_s", "labels_s", "train_s")
     )

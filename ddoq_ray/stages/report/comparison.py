@@ -126,11 +126,11 @@ def _lines(parts: Sequence[Part], asked: CompareConfig, rows: Sequence[ResultRow
     told = [_labelled(row) | ({"labels": "hard"} if asked.labels.mode == "hard" else {}) for row in rows]
     lines = lines_of(told, asked.reference)
     costs = _costs(parts)
-    order = settings_of(lines)
+    order, methods = settings_of(lines), list(dict.fromkeys((*asked.methods, *(line["method"] for line in lines))))
 
     def place(line: Mapping[str, Any]) -> tuple[float, ...]:
         ipc = math.inf if line["ipc"] is None else line["ipc"]
-        return order.index(tuple(line[k] for k in SETTING)), ipc, asked.methods.index(line["method"])
+        return order.index(tuple(line[k] for k in SETTING)), ipc, methods.index(line["method"])
 
     for line in lines:
         hard = HARD if line["labels"] == "hard" and asked.labels.mode != "hard" else ""
