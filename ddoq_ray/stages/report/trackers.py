@@ -113,7 +113,7 @@ class MLflow(Tracker):
                 for epoch, value in zip(epochs, values, strict=True):
                     self.library.log_metric(f"{student}/{what}", value, step=epoch)
             if rows:
-                self.library.log_table({name: [row.get(name) for row in rows] for name in rows[0]}, "results.json")
+                self.library.log_table({name: [row.get(name) for row in rows] for name in rows[0]}, layout.RESULTS)
             for method, shown in images.items():
                 for number, image in enumerate(shown):
                     self.library.log_image(image, artifact_file=f"images/{method}/{number:03d}.png")
