@@ -11,7 +11,8 @@ Shards have 1,000 samples in one chunk; classes lie in order, as `prepare` write
 * `part` scaling: `workers` with `units_per_worker` chunks or image shards each. `efficiency`: their rate beside as many
   times that of one worker. `of_ideal`: beside workers that would do nothing but their units. Both from the moment at
   which all have begun to the last end. `start_s`: from the first worker's beginning to the last one's.
-* `part` death: the same load, one worker killed (SIGKILL) half way; `lost_s` is the time that it took longer.
+* `part` death: the same load, one worker killed (SIGKILL) half way; `lost_s` is what that cost each worker of the time
+  that units took, `units_per_worker` times the difference of their overheads.
 * `part` keys: a tenth of the data, and all. `driver_peak_bytes`: resident memory of the driver at its highest;
   `growth` is the whole's beside the tenth's.
 
@@ -209,7 +210,8 @@ def scaling(stage: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         row |= {"part": "scaling", "efficiency": row["of_ideal"] / alone}
     calm = next(row for row in rows if row["workers"] == given.death_workers)
-    rows[-1] |= {"part": "death", "lost_s": rows[-1]["span_s"] - calm["span_s"]}
+    more_ms = rows[-1]["overhead_ms_per_chunk"] - calm["overhead_ms_per_chunk"]
+    rows[-1] |= {"part": "death", "lost_s": more_ms / 1000 * given.units_per_worker}
     return rows
 
 
@@ -230,7 +232,7 @@ ORDER = ("scaling", "death", "keys")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Efficiency over workers, a line a stage."""
+    """What workers do of what they could, over their number; a line a stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,12 +242,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3.2))
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage and row["part"] == "scaling"]
-        axes.plot([r["workers"] for r in mine], [r["efficiency"] for r in mine], marker="o", label=stage)
+        axes.plot([r["workers"] for r in mine], [r["of_ideal"] for r in mine], marker="o", label=stage)
     axes.axhline(0.9, color="black", linewidth=0.8, linestyle="--")
     axes.set_xscale("log", base=2)
     ticks = sorted({row["workers"] for row in rows if row["part"] == "scaling"})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel="simulated workers", ylabel="efficiency", ylim=(0, 1.1))
+    axes.set(xlabel="simulated workers", ylabel="of ideal", ylim=(0, 1.1))
     axes.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -259,7 +261,8 @@ def keep(earlier: Sequence[dict[str, Any]], path: str) -> None:
     rows += [row for row in earlier if (row["stage"], row["part"]) not in new]
     rows.sort(key=lambda row: (ORDER.index(row["part"]), row["stage"]))
     Path(path).write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, Path(path).with_suffix(".svg"))
+    if any(row["part"] == "scaling" for row in rows):
+        plot(rows, Path(path).with_suffix(".svg"))
 
 
 def main() -> None:

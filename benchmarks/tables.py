@@ -175,6 +175,7 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("docs/adr/0008-corrected-winner.md", "benchmarks/results/quantize.json", winners),
     ("docs/labels.md", "studies/results/label_codecs.json", label_codecs),
     ("docs/synthesis.md", "studies/results/starts.json", starts),
+    ("docs/scale.md", "benchmarks/results/scale.json", scale),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 

@@ -15,6 +15,9 @@ STAGES = Path(__file__).resolve().parents[1] / "ddoq_ray/stages"
 SMALL = ("ipc=2", "num_seeds=1", "protocol.steps=4", "protocol.eval_every=4", "report.heldout_images=2")
 
 VARIANTS = {
+    "teacher's choices": (
+        "baselines=[confident,rded,noise-init,stitched,uniform-grid]", "rded.pool=8", "rded.crops=2", "rded.factor=2",
+    ),
     "real images": ("baselines=[random,herding,medoids]", "small_class=cap", "latents.keep=false"),
     "gram, noised latents": (
         "quantizer=gram", "quantizer.noise_level=0.2", "synthesizer.strength=0.2", "baselines=[]", "encoder.batch=0",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.cluster import TrainerResources, WorkerResources
+from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.execution.run import Run
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
@@ -108,9 +109,11 @@ class ImageSetStep(Step):
     """A step that makes an image set.
 
     Attributes:
+        method: Whose it is; of several that share it, the first.
         at: Where the set is, and what belongs to it.
     """
 
+    method: MethodSpec
     at: Place
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ddoq_ray.config import RunConfig
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
+from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.storage.calibration import asked_of, default_file, rates_for, read_rates
 
 
@@ -22,10 +23,13 @@ class Work:
 
 
 def work_of(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> dict[str, Work]:
-    own = config.synthesizer
-    run = own.steps if own.start in ("noise", "guided") else math.floor(own.steps * own.strength + 1e-9)
     count: Callable[[str], int] = lambda name: sum(s.name == name for s in steps)
-    made = count("synthesize") * sizes.centroids * own.candidates
+    made = denoised = 0
+    for step in (s for s in steps if isinstance(s, Synthesize)):
+        making = step.making(config)
+        own, images = making.settings, making.tiles * sizes.centroids * making.settings.candidates
+        run = own.steps if own.start in ("noise", "guided") else math.floor(own.steps * own.strength + 1e-9)
+        made, denoised = made + images, denoised + images * run
     views = count("label") * sizes.centroids * sizes.epochs
     full = sum(s.name == "train" and getattr(s, "source", None) is None for s in steps)
     trained = (count("train") - full) * sizes.centroids * sizes.epochs
@@ -36,8 +40,8 @@ def work_of(config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> dict[str,
     if count("encode"):
         found["encode"] = Work({"encode": images}, "encoder", config.encoder.pool[1])
     if made:
-        denoised = {"denoise": made * run} if run else {}
-        found["synthesize"] = Work({"decode": made} | denoised, "decoder", own.max_workers)
+        items = {"decode": made} | ({"denoise": denoised} if denoised else {})
+        found["synthesize"] = Work(items, "decoder", config.synthesizer.max_workers)
     if views and config.labels.stored:
         found["label"] = Work({"label": views}, "teacher", config.labels.workers)
     if trained:

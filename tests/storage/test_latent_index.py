@@ -12,6 +12,7 @@ import pytest
 from support.latent_logs import DIM, write_log
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.data.picked_samples import PassedOver
 from ddoq_ray.data.shard_index import train_and_val
 from ddoq_ray.execution.class_tasks import readings
 from ddoq_ray.stages.quantize.memory import log_readings
@@ -135,12 +136,15 @@ def test_pictures_that_were_not_encoded_are_listed_once(tmp_path: Path, monkeypa
         for chunk in (0, 3):
             line = f'{{"key": "s{shard}c{chunk}", "offset": null, "reason": "non-finite"}}\n'.encode()
             run.publish(f"quarantine/shard-{shard:06d}.latents-{chunk:05d}.jsonl", line)
-    run.publish("quarantine/shard-000001.jsonl", b"")
+    run.publish("quarantine/shard-000001.jsonl", b'{"key": "torn", "offset": 512, "reason": "not an image"}\n')
+    run.publish("quarantine/shard-000012.jsonl", b'{"key": "", "offset": 1024, "reason": "broken tar"}\n')
     listed = []
     names = Folder.names
     monkeypatch.setattr(Folder, "names", lambda self, pattern: listed.append(pattern) or names(self, pattern))
     found = select.not_encoded(run / "latents")
-    assert found == {s: frozenset((f"s{s}c0", f"s{s}c3")) for s in range(9)} and len(listed) == 1
+    lost = {s: PassedOver(keys=frozenset((f"s{s}c0", f"s{s}c3"))) for s in range(9)}
+    lost[1] = PassedOver(frozenset([512]), lost[1].keys)  # refused by its content, which its offset tells
+    assert found == lost | {12: PassedOver(frozenset([1024]))} and len(listed) == 1
 
 
 def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(

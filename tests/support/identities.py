@@ -61,6 +61,8 @@ ANYWHERE = {
     "quantizer.snapshot_every": "what a death costs",
     "dataset.name": "a word in tables and paths",
     "protocol.name": "a word in tables",
+    "images.path": "which rows there are; the set that it names has it in its identity",
+    "images.name": "a word in tables and paths",
 }
 # (stage, key) -> why this stage's bytes do not depend on it.
 DECLARED = {
@@ -84,6 +86,7 @@ DECLARED = {
     ("train", "weights.scheme"): "which methods there are; a student's own scheme is in its identity",
     ("prepare", "ipc"): "classes that are too small are told of",
     ("prepare", "small_class"): "the same",
+    ("prepare", "weights.scheme"): "which methods there are, of which one may need more images of a class",
 }
 UNITS = ("cluster.",)  # what a worker asks of the cluster; threads and device are recorded in `environment`
 

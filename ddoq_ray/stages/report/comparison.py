@@ -18,12 +18,11 @@ from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.streams import emit
 from ddoq_ray.execution.workers import say
 from ddoq_ray.provenance import commit, hardware
+from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.encode.step import quarantine_reasons
 from ddoq_ray.stages.report.step import finite, set_images, stage_costs
-from ddoq_ray.stages.select.step import Select
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
-from ddoq_ray.stages.synthesize.step import Synthesize
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.work import estimate
 from ddoq_ray.storage import layout
@@ -166,10 +165,12 @@ def _cost(run: Run, step: Train) -> dict[str, Any]:
     if step.source is not None:
         images = run.finished(step.source.artifact(run.dir))
         seconds = images["seconds"]
-        made = isinstance(step.source, Synthesize)
-        if made or (isinstance(step.source, Select) and step.source.method.reads):
+        method = step.source.method
+        if method.quantizer is not None or {"latents", "codebook"} & set(method.reads):
             seconds += run.finished(Artifact(run.latents, "encode"))["seconds"]
-        book = Artifact(run.dir / step.source.at.codebook, "quantize").manifest() if made else None
+        of_its_own = method.quantizer is not None
+        at = step.source.at if of_its_own else own_set(run.config) if "codebook" in method.reads else None
+        book = Artifact(run.dir / at.codebook, "quantize").manifest() if at is not None else None
         seconds += book["seconds"] if book is not None else 0.0
     labels = run.finished(step.labels.artifact(run.dir)) if step.labels is not None else {"bytes": 0, "seconds": 0.0}
     trained = run.finished(step.artifact(run.dir))

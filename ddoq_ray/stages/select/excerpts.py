@@ -38,7 +38,7 @@ def finished_excerpts(folder: Folder, made_from: Mapping[int, str]) -> set[int]:
     for shard, digest in made_from.items() if folder.exists("") else ():
         with contextlib.suppress(NotAsWritten, FileNotFoundError):
             row = checked(folder.read(layout.excerpt_record(shard)))
-            if row["made_from"] == digest and folder.exists(layout.excerpt(shard)):
+            if row.get("made_from") == digest and folder.exists(layout.excerpt(shard)):
                 found.add(shard)
     return found
 

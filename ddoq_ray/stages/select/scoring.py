@@ -153,7 +153,7 @@ def scored(choice: Choice, shards: Sequence[Shard], ask: Ask) -> Iterator[tuple[
 def _known(shard: Shard) -> Rows | None:
     with contextlib.suppress(NotAsWritten, FileNotFoundError):
         row = checked(shard.scores.read(layout.scores(shard.index)))
-        if row["made_from"] == shard.made_from:
+        if row.get("made_from") == shard.made_from:
             rows: Rows = row["rows"]
             return rows
     return None
