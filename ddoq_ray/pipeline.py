@@ -289,8 +289,7 @@ def _work(
     still_ours()
     if "label" in wanted:
         with doing("label"):
-            for run, labels in _labelled_alike(planned):
-                label.run(run, labels, checked.get(run.networks.teacher_id))
+            label.label([(run, of_kind(label.Label, steps)) for run, steps in planned], checked)
     # Started here, waited for by the report: it takes no time of its own while students train.
     unseen = heldout.Heldout(first) if "report" in wanted and not asked.compared else None
     if unseen is not None:
@@ -329,16 +328,6 @@ def _each_once(runs: Sequence[Run]) -> list[tuple[Run, list[Step]]]:
         seen |= {(step.name, step.place) for step in mine}
         found.append((run, mine))
     return found
-
-
-def _labelled_alike(planned: Sequence[tuple[Run, Sequence[Step]]]) -> list[tuple[Run, list[label.Label]]]:
-    """The labels of parts that differ in their images alone, together: starting teachers takes seconds."""
-    found: dict[str, tuple[Run, list[label.Label]]] = {}
-    for run, steps in planned:
-        c = run.config
-        key = repr((run.networks.teacher_id, c.teacher, c.protocol, c.student.image_size, c.labels))
-        found.setdefault(key, (run, []))[1].extend(of_kind(label.Label, steps))
-    return list(found.values())
 
 
 def _checked_teachers(planned: Sequence[tuple[Run, Sequence[Step]]]) -> dict[str | None, dict[str, Any] | None]:

@@ -177,6 +177,21 @@ def run(run: Run, steps: Sequence[Label], teacher: dict[str, Any] | None = None)
     run.events.add("stage finished", stage="label", views=total)
 
 
+def label(parts: Sequence[tuple[Run, Sequence[Label]]], teachers: Mapping[str | None, dict[str, Any] | None]) -> None:
+    """`run` of all parts of a comparison; of parts that differ in their images alone, together.
+
+    Args:
+        teachers: What the check of each teacher found, by its digest.
+    """
+    alike: dict[str, tuple[Run, list[Label]]] = {}
+    for part, steps in parts:
+        c = part.config
+        key = repr((part.networks.teacher_id, c.teacher, c.protocol, c.student.image_size, c.labels))
+        alike.setdefault(key, (part, []))[1].extend(steps)
+    for part, steps in alike.values():
+        run(part, steps, teachers.get(part.networks.teacher_id))
+
+
 def _stored(run: Run, step: Label, grid: LabelGrid) -> dict[str, Any]:
     """What a manifest says of stored labels: all that a reader needs."""
     labels = run.dir / step.place
