@@ -40,6 +40,8 @@ from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.prepared import Data
 from ddoq_ray.storage.records import binary_rows
 
+pytestmark = pytest.mark.slow
+
 IPC, POOL, CROPS = 2, 12, 3
 SETS = [m for m in METHODS if m not in ("ddoq", "ddoq-sqrt", "ddoq-uniform", "full")]
 
@@ -57,8 +59,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
-    save_classifier(model.eval(), tmp_path_factory.mktemp("teacher") / "small")
-    return tmp_path_factory.getbasetemp() / "teacher0" / "small"
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    save_classifier(model.eval(), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,8 @@ def _extract(
 
 def cropped(picture: Image.Image, box: tuple[int, int, int, int], side: int) -> np.ndarray:
     """uint8 [side, side, 3] of a box of a picture; resampled bilinearly, antialiased, as RDED resizes its crops."""
-    return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box=box))
+    # Cut first: `resize` with a box would let pixels beside it into its border.
+    return np.asarray(picture.crop(box).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _composed(choice: Choice, chosen: Selection, missing: Sequence[Job], found: Where) -> dict[str, dict[str, Any]]:

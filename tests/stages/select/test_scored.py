@@ -102,6 +102,12 @@ def test_crops_are_square_and_their_own_whatever_the_pool_holds() -> None:
     assert (rded.crop_boxes((40, 30), 0, (1, 2, 4), 5) != boxes[:5]).any()
 
 
+def test_nothing_beside_a_crop_is_in_it() -> None:
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[5:15, 5:15] = 200
+    assert (cropped(Image.fromarray(pixels), (5, 5, 15, 15), 4) == 200).all()
+
+
 def test_crops_are_dealt_to_images_as_published_and_come_again_where_there_are_few() -> None:
     mosaic = Mosaic(2, 16, {0: 3, 1: 3}, {0: np.zeros((12, 4), np.int64), 1: np.zeros((5, 4), np.int64)})
     assert [mosaic.parts(0, i) for i in range(3)] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
