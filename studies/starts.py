@@ -130,6 +130,7 @@ class Seat:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--prior", required=True, help="the prior's folder")
+    arguments.add_argument("--teacher", help="who labels, as teacher.path, instead of the ResNet-56 of the assets")
     arguments.add_argument("--work", type=Path, required=True, help="folder that keeps latents and finished rows")
     arguments.add_argument("--ipc", type=int, nargs="+", default=[10, 1])
     arguments.add_argument("--seeds", type=int, default=3)
@@ -144,6 +145,10 @@ def main() -> None:
     judge, teacher = (
         load_classifier(write_cifar10_teacher(depth, asked.work / f"resnet{depth}")) for depth in (20, 56)
     )
+    named = "resnet56-cifar"
+    if asked.teacher is not None:
+        teacher = load_classifier(asked.teacher)
+        named = f"{teacher.arch} {teacher.id}"
     teacher.to(memory_format=torch.channels_last)
     codebooks = Codebooks(load_prior(asked.prior), train, asked.work)
     # The same prior in the arithmetic of the students: several times as fast where it is built in.
@@ -151,7 +156,7 @@ def main() -> None:
     seat = Seat(codebooks, maker, judge, teacher, scored)
     about = {
         "dataset": "cifar10", "split": asked.split, "prior": codebooks.prior.id, "student": "convnet3",
-        "teacher": "resnet56-cifar", "judge": "resnet20-cifar", "arithmetic": "bfloat16",
+        "teacher": named, "judge": "resnet20-cifar", "arithmetic": "bfloat16",
         "epochs": protocol(1, asked.epochs).epochs,
     }  # fmt: skip
     kept = judge_autoencoder(codebooks.prior.autoencoder, teacher, selection.images, selection.class_ids)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddoq_ray.commands.data_parallel import Job, Train, train_on_workers
-from ddoq_ray.commands.training_images import read_images
+from ddoq_ray.commands.training_images import Through, read_images
 from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.execution.places import check_lasting
 from ddoq_ray.execution.workers import Progress, say
@@ -23,7 +23,7 @@ def classifiers(perceptual: str | None, judge: str | None) -> Classifiers:
     return Classifiers(*(None if path is None else load_classifier(path) for path in (perceptual, judge)))
 
 
-def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train]) -> None:
+def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train], through: Through | None = None) -> None:
     """Read the images and train, showing progress.
 
     Args:
@@ -31,6 +31,7 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train]) 
         name: of the command, for lines.
         prepare: loads what the command needs beside the images, and gives what trains. A function of a module: each
             worker calls it.
+        through: as `read_images`.
     """
     import torch
 
@@ -38,7 +39,7 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train]) 
     check_free(command.out, overwrite=command.overwrite)
     torch.set_num_threads(command.threads)
     trained = prepare(command)
-    read = read_images(command)
+    read = read_images(command, through)
     data = read.open()
     say(f"{name} {len(data.images):,} images of {len(data.classes)} classes at {command.side} px")
     with StepBars() as bars:

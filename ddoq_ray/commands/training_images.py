@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from ddoq_ray.data.collections import DIGIT_NAMES, digits
 from ddoq_ray.data.image_file import ImageFile, Images
 from ddoq_ray.data.samples import list_shards, read_classes, read_samples, to_square
 from ddoq_ray.execution.workers import say
+from ddoq_ray.models.autoencoder import Autoencoder
+from ddoq_ray.models.fidelity import BATCH, reconstructions
 from ddoq_ray.models.training.checkpoints import CHECKPOINT, IMAGES, training_folder
 from ddoq_ray.models.training.data import TrainingSet
 from ddoq_ray.storage.quarantine import Refusal
@@ -65,10 +68,35 @@ def _opened(file: ImageFile) -> Images:
     return images
 
 
-def read_images(command: TrainingCommand) -> ReadImages:
+@dataclass(frozen=True)
+class Through:
+    """An autoencoder that training images pass through, so that they are there twice: as they are, and as they return.
+
+    Attributes:
+        autoencoder: of images of the training's size.
+        id: of its prior.
+    """
+
+    autoencoder: Autoencoder
+    id: str
+
+    def pictures(self, read: Pictures) -> Pictures:
+        """The images that were read, some at a time, each time followed by what the autoencoder makes of them."""
+        rest = iter(read)
+        while some := list(islice(rest, BATCH)):
+            yield from some
+            again = reconstructions(self.autoencoder, np.stack([image for _, image in some]))
+            yield from zip((class_id for class_id, _ in some), again, strict=True)
+
+
+def read_images(command: TrainingCommand, through: Through | None = None) -> ReadImages:
     """Training images, and held-out ones where there are some: the digits' selection split, or dataset.val_path.
 
     They go to files in the training's folder; those that a stopped training left there are not read again.
+
+    Args:
+        command: which images, and at which size.
+        through: what training images, not held-out ones, are there a second time by.
 
     Raises:
         ValueError: The data is missing, empty, or has no sample that can be used; or a stopped training of other
@@ -80,8 +108,8 @@ def read_images(command: TrainingCommand) -> ReadImages:
     if dataset.path is None:
         splits = digits()
         train, held_out = (
-            _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side))
-            for name in ("train", "selection")
+            _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side), again)
+            for name, again in (("train", through), ("selection", None))
         )
         return ReadImages(list(DIGIT_NAMES), train, held_out)
     try:
@@ -93,7 +121,7 @@ def read_images(command: TrainingCommand) -> ReadImages:
         command.image_size is not None,
         "image_size is not given: the side in pixels at which these images are to be learnt, such as image_size=32",
     )
-    train = _of_shards(command, "train", shards, len(classes), "dataset.path")
+    train = _of_shards(command, "train", shards, len(classes), "dataset.path", through)
     held = None
     if dataset.val_path is not None:
         val_shards = list_shards(dataset.val_path, key="dataset.val_path")
@@ -102,9 +130,14 @@ def read_images(command: TrainingCommand) -> ReadImages:
 
 
 def _in_file(
-    command: TrainingCommand, name: str, source: Mapping[str, Any], pictures: Callable[[], Pictures]
+    command: TrainingCommand,
+    name: str,
+    source: Mapping[str, Any],
+    pictures: Callable[[], Pictures],
+    through: Through | None = None,
 ) -> ImageFile:
     folder = training_folder(command.out)
+    source = {**source, **({} if through is None else {"through": through.id})}
     file = ImageFile(folder / IMAGES / name, {**source, "side": command.side, "resize": command.resize})
     if name == "train" and (folder / CHECKPOINT).exists() and file.of_another_source() and not command.overwrite:
         raise ValueError(
@@ -112,7 +145,7 @@ def _in_file(
             "a shard has changed); give the settings it was begun with to go on, or overwrite=true to begin anew"
         )
     if file.open() is None:
-        file.write(pictures(), command.side)
+        file.write(pictures() if through is None else through.pictures(pictures()), command.side)
     return file
 
 
@@ -121,11 +154,18 @@ def _grey(images: np.ndarray, class_ids: np.ndarray, size: int) -> Pictures:
         yield int(class_id), to_square(Image.fromarray(image).convert("RGB"), size).transpose(2, 0, 1)
 
 
-def _of_shards(command: TrainingCommand, name: str, shards: list[str], num_classes: int, key: str) -> ImageFile:
+def _of_shards(
+    command: TrainingCommand,
+    name: str,
+    shards: list[str],
+    num_classes: int,
+    key: str,
+    through: Through | None = None,
+) -> ImageFile:
     # Of a store's shards names must do: asking for thousands of sizes takes minutes.
     sizes = [os.path.getsize(shard) if os.path.exists(shard) else None for shard in shards]
     source = {"shards": shards, "bytes": sizes, "classes": num_classes}
-    return _in_file(command, name, source, lambda: _read(shards, command, num_classes, key))
+    return _in_file(command, name, source, lambda: _read(shards, command, num_classes, key), through)
 
 
 def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: str) -> Iterator[tuple[int, np.ndarray]]:

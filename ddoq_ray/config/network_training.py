@@ -255,6 +255,10 @@ class TrainPriorConfig(TrainingCommand):
 
 @dataclass(frozen=True)
 class TrainTeacherConfig(TrainingCommand):
+    through: str | None = option(
+        None, "a prior: each image is learnt a second time as its autoencoder gives it back, so that the teacher is as "
+        "right on what it will label; null = real images alone"
+    )  # fmt: skip
     training: TeacherTraining = option(TeacherTraining, "how the teacher is trained")
 
 

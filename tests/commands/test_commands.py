@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ddoq_ray.cli import main
+from ddoq_ray.commands.table import BY_NAME
+from ddoq_ray.commands.training_images import Through, read_images
 from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.models.classifiers import load_classifier
+from ddoq_ray.models.fidelity import BATCH, reconstructions
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.training.checkpoints import Checkpoints
 
@@ -33,6 +37,29 @@ def test_train_teacher_makes_a_teacher(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*arguments, "overwrite=true"]) == 0
+
+
+def test_a_teacher_learns_what_an_autoencoder_gives_back_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prior = load_prior("shipped:digits-prior")
+    plain, twice = (
+        read_images(BY_NAME["train-teacher"].compose([f"out={tmp_path / name}"]), through).open()
+        for name, through in (("plain", None), ("twice", Through(prior.autoencoder, prior.id)))
+    )
+    assert len(twice.images) == 2 * len(plain.images) and len(twice.held_out[0]) == len(plain.held_out[0])
+    # Some are read, and then the same ones are given back.
+    assert np.array_equal(twice.images[:BATCH], plain.images[:BATCH])
+    again = slice(BATCH, 2 * BATCH)
+    assert np.array_equal(twice.images[again], reconstructions(prior.autoencoder, plain.images[:BATCH]))
+    assert np.array_equal(twice.class_ids[again], plain.class_ids[:BATCH])
+
+    tiny = ["train-teacher", f"out={tmp_path / 'teacher'}", "training.epochs=1", "training.arch=convnet3-w8"]
+    assert main([*tiny, "through=shipped:digits-prior"]) == 0
+    record = json.loads((tmp_path / "teacher/config.json").read_text())["training"]
+    assert (record["images"], record["through"]) == (len(twice.images), prior.id)
+    assert main(["train-teacher", f"out={tmp_path / 'no'}", "through=shipped:cifar10-prior"]) == 2
+    assert "its images have 32 px, and image_size=16" in capsys.readouterr().err
 
 
 def test_train_prior_makes_a_prior_and_repeats_itself(tmp_path: Path) -> None:

@@ -89,16 +89,23 @@ def test_the_shipped_cifar10_prior_makes_images() -> None:
     made = generate(prior, classes, Sampling(1.0, 4, "noise", guidance=3.0), seed=0)
     assert made.shape == (2, 3, 32, 32) and made.std() > 20
     folder = resolve_folder("shipped:cifar10-prior", "prior")
-    assert sum(file.stat().st_size for file in folder.rglob("*")) < 15.5e6  # with its teacher to come at most 16 MB
+    teacher = load_classifier("shipped:cifar10-teacher")
+    assert teacher.classes == list(prior.classes) == list(CIFAR10) and teacher.image_size == 32
+    folders = [folder, resolve_folder("shipped:cifar10-teacher", "teacher")]
+    assert sum(file.stat().st_size for at in folders for file in at.rglob("*") if file.is_file()) < 16e6
 
 
 @pytest.mark.assets
 def test_the_shipped_cifar10_prior_keeps_what_a_classifier_sees(tmp_path: Path) -> None:
-    """By a ResNet-56 that neither its autoencoder nor its denoiser saw."""
+    """By a ResNet-56, whose answers the last tuning of its decoder kept, and by the teacher in the package."""
     prior, judge = load_prior("shipped:cifar10-prior"), load_classifier(write_cifar10_teacher(56, tmp_path / "judge"))
     real = read("test-000000")
     kept = judge_autoencoder(prior.autoencoder, judge, real.images[:400], real.class_ids[:400])
     assert kept["top1_reconstructed_pct"] > 80
+    teacher = judge_autoencoder(
+        prior.autoencoder, load_classifier("shipped:cifar10-teacher"), real.images[:400], real.class_ids[:400]
+    )
+    assert teacher["top1_reconstructed_pct"] > teacher["top1_real_pct"] - 6 > 70
     class_ids = np.arange(60) % 10
     classes = [ClassInfo(int(c), CIFAR10[c], CIFAR10[c], int(c), int(c)) for c in class_ids]
     made = generate(prior, classes, Sampling(1.0, 25, "noise", guidance=3.0), seed=0)
