@@ -69,6 +69,8 @@ def test_the_temperature_is_in_the_identity_of_an_ensembles_labels() -> None:
     assert codec_name(config, networks, 10) == "logits"
     with pytest.raises(ValueError, match=r"labels\.mode=features: .* no linear head"):
         codec_name(load_config([several, "labels.mode=features"]), networks, 10)
+    for mode in ("online", "hard"):  # nothing is stored
+        assert codec_name(load_config([several, f"labels.mode={mode}"]), networks, 10) == mode
 
 
 def test_a_budget_is_per_image_set_and_too_small_a_one_is_refused_with_the_sizes() -> None:

@@ -47,7 +47,7 @@ def codec_name(config: RunConfig, networks: Networks, images: int) -> str:
     mode, budget = config.labels.mode, config.labels.budget_bytes
     outputs, features = networks.teacher_outputs, networks.feature_dim
     if mode != "auto":
-        if mode not in (*codec_sizes(outputs, features), "online"):
+        if config.labels.stored and mode not in codec_sizes(outputs, features):
             raise ValueError(
                 f"labels.mode={mode}: the teachers of an ensemble share no linear head; use logits or logits_int8"
             )
