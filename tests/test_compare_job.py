@@ -81,6 +81,7 @@ def test_each_line_is_the_figures_of_its_students(whole: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_comparison_that_goes_on_redoes_no_finished_row_and_ends_in_the_same_rows(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,7 +205,7 @@ def test_a_bad_server_is_an_error_and_leaves_nothing(
     name: str, fault: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Short only where it is waited for: a busy machine answers late too.
-    monkeypatch.setattr(torchvision_sets, "STALL_S", 0.2 if fault == "stalled" else 20.0)
+    monkeypatch.setattr(torchvision_sets, "STALL_S", 1.0 if fault == "stalled" else 20.0)
     made = MAKERS[name]()
     serve(made, server, monkeypatch)
     last = list(server.files)[-1]  # of four files, three are there by then

@@ -108,7 +108,7 @@ def test_small_classes() -> None:
     assert all(w in str(error.value) for w in words), str(error.value)
     check_small_classes(load_config(["ipc=10", "small_class=cap"]), counts, classes)
     check_small_classes(load_config(["ipc=10", "small_class=drop"]), counts, classes)
-    with pytest.raises(ValueError, match="would leave no class: none has ipc=13"):
+    with pytest.raises(ValueError, match="would leave no class: none has 13 images"):
         check_small_classes(load_config(["ipc=13", "small_class=drop"]), counts, classes)
 
 
