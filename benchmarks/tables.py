@@ -99,13 +99,17 @@ def starts(rows: Sequence[Row]) -> dict[str, str]:
         told = [f"{key} {row[key]:g}" for key in keys if key in row] + (["rescaled"] if row["rescale"] else [])
         return ", ".join(told) or "-"
 
+    def score(row: Row) -> str:
+        return f"{row['top1_mean']:.1f}" + ("" if row["top1_std"] is None else f" +- {row['top1_std']:.1f}")
+
     lines = [
-        [str(row["ipc"]), f"`{row['method']}`", row.get("start", "-"), settings(row), str(row["candidates"]),
-         f"{row['top1_mean']:.1f}" + ("" if row["top1_std"] is None else f" +- {row['top1_std']:.1f}"),
-         str(row["seeds"])]
+        [row["teacher"].split()[0].removesuffix("-cifar"), str(row["ipc"]), f"`{row['method']}`",
+         row.get("start", "-"), settings(row), str(row["candidates"]), score(row), str(row["seeds"])]
         for row in rows
     ]  # fmt: skip
-    return {"starts": markdown(["IPC", "method", "start", "settings", "candidates", "top-1", "seeds"], lines)}
+    return {
+        "starts": markdown(["teacher", "IPC", "method", "start", "settings", "candidates", "top-1", "seeds"], lines)
+    }
 
 
 def label_codecs(rows: Sequence[Row]) -> dict[str, str]:
@@ -168,6 +172,47 @@ def scale(rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
+def training(rows: Sequence[Row]) -> dict[str, str]:
+    """A student's own loop over the same student on one resident batch."""
+    lines = [
+        [f"`{row['student']}`", str(row["size"]), str(row["batch"]), row["kept"], f"{row['steps_per_s']:.2f}",
+         f"{row['resident_steps_per_s']:.2f}", f"{row['ratio_to_resident']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return {"training": markdown(["student", "px", "batch", "images", "steps/s", "resident", "ratio"], lines)}
+
+
+def label_rates(rows: Sequence[Row]) -> dict[str, str]:
+    """Views beside the teacher and the student; codecs; the pool."""
+    networks = [row for row in rows if "of_teacher" in row]
+    lines = [
+        [
+            f"{row['stored']} to {row['size']}",
+            row["what"],
+            row["how"],
+            f"{row['per_s']:,.0f}",
+            f"{row['of_teacher']:.2f}",
+        ]
+        for row in networks
+    ]
+    others = [[row["what"], row["how"], f"{row['per_s']:,.0f}"] for row in rows if "of_teacher" not in row]
+    return {
+        "view-rates": markdown(["px", "what", "how", "images/s", "of the teacher's"], lines),
+        "label-rates": markdown(["what", "how", "labels/s"], others),
+    }
+
+
+def labels_scale(rows: Sequence[Row]) -> dict[str, str]:
+    """Files, peaks and rates of labels without a teacher."""
+    lines = [
+        [f"{row['images']:,}", str(row["files"]), *(f"{row[f'{who}_peak_bytes'] / 1e6:.0f}" for who in
+         ("driver", "writer", "replay")), f"{row['write_labels_per_s']:,.0f}", f"{row['replay_labels_per_s']:,.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    head = ["images", "files", "driver, MB", "teacher, MB", "student's worker, MB", "written/s", "replayed/s"]
+    return {"labels-scale": markdown(head, lines)}
+
+
 # Page, result file, and what makes the page's tables from its rows, by name.
 SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),
@@ -176,6 +221,9 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("docs/labels.md", "studies/results/label_codecs.json", label_codecs),
     ("docs/synthesis.md", "studies/results/starts.json", starts),
     ("docs/scale.md", "benchmarks/results/scale.json", scale),
+    ("docs/labels.md", "benchmarks/results/labels_scale.json", labels_scale),
+    ("docs/labels.md", "benchmarks/results/label_rates.json", label_rates),
+    ("docs/labels.md", "benchmarks/results/train.json", training),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 
