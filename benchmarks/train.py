@@ -6,8 +6,9 @@
 crops, flips and CutMix cut from uint8 images, stored labels decoded as `labels.mode=auto` stores them for a teacher of
 512 features (logits up to 258 classes, else features), weights, the loss. `resident_steps_per_s`: forward pass, loss,
 backward pass and step of the same student in the same arithmetic on one random batch that lies on the device with its
-answers. Both take turns; of each the median is told. `cpu_ratio` is the same by the process's own seconds of processor,
-which other work on the machine changes less. `kept`: where the images are (on the device, in host memory, in a file of
+answers. Both take short turns, one after the other; rates are medians, and `ratio_to_resident` is the median ratio of
+neighbouring turns, since a machine that others use changes its pace within a minute. `cpu_ratio` is the same by the
+process's own seconds of processor. `kept`: where the images are (on the device, in host memory, in a file of
 this machine), by the classes that the stage uses. Needs no Ray. On a GPU the students are those of ImageNet; on a
 processor small ones.
 """
@@ -163,18 +164,18 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
                     rates[name].append(steps / (time.perf_counter() - start))
                     spent[name].append(time.process_time() - begun)
     found = {name: statistics.median(seen) for name, seen in rates.items()}
-    cpu = {name: statistics.median(seen) for name, seen in spent.items()}
+    paired = [real / still for real, still in zip(*rates.values(), strict=True)]
+    cpu = [still / real for real, still in zip(*spent.values(), strict=True)]
     return {
         "student": case.arch, "size": case.size, "batch": case.batch, "precision": case.precision, "kept": case.kept,
-        **found, "ratio_to_resident": found["steps_per_s"] / found["resident_steps_per_s"],
-        "cpu_ratio": cpu["resident_steps_per_s"] / cpu["steps_per_s"],
+        **found, "ratio_to_resident": statistics.median(paired), "cpu_ratio": statistics.median(cpu),
         "device": device.type, "turns": turns, "steps_a_turn": steps, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--turns", type=int, default=5, help="measured turns of each, after one that warms up")
+    options.add_argument("--turns", type=int, default=11, help="measured turns of each, after one that warms up")
     options.add_argument("--epochs", type=int, default=1, help="epochs of a turn")
     options.add_argument("--threads", type=int, default=1, help="torch threads, on a processor")
     options.add_argument("--cpu", action="store_true", help="small students on the processor, where there is a GPU too")

@@ -26,6 +26,7 @@ from ddoq_ray.data.pixel_rows import PixelRows
 
 ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
 _AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
+_SMALL = 2**18  # values of the views that are rendered in one call, where single batches are smaller
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,29 @@ class Resident:
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
         params_of = epoch_params(spec, seed, epoch, self.images.shape)
-        for index in batches:
+        for group in _grouped(batches, _SMALL // (3 * spec.size**2)):
+            index = np.concatenate(group)
             params = params_of(index)
-            yield Views(render(self.images, index, spec.size, params, params_of), index, params.partner, params.lam)
+            pixels = render(self.images, index, spec.size, params, params_of)
+            ends = np.cumsum([len(part) for part in group])
+            for part, end in zip(group, ends, strict=True):
+                rows = slice(end - len(part), end)
+                yield Views(pixels[rows], part, params.partner[rows], params.lam[rows])
+
+
+def _grouped(batches: Iterable[Int64], rows: int) -> Iterator[list[Int64]]:
+    """Batches that follow each other, as many as have at most `rows` rows together; a larger one alone.
+
+    A render of few small views is as long as its number of calls, not as its pixels.
+    """
+    group: list[Int64] = []
+    for index in batches:
+        if group and sum(map(len, group)) + len(index) > rows:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)
