@@ -47,7 +47,7 @@ def figures(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
     run = tmp_path_factory.mktemp("compare") / "run"
-    compare(run)
+    compare(run, "tracking=tensorboard")
     return run
 
 
@@ -74,6 +74,8 @@ def test_each_line_is_the_figures_of_its_students(whole: Path) -> None:
     assert (ddoq["against"]["mean_pct"], ddoq["against"]["low_pct"]) == pytest.approx((d.mean, d.low))
     for name in (layout.PAGE, layout.TABLE, layout.TABLE_CSV):
         assert (whole / "report" / name).stat().st_size > 500
+    tracked = {p.parent.name for p in (whole / "report" / layout.TENSORBOARD).rglob("events.*")} - {"results"}
+    assert len(tracked) == len(found["students"]) and any(name.startswith("random-ipc2-") for name in tracked)
     events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     made = [e["stage"] for e in events if e["event"] == "stage finished"]
     assert {stage: made.count(stage) for stage in ("encode", "quantize", "label", "train", "evaluate")} == {

@@ -20,7 +20,8 @@ from ddoq_ray.execution.workers import say
 from ddoq_ray.provenance import commit, hardware
 from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.encode.step import quarantine_reasons
-from ddoq_ray.stages.report.step import finite, set_images, stage_costs
+from ddoq_ray.stages.report import trackers
+from ddoq_ray.stages.report.step import finite, set_images, stage_costs, student_curves
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
 from ddoq_ray.stages.train.step import Train
@@ -73,13 +74,17 @@ def run(parts: Sequence[Part], asked: CompareConfig) -> str:
     costs.append({"stage": "report", "seconds": seconds, "items": len(rows), "unit": "students", "bytes": 0})
     results = finite(results | {"stages": costs})
     places = _shown(parts)
-    report.publish(layout.PAGE, render_page(results, set_images(first, places)).encode())
+    images = set_images(first, places)
+    report.publish(layout.PAGE, render_page(results, images).encode())
     report.publish(layout.TABLE, markdown_table(results).encode() if rows else b"")
     report.publish(layout.TABLE_CSV, csv_table(results).encode())
     files = file_facts(report, [layout.PAGE, layout.TABLE, layout.TABLE_CSV])
     report.publish_json(layout.RESULTS, with_check(results | {FILES: files}))
     if rows:
         emit(text_table(results), sys.stdout)
+    if asked.tracking is not None:
+        told = results | {"rows": results["students"], "curves": finite(_curves(parts))}
+        say(f"report     {asked.tracking}: {trackers.hand_over(asked.tracking, report, told, images)}")
     path = report.path(layout.PAGE)
     say(f"report     {path}")
     return path
@@ -110,6 +115,17 @@ def _results(parts: Sequence[Part], asked: CompareConfig, rows: Sequence[ResultR
         "students": [_labelled(row) for row in rows],
         "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }
+
+
+def _curves(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Of every student, for a tracker, which knows it by its method, IPC, architecture, labels and seed."""
+    curves = []
+    for run, steps in parts:
+        for cell in (step.cell for step in steps if isinstance(step, Train)):
+            setting = os.path.basename(cell.folder).removesuffix(f"-seed{cell.seed}")
+            name = f"{cell.method}-ipc{cell.ipc}-{setting}"
+            curves += [curve | {"method": name} for curve in student_curves(run.dir, [cell])]
+    return curves
 
 
 def _labelled(row: ResultRow) -> dict[str, Any]:

@@ -169,7 +169,8 @@ def stage_costs(run_dir: Folder, steps: Sequence[Step]) -> list[StageCost]:
     return list(costs.values())
 
 
-def _curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, Any]]:
+def student_curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Of each student that has them: its epochs, and the loss and the top-1 at each."""
     curves = []
     for cell in trained:
         student = run_dir / cell.folder
@@ -340,6 +341,6 @@ def _results(run: Run, asked: RunConfig, trained: Sequence[Cell]) -> dict[str, A
         "teacher": checked["teacher"] | {"split": "val"} if checked else None,
         "rows": measured,
         "paired": paired(measured, asked.ipc),
-        "curves": _curves(run.dir, trained),
+        "curves": student_curves(run.dir, trained),
         "quarantine": {"samples": sum(refused.values()), "reasons": dict(refused)},
     }
