@@ -51,7 +51,7 @@ KEYS = [
     "cluster.quantizer.num_cpus=0.2", "cluster.decoder.num_gpus=0.5", "cluster.teacher.num_gpus=0.5",
     "cluster.evaluator.num_gpus=0.5",
 ]  # fmt: skip
-HANGS_S = 600.0  # a stage that is not over by then hangs: undisturbed it takes a few seconds, on a busy machine a minute
+HANGS_S = 600.0  # a stage that is not over by then hangs: with a death in it, it takes a minute or three, by the load
 TRIES = 4  # of a cell whose stage was over before its moment came, each with an earlier moment
 
 

@@ -52,6 +52,7 @@ READ_BY = {
     "student's manifest": "evaluate",
     "identity": "quantize",
     "rows": "report",
+    "rows' record": "report",
     "results": "report",
     "page": "report",
     "configuration": "report",

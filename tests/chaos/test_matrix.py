@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import STAGES
 from tests.chaos import matrix
-from tests.chaos.cells import DEATHS, KEYS, Lab, cell, content, write_photos
+from tests.chaos.cells import DEATHS, HANGS_S, KEYS, WORKS, Lab, cell, content, write_photos
 from tests.support.deaths import InThread
 
 pytestmark = pytest.mark.chaos
@@ -26,6 +29,23 @@ SEED = 100  # the matrix that is committed has 0, 1, 2
 def test_a_death_changes_nothing(here: Lab, stage: str, death: str, tmp_path: Path) -> None:
     row = cell(here, stage, death, SEED, tmp_path / "run")
     assert row["equal"] and row["killed"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["label", "train"])
+def test_a_death_is_told(here: Lab, stage: str, tmp_path: Path) -> None:
+    """In the run's events; a teacher dies with most label files to come, and a trainer with most students."""
+    place, works = tmp_path / "run", WORKS[stage]
+    shutil.copytree(here.base / stage, place)
+    work = InThread(lambda: here.run(place, stage))
+    work.wait_for(lambda: list(place.glob(works.units[0])))
+    _, process = work.wait_for(lambda: here.at_work(*(works.tasks or works.actors)))[0]
+    os.kill(process, signal.SIGKILL)
+    work.join(HANGS_S)
+    told = [json.loads(line) for line in (place / "events.jsonl").read_text().splitlines()]
+    words = {row["event"] for row in told if row.get("stage") == stage}
+    assert words >= ({"worker lost", "unit requeued"} if stage == "label" else {"worker lost"})
+    assert content(place, stage) == content(here.after(stage), stage)
 
 
 @pytest.mark.usefixtures("ray_here")
