@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import shutil
 import sys
 import tempfile
@@ -22,16 +23,26 @@ from typing import Any
 from benchmarks.provenance import parser, provenance
 from ddoq_ray.commands import verify
 from ddoq_ray.execution.errors import user_error
+from ddoq_ray.storage import layout
 from ddoq_ray.storage.at_rest import Seen
 from ddoq_ray.storage.folder import Folder
 from tests.chaos.cells import Lab, content, lab
-from tests.support.damage import KINDS, WAYS, damage
+from tests.support.damage import KINDS as OF_EVERY_RUN
+from tests.support.damage import WAYS, damage
 
 COMMAND = "python -m tests.chaos.damage"
+KINDS = OF_EVERY_RUN | {
+    "packed validation shard": "data/val/val-000001.tar",
+    "packed shard's record": "data/records/train-000001.json",
+    "validation index": "data/val-shards.json",
+}
 # Kind of file -> the stage that reads it next; where none does, the one that would.
 READ_BY = {
     "packed shard": "encode",
+    "packed validation shard": "label",
+    "packed shard's record": "encode",
     "index": "encode",
+    "validation index": "evaluate",
     "class list": "encode",
     "latents": "quantize",
     "done record": "quantize",
@@ -75,7 +86,11 @@ def damaged_row(here: Lab, kind: str, way: str, place: Path) -> dict[str, Any]:
         here.run(place, stage)
     except Exception as error:
         words = user_error(error) or ""
-        outcome = "refused" if name in words else f"refused in other words: {type(error).__name__}: {error}"[:300]
+        # Without its manifest an output is not finished, and is told by its folder.
+        of = posixpath.dirname(name) if way == "missing" and name.endswith(layout.MANIFEST) else name
+        outcome = (
+            "refused" if f"{place}/{of} " in words else f"refused in other words: {type(error).__name__}: {error}"[:300]
+        )
     else:
         now = (place / name).read_bytes() if (place / name).exists() else None
         same = content(place, stage) == content(here.after(stage), stage)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.cells import Lab
-from tests.chaos.damage import READ_BY, damaged_row
-from tests.support.damage import KINDS, WAYS
+from tests.chaos.damage import KINDS, READ_BY, damaged_row
+from tests.support.damage import WAYS
 
 pytestmark = pytest.mark.chaos
 
