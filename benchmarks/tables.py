@@ -213,6 +213,31 @@ def labels_scale(rows: Sequence[Row]) -> dict[str, str]:
     return {"labels-scale": markdown(head, lines)}
 
 
+def deaths(rows: Sequence[Row]) -> dict[str, str]:
+    """How many cells of a stage and a death hold, of how many, and in how many seconds."""
+    kinds = list(dict.fromkeys(row["death"] for row in rows))
+
+    def cell(stage: str, death: str) -> str:
+        mine = [row for row in rows if (row["stage"], row["death"]) == (stage, death)]
+        seconds = [row["seconds"] for row in mine]
+        return f"{sum(row['equal'] for row in mine)} of {len(mine)}, {min(seconds):.0f} to {max(seconds):.0f} s"
+
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    return {"deaths": markdown(["stage", *kinds], [[s, *(cell(s, death) for death in kinds)] for s in stages])}
+
+
+def damage(rows: Sequence[Row]) -> dict[str, str]:
+    """What `verify` and the stage that reads a file say of each way in which it is damaged."""
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = {row["way"]: row for row in rows if row["kind"] == kind}
+        named = f"{sum(row['verify'] for row in mine.values())} of {len(mine)}"
+        first = mine[ways[0]]
+        lines.append([kind, f"`{first['file']}`", named, first["stage"], *(mine[way]["outcome"] for way in ways)])
+    return {"damage": markdown(["what", "file", "`verify` names it", "read by", *ways], lines)}
+
+
 # Page, result file, and what makes the page's tables from its rows, by name.
 SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("README.md", "studies/results/digits.json", digits),
@@ -224,6 +249,8 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("docs/labels.md", "benchmarks/results/labels_scale.json", labels_scale),
     ("docs/labels.md", "benchmarks/results/label_rates.json", label_rates),
     ("docs/labels.md", "benchmarks/results/train.json", training),
+    ("docs/failures.md", "benchmarks/results/chaos.json", deaths),
+    ("docs/failures.md", "benchmarks/results/damage.json", damage),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 

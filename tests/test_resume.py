@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from support.deaths import title
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS, PER_SHARD, IPC, TARS = 8, 15, 4, 20
@@ -60,14 +61,6 @@ def processes(mark: str) -> list[int]:
         except OSError:  # it ended meanwhile, or is not ours
             continue
     return found
-
-
-def title(process: int) -> str:
-    """The command line of a process; empty when it has ended."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""
 
 
 def wait_gone(mark: str) -> None:

@@ -183,6 +183,7 @@ class Shards:
         samples: How many samples each has room for: those of its index.
         num_classes: Labels are 0 to num_classes - 1.
         side: S.
+        digests: sha256 of each tar; none where they are not known.
     """
 
     urls: Sequence[str]
@@ -190,6 +191,7 @@ class Shards:
     num_classes: int
     side: int
     resize: Resize = "squash"
+    digests: Sequence[str] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -211,7 +213,8 @@ def decode_shards(shards: Shards, rows: PixelRows, threads: int = 1) -> Labelled
     def one(number: int) -> list[Refusal]:
         bad: list[Refusal] = []
         row, url = int(first[number]), shards.urls[number]
-        for sample in read_samples(url, shards.num_classes, bad.append):
+        sha256 = shards.digests[number] if shards.digests else ""
+        for sample in read_samples(url, shards.num_classes, bad.append, sha256):
             if row == first[number + 1]:
                 raise ValueError(f"{url} holds more than the {shards.samples[number]} samples of its index; index it "
                                  "again with the stage prepare")  # fmt: skip

@@ -11,12 +11,14 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import IO, cast
 
 import numpy as np
 from PIL import Image
 
 from ddoq_ray.data.pictures import RefusedPicture, Resize, decode_rgb, encode_png, to_square
 from ddoq_ray.data.tar_samples import OnBad, labelled, open_samples
+from ddoq_ray.storage.digested import Digested
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 from ddoq_ray.storage.transport import list_shards, open_shard, read_file
@@ -97,7 +99,7 @@ def read_classes(path: str) -> list[ClassInfo]:
     return classes
 
 
-def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample]:
+def read_samples(shard: str, num_classes: int, on_bad: OnBad, sha256: str = "") -> Iterator[Sample]:
     """Read and decode one shard sample by sample, in the tar's order.
 
     Args:
@@ -105,12 +107,15 @@ def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample
         num_classes: Labels must be 0 to num_classes - 1.
         on_bad: Called for each refused sample; reading goes on with the next one. Not always in the tar's order: what
             a key lacks is known only at the end.
+        sha256: Of the tar, where it is known; a reader that stops before the last sample does not compare it.
 
     Raises:
         ValueError: When the shard cannot be read at all, now or from some byte on: that says nothing about its samples.
+            At its end, when it is not the one that was written: a label of other digits is a label too.
     """
-    with open_shard(shard) as f:
-        tar = open_samples(f, on_bad)
+    with open_shard(shard) as file:
+        digested = Digested(file)
+        tar = open_samples(cast(IO[bytes], digested) if sha256 else file, on_bad)
         for group, class_id in labelled(tar, on_bad) if tar is not None else ():
             if not 0 <= class_id < num_classes:
                 reason = f"label is outside the class list (0 to {num_classes - 1}): {class_id}"
@@ -124,6 +129,11 @@ def read_samples(shard: str, num_classes: int, on_bad: OnBad) -> Iterator[Sample
                 on_bad(Refusal(group.key, str(error), offset=group.offset))
             else:
                 yield Sample(group.key, class_id, image, group.offset)
+        if sha256 and digested.hexdigest() != sha256:
+            raise ValueError(
+                f"{shard} is damaged: it has other bytes than prepare packed; `ddoq-ray verify RUN repair=true`, RUN "
+                "the run directory that it lies in, has prepare pack it anew"
+            )
 
 
 def load_arrays(

@@ -74,6 +74,29 @@ def file_facts(folder: Folder, patterns: Iterable[str]) -> dict[str, dict[str, A
     return found
 
 
+def as_recorded(folder: Folder, name: str, facts: Mapping[str, Any] | None, command: str) -> bytes:
+    """A file, as `file_facts` in a record of `command` knows it; None: the record is of an older version.
+
+    Raises:
+        ValueError: It is missing, or is not the one that was written.
+    """
+    path = folder.path(name)
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing although it was written; {repair(command)}") from None
+    if facts is not None and digest_of(data) != facts["sha256"]:
+        raise ValueError(
+            f"{path} is damaged: {facts['bytes']:,} bytes of another content were written; {repair(command)}"
+        )
+    return data
+
+
+def repair(command: str) -> str:
+    """What to do about a damaged file of the stage of a command."""
+    return f"`ddoq-ray verify RUN repair=true` has {command} make it anew"
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for each leaf in which two nested mappings differ."""
     lines: list[str] = []
@@ -206,15 +229,7 @@ class Artifact:
         Raises:
             ValueError: It is missing, or is not the one that was written.
         """
-        path, mend = self.folder.path(name), f"`ddoq-ray verify RUN repair=true` has {self.command} make it anew"
-        try:
-            data = self.folder.read(name)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing although it was written; {mend}") from None
-        facts = self.require().get(FILES, {}).get(name)
-        if facts is not None and digest_of(data) != facts["sha256"]:
-            raise ValueError(f"{path} is damaged: {facts['bytes']:,} bytes of another content were written; {mend}")
-        return data
+        return as_recorded(self.folder, name, self.require().get(FILES, {}).get(name), self.command)
 
     def require(self) -> dict[str, Any]:
         """The manifest, or a clear error that says which stage to run first."""

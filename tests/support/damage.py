@@ -43,6 +43,7 @@ KINDS = {
     "student's manifest": f"{STUDENT}/manifest.json",
     "identity": "codebook/started.json",
     "rows": "report/rows.json",
+    "rows' record": "report/evaluate.json",
     "results": "report/results.json",
     "page": "report/index.html",
     "configuration": "config.yaml",

@@ -53,11 +53,12 @@ def read_chunks(
 
     The last chunk of a shard (possibly without samples) carries the number of refused samples.
     """
-    expected = batch["samples"].tolist() if "samples" in batch else [0] * len(batch["shard"])
-    for shard, url, samples_there in zip(batch["shard"].tolist(), batch["url"].tolist(), expected, strict=True):
+    count = len(batch["shard"])
+    told = (batch["shard"], batch["url"], batch.get("samples", np.zeros(count, int)), batch.get("sha256", [""] * count))
+    for shard, url, samples_there, sha256 in zip(*(np.asarray(column).tolist() for column in told), strict=True):
         bad: list[Refusal] = []
         usable = 0
-        samples = read_samples(url, num_classes, bad.append)
+        samples = read_samples(url, num_classes, bad.append, sha256)
         for number, (chunk, last) in enumerate(_in_chunks(samples, chunk_samples, image_size, resize)):
             usable += len(chunk.keys)
             if last:

@@ -70,7 +70,13 @@ def done_records_of(run: Run, finished: set[int], batch: int) -> Iterator[ShardD
     """The done record of each shard that is not finished, once its files are published."""
     data = run.data
     todo = [
-        {"shard": i, "url": data.url(shard), "bytes": shard.bytes, "samples": shard.expected}
+        {
+            "shard": i,
+            "url": data.url(shard),
+            "bytes": shard.bytes,
+            "samples": shard.expected,
+            "sha256": shard.sha256,
+        }
         for i, shard in enumerate(data.train)
         if i not in finished
     ]

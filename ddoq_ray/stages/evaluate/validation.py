@@ -36,6 +36,7 @@ class Validation:
         samples: How many samples of each must be accounted for, as scored or refused.
         num_classes: C.
         crop: Part of the resized shorter side that the middle crop keeps (`protocol.val_crop`).
+        digests: sha256 of each shard; empty where none is known.
         every, first: Of the usable images every so manieth is kept, from this one on.
     """
 
@@ -45,16 +46,19 @@ class Validation:
     crop: float
     every: int = 1
     first: int = 0
+    digests: tuple[str, ...] = ()
 
     @staticmethod
     def of(config: RunConfig, data: Data) -> Validation:
         samples = tuple(s.expected for s in data.val)
-        return Validation(tuple(data.val_urls), samples, len(data.classes), config.protocol.val_crop)
+        digests = tuple(s.sha256 for s in data.val)
+        return Validation(tuple(data.val_urls), samples, len(data.classes), config.protocol.val_crop, digests=digests)
 
     def of_rank(self, rank: int, world: int) -> Validation:
         """A rank's part: shards of its own where there are enough of them, else every `world`-th image of all."""
         if len(self.urls) >= 2 * world:
-            return replace(self, urls=self.urls[rank::world], samples=self.samples[rank::world])
+            mine = slice(rank, None, world)
+            return replace(self, urls=self.urls[mine], samples=self.samples[mine], digests=self.digests[mine])
         return replace(self, every=world, first=rank)
 
 
@@ -121,10 +125,11 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def scored_images(validation: Validation, size: int, crop: float, refused: Refused) -> Iterator[tuple[UInt8, int]]:
     """(uint8 [3, size, size], class_id) of every image that can be scored, in order; the others go to `refused`."""
-    for shard, (url, indexed) in enumerate(zip(validation.urls, validation.samples, strict=True)):
+    digests = validation.digests or ("",) * len(validation.urls)
+    for shard, (url, indexed, sha256) in enumerate(zip(validation.urls, validation.samples, digests, strict=True)):
         bad: list[Refusal] = []
         usable = 0
-        for sample in read_samples(url, validation.num_classes, bad.append):
+        for sample in read_samples(url, validation.num_classes, bad.append, sha256):
             usable += 1
             yield middle_square(sample.image, size, crop).transpose(2, 0, 1), sample.class_id
         refused.note(shard, bad, indexed - usable)

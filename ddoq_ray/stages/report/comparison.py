@@ -28,6 +28,7 @@ from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.work import estimate
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
+from ddoq_ray.storage.evaluated import evaluated
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 from ddoq_ray.storage.manifests import ResultRow
@@ -67,7 +68,7 @@ def run(parts: Sequence[Part], asked: CompareConfig) -> str:
 
     start, first = time.time(), parts[0][0]
     report = first.dir / layout.REPORT
-    rows: list[ResultRow] = report.read_json(layout.ROWS) if report.exists(layout.ROWS) else []
+    _, rows = evaluated(report)
     results = _results(parts, asked, rows)
     costs = stage_costs(first.dir, [step for _, steps in parts for step in steps])
     seconds = round(time.time() - start, 3)

@@ -32,6 +32,7 @@ from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, Artifact, file_facts, with_check
 from ddoq_ray.storage.class_latents import class_latents
 from ddoq_ray.storage.codebook import ClassRows, parts_with_classes
+from ddoq_ray.storage.evaluated import evaluated, read_record
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import latent_index
 from ddoq_ray.storage.latent_log import noise_of
@@ -160,9 +161,8 @@ def stage_costs(run_dir: Folder, steps: Sequence[Step]) -> list[StageCost]:
         total["seconds"] += manifest["seconds"]
         total["items"] += manifest["items"]
         total["bytes"] += manifest["bytes"]
-    report = run_dir / layout.REPORT
-    if report.exists(layout.EVALUATE):
-        made = report.read_json(layout.EVALUATE)
+    made, _ = evaluated(run_dir / layout.REPORT)
+    if made is not None:
         costs["evaluate"] = cast(
             StageCost, {"stage": "evaluate"} | {key: made[key] for key in ("seconds", "items", "unit", "bytes")}
         )
@@ -174,9 +174,14 @@ def student_curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, A
     curves = []
     for cell in trained:
         student = run_dir / cell.folder
-        if not student.exists(layout.METRICS):
+        artifact = Artifact(student, "train")
+        if layout.METRICS in (artifact.manifest() or {}).get(FILES, {}):
+            lines = artifact.read(layout.METRICS)
+        elif student.exists(layout.METRICS):  # it is at work
+            lines = student.read(layout.METRICS)
+        else:
             continue
-        points = [json.loads(line) for line in student.read(layout.METRICS).splitlines()]
+        points = [json.loads(line) for line in lines.splitlines()]
         curves.append(
             {
                 "method": cell.method,
@@ -315,14 +320,13 @@ def _measured_classes(run: Run, heldout: Heldout) -> tuple[list[dict[str, Any]],
         return class_distances(run, codebooks, log), unseen
     # latents.keep=false: measured when the latents were still there
     report = run.dir / layout.REPORT
-    before = report.read_json(layout.RESULTS) if report.exists(layout.RESULTS) else {}
+    before = read_record(report, layout.RESULTS, "report") or {}
     return before.get("classes", []), before.get("heldout", unseen)
 
 
 def _results(run: Run, asked: RunConfig, trained: Sequence[Cell]) -> dict[str, Any]:
     """What ``results.json`` holds beside codebooks and costs."""
-    report = run.dir / layout.REPORT
-    measured: list[ResultRow] = report.read_json(layout.ROWS) if report.exists(layout.ROWS) else []
+    _, measured = evaluated(run.dir / layout.REPORT)
     images = cast("ImagesManifest | None", Artifact(run.dir / Place().images, "synthesize").manifest())
     checked = Artifact(run.dir / Place().labels(label_key(asked)), "label").manifest()
     unscored = quarantine_reasons(run.dir, "val-*.jsonl")

@@ -121,7 +121,8 @@ def _losses(
 
     def batches() -> Iterator[tuple[list[npt.NDArray[np.uint8]], list[int]]]:
         pictures, ids = [], []
-        for sample in read_samples(shard.url, num_classes, lambda bad: None):  # the encode stage has named each bad one
+        named = read_samples(shard.url, num_classes, lambda bad: None, shard.sha256)  # bad ones were, by encode
+        for sample in named:
             if (sample.key, sample.offset) in shard.passed_over or sample.class_id not in classes:
                 continue
             pictures.append(to_square(sample.image, looking.side, resize))

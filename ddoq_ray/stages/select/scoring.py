@@ -39,6 +39,7 @@ class Shard:
         asked: What the method wants to know of it.
         scores: The folder of answers.
         made_from: Digest of what the answer follows from.
+        sha256: Of its bytes, where it is known.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Shard:
     asked: Any
     scores: Folder
     made_from: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def shards_of(choice: Choice, asked: dict[int, Any], passed_over: dict[int, Pass
             asked[index],
             scores,
             digest_of([choice.identity, index]),
+            run.data.train[index].sha256,
         )
         for index in sorted(asked)
     ]

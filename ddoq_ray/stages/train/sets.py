@@ -58,10 +58,11 @@ class Set:
 
 @dataclass(frozen=True)
 class Real:
-    """The shards of all the real images, with the samples of each by their index."""
+    """The shards of all the real images, with the samples of each by their index, and its digest where it is known."""
 
     urls: tuple[str, ...] = ()
     samples: tuple[int, ...] = ()
+    digests: tuple[str, ...] = ()
 
 
 class Sets:
@@ -112,7 +113,7 @@ class Sets:
 
     def _real(self, real: Real, digest: object) -> Set:
         resize = self.config.encoder.resize
-        shards = Shards(real.urls, real.samples, self.num_classes, self._side, resize)
+        shards = Shards(real.urls, real.samples, self.num_classes, self._side, resize, real.digests)
         where = self._place("full", int(np.prod(shards.shape)))
         threads = max(1, int(self.config.cluster.trainer.num_cpus))
         if where == "file":

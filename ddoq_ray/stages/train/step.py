@@ -149,7 +149,7 @@ def _job(run: Run, steps: Sequence[Train], counts: Mapping[int, int]) -> tuple[J
         run=run.dir,
         config=config,
         rows=tuple(todo),
-        real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train)),
+        real=Real(tuple(data.train_urls), tuple(s.expected for s in data.train), tuple(s.sha256 for s in data.train)),
         validation=Validation.of(config, data),
         teacher_index=columns,
         class_counts=tuple(counts[c.class_id] for c in data.classes),

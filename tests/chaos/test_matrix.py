@@ -1,0 +1,90 @@
+"""Every stage with every kind of death makes what it makes undisturbed: one seed of `python -m tests.chaos.matrix`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddoq_ray import pipeline
+from ddoq_ray.config.compose import load_config
+from ddoq_ray.config.run import STAGES
+from tests.chaos import matrix
+from tests.chaos.cells import DEATHS, HANGS_S, KEYS, WORKS, Lab, cell, content, write_photos
+from tests.support.deaths import InThread
+
+pytestmark = pytest.mark.chaos
+SEED = 100  # the matrix that is committed has 0, 1, 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_death_changes_nothing(here: Lab, stage: str, death: str, tmp_path: Path) -> None:
+    row = cell(here, stage, death, SEED, tmp_path / "run")
+    assert row["equal"] and row["killed"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["label", "train"])
+def test_a_death_is_told(here: Lab, stage: str, tmp_path: Path) -> None:
+    """In the run's events; a teacher dies with most label files to come, and a trainer with most students."""
+    place, works = tmp_path / "run", WORKS[stage]
+    shutil.copytree(here.base / stage, place)
+    work = InThread(lambda: here.run(place, stage))
+    work.wait_for(lambda: list(place.glob(works.units[0])))
+    _, process = work.wait_for(lambda: here.at_work(*(works.tasks or works.actors)))[0]
+    os.kill(process, signal.SIGKILL)
+    work.join(HANGS_S)
+    told = [json.loads(line) for line in (place / "events.jsonl").read_text().splitlines()]
+    words = {row["event"] for row in told if row.get("stage") == stage}
+    assert words >= ({"worker lost", "unit requeued"} if stage == "label" else {"worker lost"})
+    assert content(place, stage) == content(here.after(stage), stage)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_actors_of_three_stages_die_in_one_run(tmp_path: Path) -> None:
+    """An encoder, then a quantizer while encoders still write, then a decoder."""
+    import ray
+
+    node, rng = ray._private.worker._global_node, np.random.default_rng(0)
+    places = tmp_path / "calm", tmp_path / "run"
+    write_photos(tmp_path / "photos")
+
+    def run(place: Path) -> None:
+        keys = [
+            f"dataset.path={tmp_path / 'photos'}",
+            f"run_dir={place}",
+            "stages=[prepare,encode,quantize,synthesize]",
+        ]
+        pipeline.run(load_config([*KEYS, *keys]))
+
+    run(places[0])
+    work = InThread(lambda: run(places[1]))
+    done, tars = "latents/*/done.json", "images/images-*.tar"
+    for word, units, least, most in (("Encoder", done, 1, 8), ("Quantizer", done, 9, 16), ("Decoder", tars, 1, 10)):
+        number = int(rng.integers(least, most))
+        work.wait_for(lambda units=units, number=number: len(list(places[1].glob(units))) >= number)
+        work.kill(node, word, lambda there: int(rng.choice(there)))
+    work.join(120)
+    for stage in ("encode", "quantize", "synthesize"):
+        made = content(places[1], stage)
+        assert made and made == content(places[0], stage)
+    assert b'"worker lost", "stage": "synthesize"' in (places[1] / "events.jsonl").read_bytes()
+
+
+def test_a_row_that_is_in_the_file_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.json"
+    row = {"stage": "encode", "death": "node", "seed": 0, "equal": True}
+    for equal, code in ((True, 0), (False, 1)):
+        file.write_text(json.dumps([row | {"equal": equal}]))
+        command = ["matrix", "--json", str(file), "--stage", "encode", "--death", "node", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", command)
+        assert matrix.main() == code
+        assert json.loads(file.read_text()) == [row | {"equal": equal}]
