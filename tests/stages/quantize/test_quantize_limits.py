@@ -77,7 +77,7 @@ class TestWhatIsNotAsAsked:
         write_log(run, 3, [[[0, 1] * 6], [[0, 1] * 6]], latent=lambda c, i, x: two[i % 4 // 2] if c == 1 else x)
         return run
 
-    @pytest.mark.parametrize("quantizer", ["clvq", "gram", "kmeans"])
+    @pytest.mark.parametrize("quantizer", ["clvq", "gram", pytest.param("kmeans", marks=pytest.mark.slow)])
     def test_repeated_latents(self, repeated: Path, quantizer: str) -> None:
         config = settings("ipc=4", "small_class=cap", f"quantizer={quantizer}")
         with pytest.warns(CodebookWarning, match=r"class 1: 2 of 4 centroids.*repeated images"):
@@ -134,8 +134,8 @@ class TestMemory:
     [
         ("missing", "clvq", "is missing"),
         ("truncated", "clvq", "another digest"),
-        ("other", "clvq", "another digest"),
-        ("missing", "gram", "is missing"),
+        pytest.param("other", "clvq", "another digest", marks=pytest.mark.slow),
+        pytest.param("missing", "gram", "is missing", marks=pytest.mark.slow),
         ("not finite", "clvq", "not finite (row 1, class 0)"),
         ("another dimension", "gram", "latents of 20 values, the prior of this run makes 18"),
     ],
