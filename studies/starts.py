@@ -156,7 +156,7 @@ def main() -> None:
     seat = Seat(codebooks, maker, judge, teacher, scored)
     about = {
         "dataset": "cifar10", "split": asked.split, "prior": codebooks.prior.id, "student": "convnet3",
-        "teacher": named, "judge": "resnet20-cifar", "arithmetic": "bfloat16",
+        "teacher": named, "judge": "resnet20-cifar", "arithmetic": "bfloat16, compiled",
         "epochs": protocol(1, asked.epochs).epochs,
     }  # fmt: skip
     kept = judge_autoencoder(codebooks.prior.autoencoder, teacher, selection.images, selection.class_ids)

@@ -14,6 +14,7 @@ import numpy as np
 from ddoq_ray import pipeline
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import ClvqConfig
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.core.sizing import GIB
 from ddoq_ray.execution import networks, places
 from ddoq_ray.execution.session import own_node
@@ -182,7 +183,11 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes,
         times = (
             2.0
             if isinstance(algorithm, ClvqConfig) or census is None
-            else log_readings(census, sizes.dim, actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim))
+            else log_readings(
+                census,
+                Pooling(tuple(sizes.networks.latent_shape), algorithm.pool),
+                actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim),
+            )
         )
         read["latents for quantize"] = read.get("latents for quantize", 0.0) + times * log
     sets = sum(written.get(name, 0) for name in ("synthesize", "select", "recover", "given"))
@@ -219,11 +224,11 @@ def _room(made: Plan, run_dir: Folder, sizes: Sizes) -> None:
 
 def _quantizers(made: Plan, config: RunConfig, census: Census, known: networks.Networks, steps: Sequence[Step]) -> None:
     """Memory of the quantizer actors of each codebook."""
-    dim, rows = int(np.prod(known.latent_shape)), file_rows(config, known)
+    shape, rows = tuple(known.latent_shape), file_rows(config, known)
     for step in (s for s in steps if isinstance(s, Quantize)):
         algorithm, sized = step.algorithm(config), step.sized(config)
-        parts = actors_parts(algorithm, len(census.images), sized.ipc, dim)
-        needs = plan_memory(sized, algorithm, census, dim, rows, parts)
+        parts = actors_parts(algorithm, len(census.images), sized.ipc, int(np.prod(shape)))
+        needs = plan_memory(sized, algorithm, census, Pooling(shape, algorithm.pool), rows, parts)
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 

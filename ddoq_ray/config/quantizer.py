@@ -23,20 +23,26 @@ class QuantizerConfig:
     shrink: bool = option(
         False, "draw each centroid to the class mean by what its cell's size says of its noise: nearer to unseen images"
     )
+    pool: int = option(
+        1, "measure distances on latents averaged over squares of this side; centroids are means of the whole latents"
+    )
     snapshot_every: int = option(16, "shards consumed between two snapshots of an actor's open classes")
 
     def __post_init__(self) -> None:
         require(self.num_shards >= 1, f"quantizer.num_shards={self.num_shards}: expected 1 or more")
         require(0 <= self.noise_level <= 1, f"quantizer.noise_level={self.noise_level}: expected 0 to 1")
+        require(self.pool >= 1, f"quantizer.pool={self.pool}: expected 1 or more")
         require(self.snapshot_every >= 1, f"quantizer.snapshot_every={self.snapshot_every}: expected 1 or more")
 
     def identity(self) -> dict[str, Any]:
         """The keys that change centroids; how many actors hold them does not.
 
-        `shrink` is named where it is on, so that codebooks that are older than the key stay what they are.
+        `shrink` and `pool` are named where they do something, so that codebooks that are older than these keys stay
+        what they are.
         """
-        left_out = {"num_shards", "snapshot_every"} | (set() if self.shrink else {"shrink"})
-        return {k: v for k, v in plain(self).items() if k not in left_out}
+        idle = {"num_shards", "snapshot_every"}
+        idle |= {key for key, does in (("shrink", self.shrink), ("pool", self.pool > 1)) if not does}
+        return {k: v for k, v in plain(self).items() if k not in idle}
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,10 @@ class BalancedConfig(QuantizerConfig):
             not self.shrink,
             "quantizer.shrink=true with quantizer.name=balanced: it draws centroids by what their Voronoi cells hold, "
             "and these are made for uniform weights; choose one",
+        )
+        require(
+            self.pool == 1,
+            f"quantizer.pool={self.pool} with quantizer.name=balanced: its centroids are no means of cells; choose one",
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 from support.latent_logs import DIM, write_log
 
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.data.picked_samples import PassedOver
 from ddoq_ray.data.shard_index import train_and_val
 from ddoq_ray.execution.class_tasks import readings
@@ -158,7 +159,7 @@ def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(
         data = Data.load(Folder(str(tmp_path / name)))
         for actors in (1, 2):
             parts = [{p: list(range(4 * p, 4 * p + 4)) for p in range(i, 8, actors)} for i in range(actors)]
-            assert log_readings(Census(data), dim, parts) == times
+            assert log_readings(Census(data), Pooling((dim,)), parts) == times
     algorithm = load_config(["quantizer=gram"]).quantizer
     _say_readings(algorithm, 1.5)
     assert capsys.readouterr().err == ""

@@ -158,7 +158,7 @@ def fold(stream: dict[int, np.ndarray], config: RunConfig, **clvq: Any) -> dict[
     """The same log through core.clvq, one class after another, one update a class."""
     made = {}
     for c, x in stream.items():
-        quantizer = Clvq(config.ipc, DIM, seed=config.seed, class_id=c, **clvq)
+        quantizer = Clvq(config.ipc, x.shape[1], seed=config.seed, class_id=c, **clvq)
         quantizer.update(x)
         made[c] = quantizer.result()
     return made

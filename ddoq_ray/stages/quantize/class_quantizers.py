@@ -14,6 +14,7 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign, voronoi_counts
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.core.noising import NoiseLevel
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.core.shrinkage import shrunk
 from ddoq_ray.core.sizing import GIB, exact_algorithm
 from ddoq_ray.execution.workers import device
@@ -40,6 +41,7 @@ class Settings:
     num_actors: int
     together: bool = False  # the actor has a GPU: classes of the Gram space go to it many at once, faiss runs on it
     noise: NoiseLevel | None = None
+    pool: int = 1  # side of the squares over which latents are averaged before their distances are taken
     need: int = 0  # bytes that the actor was planned to need
     driver: str = ""  # tells this run of the command from the next
 
@@ -47,15 +49,19 @@ class Settings:
     def dim(self) -> int:
         return int(np.prod(self.latent_shape))
 
+    @property
+    def pooling(self) -> Pooling:
+        return Pooling(self.latent_shape, self.pool)
+
     def algorithm_of(self, algorithm: QuantizerConfig, n: int) -> str:
         """The algorithm that a class of n latents gets."""
-        return algorithm_of(algorithm, n, self.dim, self.ipc, together=self.together)
+        return algorithm_of(algorithm, n, self.pooling.dim, self.ipc, together=self.together)
 
 
 def new_clvq(settings: Settings, class_id: int, options: ClvqConfig) -> Clvq:
     return Clvq(
         settings.ipc,
-        settings.dim,
+        settings.pooling.dim,
         winner=options.winner,
         batch=options.batch,
         buffer=options.buffer or None,
@@ -72,14 +78,42 @@ def algorithm_of(algorithm: QuantizerConfig, n: int, dim: int, k: int, *, togeth
     return exact_algorithm(n, dim, k, together=together, **limits)
 
 
-def exact_codebooks(found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool = False) -> Iterator[Codebook]:
+def whole_centroids(found: Mapping[int, Centroids], chunks_of: ChunksOf, pooling: Pooling) -> dict[int, Centroids]:
+    """Centroids of pooled latents as means of the whole latents of their cells, from one pass over the log.
+
+    Means commute with the pooling: pooled, they are the means of the pooled cells. A centroid without a cell of its own
+    is a copy of the one that has it, as it was before.
+    """
+    sums = {c: np.zeros((len(centroids), int(np.prod(pooling.shape)))) for c, (centroids, _) in found.items()}
+    counts = {c: np.zeros(len(centroids), np.int64) for c, (centroids, _) in found.items()}
+    for c, latents in chunks_of(found):
+        labels, _ = assign(pooling(latents), found[c][0])
+        order = labels.argsort(kind="stable")
+        cells, first = np.unique(labels[order], return_index=True)
+        sums[c][cells] += np.add.reduceat(latents[order], first, axis=0, dtype=np.float64)
+        counts[c] += np.bincount(labels, minlength=len(counts[c]))
+    whole = {}
+    for c, (centroids, stream) in found.items():
+        full = np.flatnonzero(counts[c])
+        means = (sums.pop(c)[full] / counts[c][full, None]).astype(np.float32)
+        nearest, _ = assign(centroids, centroids[full])
+        whole[c] = (means[nearest], stream)
+    return whole
+
+
+def exact_codebooks(
+    found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool = False, pooling: Pooling | None = None
+) -> Iterator[Codebook]:
     """A codebook for each class's centroids, in order, with exact Voronoi counts from one pass over the log.
 
     Args:
         found: The arrays are kept, and written to where they shrink.
         chunks_of: Reads classes from the log, in one pass.
         shrink: Draw centroids to the class mean (`core.shrinkage`); a second pass gives counts and distortion of these.
+        pooling: Of the latents that `found` are centroids of; a first pass gives those of the whole ones.
     """
+    if pooling is not None and pooling.side > 1:
+        found = whole_centroids(found, chunks_of, pooling)
     if shrink:
         for book in exact_codebooks(found, chunks_of):
             full = book.counts > 0  # the cell of a copy of another centroid is empty, and it stays
@@ -125,7 +159,7 @@ class WholeClasses:
             yield from self._of_group(group)
 
     def _bytes(self, c: int) -> int:
-        return 2 * self.sizes[c] * self.settings.dim
+        return 2 * self.sizes[c] * self.settings.pooling.dim
 
     def _kind(self, c: int) -> str:
         return self.settings.algorithm_of(self.algorithm, self.sizes[c])
@@ -145,23 +179,24 @@ class WholeClasses:
 
     def _of_group(self, group: list[list[int]]) -> Iterator[Codebook]:
         pieces: dict[int, list[np.ndarray]] = {c: [] for batch in group for c in batch if self._kind(c) != "clvq"}
+        pooling = self.settings.pooling
         for c, latents in self.chunks_of(pieces):
-            pieces[c].append(latents.copy())  # a slice would keep its whole chunk in memory
+            pieces[c].append(pooling(latents).copy())  # a slice would keep its whole chunk in memory
         for batch in group:
             together = self._together([c for c in batch if self._kind(c) == "gram"], pieces)
             for c in batch:
                 if self._kind(c) == "clvq":
                     stream = new_clvq(self.settings, c, ClvqConfig(name="clvq"))
                     for _, latents in self.chunks_of([c]):
-                        stream.update(latents)
+                        stream.update(pooling(latents))
                     yield from self._exact({c: stream.result()}, self.chunks_of)
                     continue
                 x = np.concatenate(pieces.pop(c)).astype(np.float32)
                 centroids = together[c] if c in together else self._alone(c, x)
-                yield from self._exact({c: centroids}, _whole(c, x))
+                yield from self._exact({c: centroids}, self.chunks_of if pooling.side > 1 else _whole(c, x))
 
     def _exact(self, found: Mapping[int, Centroids], chunks_of: ChunksOf) -> Iterator[Codebook]:
-        return exact_codebooks(found, chunks_of, shrink=self.algorithm.shrink)
+        return exact_codebooks(found, chunks_of, shrink=self.algorithm.shrink, pooling=self.settings.pooling)
 
     def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Centroids]:
         """All classes of the Gram space at once, where the actor has a GPU."""

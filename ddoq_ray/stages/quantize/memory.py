@@ -10,6 +10,8 @@ An actor needs
     exact:      160 MiB of libraries (1.5 GiB with a GPU); 512 MiB of latents, or the largest class; and what the
                 algorithm needs for the class that needs most (`sizing.gram_bytes` in Gram space; on a GPU that is the
                 device's memory, and the host holds a second copy of 256 MiB of latents, or of the largest class)
+    pooled:     D of both is that of pooled latents, and the means of whole ones add 12 D min(n, K) for each class that
+                gets them at one time: the open ones, or the one of an exact algorithm
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.quantizer import BalancedConfig, ClvqConfig, QuantizerConfig
 from ddoq_ray.core.clvq import Clvq
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.class_quantizers import BATCH_BYTES, READ_BYTES, algorithm_of
@@ -52,26 +55,29 @@ def plan_memory(
     config: RunConfig,
     algorithm: QuantizerConfig,
     census: Census,
-    dim: int,
+    pooling: Pooling,
     chunk_rows: int,
     actors: Sequence[dict[int, list[int]]],
 ) -> list[int]:
     """Bytes that each actor needs where it needs most, by the formula above.
 
     Args:
-        dim: Flattened latent dimension.
+        pooling: Of latents of their shape.
         chunk_rows: Rows of the largest file of the latent log.
         actors: For each actor its parts: part -> class ids.
     """
-    chunk = 6 * dim * min(chunk_rows, int(census.samples.max(initial=0)))
+    whole_dim, dim = int(np.prod(pooling.shape)), pooling.dim
+    chunk = 6 * whole_dim * min(chunk_rows, int(census.samples.max(initial=0)))
     ahead = 0 if config.latents.path else 2 * config.encoder.pool[1]
+    lifted = 12.0 * whole_dim * np.minimum(census.images, config.ipc) * (pooling.side > 1)
     needs = []
     for parts in actors:
         mine = np.array(sorted(c for classes in parts.values() for c in classes), np.int64)
         base = BASE_BYTES
         if isinstance(algorithm, ClvqConfig):
             buffer = algorithm.buffer or Clvq.default_buffer(config.ipc)
-            work = census.peak(parts, clvq_bytes(census.images, config.ipc, dim, buffer), len(actors), ahead)
+            size = clvq_bytes(census.images, config.ipc, dim, buffer) + lifted
+            work = census.peak(parts, size, len(actors), ahead)
             work += clvq_seeding_bytes(config.ipc, dim, buffer)
         else:
             sizes = census.images[mine].tolist()
@@ -82,19 +88,20 @@ def plan_memory(
             if gpu:
                 work += min(sum(latents), max(BATCH_BYTES, max(latents, default=0.0)))
             work += max((_class_bytes(algorithm, n, config.ipc, dim, gpu) for n in set(sizes)), default=0.0)
+            work += float(lifted[mine].max(initial=0.0))
             base += GPU_LIBRARY_BYTES if gpu else LIBRARY_BYTES
         pairs = sum(len(census.shards[c]) for c in mine.tolist())
         needs.append(int(base + 12 * pairs + chunk + work))
     return needs
 
 
-def log_readings(census: Census, dim: int, actors: Sequence[dict[int, list[int]]]) -> float:
+def log_readings(census: Census, pooling: Pooling, actors: Sequence[dict[int, list[int]]]) -> float:
     """How often the actors of an exact algorithm read the log, in sum: each 512 MiB of their latents by itself.
 
     In a class-sorted log that is about once. In a class-mixed one it grows with the square of the data: such a run
     should be told of the ways that do not.
     """
-    read = 0
+    dim, read = pooling.dim, 0
     for parts in actors:
         pending = Pending(census.samples)
         for part, classes in parts.items():

@@ -28,6 +28,7 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.config.quantizer import ClvqConfig, QuantizerConfig
 from ddoq_ray.core.noising import NoiseLevel
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Progress, say
@@ -127,16 +128,17 @@ class Quantizers:
         if self.artifact.begin(self.facts, overwrite=config.overwrite) == "done":
             return
         algorithm = self.step.algorithm(config)
-        dim = int(np.prod(run.networks.latent_shape))
+        pooling = Pooling(tuple(run.networks.latent_shape), algorithm.pool)
+        dim = int(np.prod(pooling.shape))
         self.parts = actors_parts(algorithm, len(run.data.classes), config.ipc, dim)
         self.num_parts = sum(map(len, self.parts))
         rows = file_rows(config, run.networks)
         if config.latents.path and run.data.train:  # cut by another run: its first shard shows how
             rows = max(c.rows for c in LatentLog(run.latents).done(0).chunks)
         census = Census(run.data)
-        self.needs = plan_memory(config, algorithm, census, dim, rows, self.parts)
+        self.needs = plan_memory(config, algorithm, census, pooling, rows, self.parts)
         if not isinstance(algorithm, ClvqConfig):
-            _say_readings(algorithm, log_readings(census, dim, self.parts))
+            _say_readings(algorithm, log_readings(census, pooling, self.parts))
         settings = Settings(
             ipc=config.ipc,
             seed=config.seed,
@@ -148,6 +150,7 @@ class Quantizers:
             num_actors=len(self.parts),
             together=together(config),
             noise=noise_level(config, algorithm, run.networks),
+            pool=algorithm.pool,
             driver=uuid.uuid4().hex,
         )
         self._arguments = [

@@ -91,7 +91,7 @@ class Quantizer:
         # BLAS only: loading torch here would cost seconds and hundreds of MB for nothing.
         pin_blas_threads(settings.threads)
         self.codebook, self.log = codebook, LatentLog(latents, settings.dim, settings.noise)
-        self.algorithm, self.settings = algorithm, settings
+        self.algorithm, self.settings, self.pooling = algorithm, settings, settings.pooling
         published = {p for p in parts if codebook.exists(layout.codebook_record(p))}
         self.parts = {p: c for p, c in parts.items() if p not in published}
         self.part_of = {c: p for p, classes in self.parts.items() for c in classes}
@@ -218,7 +218,7 @@ class Quantizer:
             for c, latents in self.log.read(chunk, takers):
                 if c not in self.state:
                     self.state[c] = new_clvq(self.settings, c, self.algorithm)
-                self.state[c].update(latents)
+                self.state[c].update(self.pooling(latents))
                 self.seen[c] += len(latents)
 
     # ------------------------------------------------------------------ finishing
@@ -247,7 +247,7 @@ class Quantizer:
         """The codebooks of consumed classes, in their order."""
         if isinstance(self.algorithm, ClvqConfig):
             found = {c: self.state.pop(c).result() for c in wanted}
-            return exact_codebooks(found, self._chunks_of, shrink=self.algorithm.shrink)
+            return exact_codebooks(found, self._chunks_of, shrink=self.algorithm.shrink, pooling=self.pooling)
         return WholeClasses(self.algorithm, self.settings, self.seen, self.part_of, self._chunks_of).codebooks(wanted)
 
     def _wanted(self, c: int) -> bool:

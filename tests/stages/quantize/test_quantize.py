@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import ray
 import threadpoolctl
-from support.latent_logs import Running, check_class, fold, quantize, rows_of, settings, write_log
+from support.latent_logs import SHAPE, Running, check_class, fold, quantize, rows_of, settings, write_log
 
 from ddoq_ray.core.baselines import d4m_kmeans, faiss_kmeans, lloyd, minibatch_kmeans
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.core.shrinkage import shrunk
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
@@ -164,6 +165,27 @@ def test_shrunk_codebooks_are_exact_too(log: tuple[Path, dict[int, np.ndarray]])
             own = streamed[c] if name == "clvq" else gram_kmeans(x, 3, seed=0, class_id=c)
             nearest, squared = assign(x, own[0])
             expected = shrunk(own[0], np.bincount(nearest, minlength=3), float(squared.mean()))
+            check_class(books[c], x, expected, own[1])
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_pooled_codebooks_are_means_of_the_whole_latents_of_their_cells(
+    log: tuple[Path, dict[int, np.ndarray]], shrink: bool
+) -> None:
+    run, stream = log
+    pooling = Pooling(SHAPE, 3)
+    pooled = {c: pooling(x.astype(np.float16)).astype(np.float32) for c, x in stream.items()}
+    streamed = fold(pooled, settings())
+    for name in ("clvq", "gram"):
+        keys = [f"quantizer={name}", "quantizer.pool=3", f"quantizer.shrink={str(shrink).lower()}"]
+        books = rows_of(quantize(run, f"pooled-{name}-{shrink}", settings(*keys)))
+        for c, x in stream.items():
+            own = streamed[c] if name == "clvq" else gram_kmeans(pooled[c], 3, seed=0, class_id=c)
+            cells, _ = assign(pooled[c], own[0])
+            expected = np.stack([x[cells == k].mean(0, dtype=np.float64) for k in range(3)]).astype(np.float32)
+            if shrink:
+                nearest, squared = assign(x, expected)
+                expected = shrunk(expected, np.bincount(nearest, minlength=3), float(squared.mean()))
             check_class(books[c], x, expected, own[1])
 
 

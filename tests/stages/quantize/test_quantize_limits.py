@@ -25,6 +25,7 @@ from support.latent_logs import (
     write_log,
 )
 
+from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.memory import Census, check_memory, plan_memory
 from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
@@ -99,7 +100,7 @@ class TestMemory:
             config = settings("ipc=4")
             data = Data.load(Folder(str(tmp_path / name)))
             actors = [dict(enumerate(part_classes(40, 4, 1 << 20)))]
-            (needs[name],) = plan_memory(config, config.quantizer, Census(data), 1 << 20, 8, actors)
+            (needs[name],) = plan_memory(config, config.quantizer, Census(data), Pooling((1 << 20,)), 8, actors)
         one = 4 * (1 << 20) * 8  # D values of 4 bytes, 8 samples in a buffer
         part, ahead = (
             3,
@@ -114,7 +115,7 @@ class TestMemory:
         config = settings("ipc=4", "quantizer=gram", "quantizer.max_class_gb=0.01")
         data = Data.load(Folder(str(tmp_path)))
         actors = [dict(enumerate(part_classes(2, 4, 1 << 16)))]
-        (need,) = plan_memory(config, config.quantizer, Census(data), 1 << 16, 8, actors)
+        (need,) = plan_memory(config, config.quantizer, Census(data), Pooling((1 << 16,)), 8, actors)
         assert need < 500 << 20  # 2 n D = 500 MiB is what the large class alone has in fp16
 
     def test_what_no_node_can_hold_is_refused_before_it_starts(self, tmp_path: Path) -> None:
