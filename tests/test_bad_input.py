@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from ddoq_ray.storage.folder import Folder
 pytestmark = pytest.mark.usefixtures("ray_here")
 NAMES = ["zero", "one", "two"]
 GOOD = {0: 8, 1: 8, 2: 4}  # usable images a class; ipc=5, so that the last class is small
+FEW = ["quantizer.num_shards=1", "synthesizer.max_workers=1", "labels.workers=1", "report.heldout_images=0"]  # workers
 UP_TO_IMAGES = "stages=[prepare,encode,quantize,synthesize]"
 
 
@@ -69,7 +71,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(run: Path, corpus: Path, *overrides: str, data: str = "train") -> None:
-    given = ["experiment=digits", f"run_dir={run}", "ipc=5", "baselines=[]", "num_seeds=1", "synthesizer.max_workers=1"]
+    given = ["experiment=digits", f"run_dir={run}", "ipc=5", "baselines=[]", "num_seeds=1", *FEW]
     for key, value in (("dataset.path", corpus / data), ("dataset.val_path", corpus / "val")):
         if not any(o.startswith(f"{key}=") for o in overrides):
             given.append(f"{key}={value}")
@@ -250,15 +252,22 @@ def test_cap_gives_as_many_centroids_as_images(run_dir: Path) -> None:
 
 def test_drop_leaves_the_class_out(corpus: Path, run_dir: Path, tmp_path: Path) -> None:
     """From the latents of the run above: nothing is encoded again."""
-    given = [f"latents.path={run_dir}/latents", "small_class=drop", UP_TO_IMAGES]
+    given = [f"latents.path={run_dir}/latents", "small_class=drop", "stages=[prepare,quantize]"]
     go(tmp_path / "run", corpus, *given)
-    assert ddoq_ray.load(str(tmp_path / "run")).ipc == {0: 5, 1: 5}
+    parts = [pq.read_table(p, columns=["class_id"]) for p in (tmp_path / "run").glob("codebook/part-*.parquet")]
+    assert Counter(c for part in parts for c in part["class_id"].to_pylist()) == {0: 5, 1: 5}
     assert json.loads((tmp_path / "run/codebook/manifest.json").read_text())["dropped_classes"] == [2]
     assert not (tmp_path / "run/latents").exists()
     with refused(run_dir, "encoded from another data", str(run_dir)):
         go(tmp_path / "other", corpus, *given, data="clean")
     with refused(run_dir, "nowhere is not finished", "encode"):
-        go(tmp_path / "third", corpus, f"latents.path={tmp_path}/nowhere", "small_class=drop", UP_TO_IMAGES)
+        go(tmp_path / "third", corpus, f"latents.path={tmp_path}/nowhere", *given[1:])
+
+
+@pytest.mark.slow
+def test_a_class_that_is_left_out_has_no_images(corpus: Path, run_dir: Path, tmp_path: Path) -> None:
+    go(tmp_path / "run", corpus, f"latents.path={run_dir}/latents", "small_class=drop", UP_TO_IMAGES)
+    assert ddoq_ray.load(str(tmp_path / "run")).ipc == {0: 5, 1: 5}
 
 
 def test_another_configuration_is_refused_by_both_values(corpus: Path, run_dir: Path) -> None:

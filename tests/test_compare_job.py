@@ -23,7 +23,7 @@ from ddoq_ray.storage import layout
 TINY = [
     "methods=[ddoq,random,full]", "ipcs=[1,2]", "students=[convnet3-w8@16]", "num_seeds=2", "protocol.steps=4",
     "protocol.eval_every=4", "hard_labels=true", "synthesizer.shard_images=8", "cluster.trainer.groups=2",
-    "cluster.trainer.num_cpus=0.5",
+    "cluster.trainer.num_cpus=0.5", "quantizer.num_shards=1", "synthesizer.max_workers=1", "labels.workers=1",
 ]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_a_killed_comparison(whole: Path, tmp_path: Path) -> None:
     [
         (["ipcs=[1,200]"], "classes have fewer images than ipc=200"),
         (["teachers=[digits,OTHER]"], "has no teacher_index, and the teacher has no output of that name"),
-        (["students=[no-such-net]"], "no-such-net"),
+        pytest.param(["students=[no-such-net]"], "no-such-net", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_inputs_are_told_before_anything_is_spent(

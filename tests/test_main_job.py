@@ -41,6 +41,9 @@ SMALL = [
     "protocol.eval_every=12",
     "synthesizer.shard_images=8",
     "labels.file_labels=100",
+    # A worker loads torch and diffusers in six seconds, and how many there are changes nothing: `tests/stages` show it.
+    "synthesizer.max_workers=1",
+    "labels.workers=1",
 ]
 
 

@@ -23,7 +23,7 @@ from ddoq_ray.stages import demands
 from ddoq_ray.stages.encode.stream import file_rows
 from ddoq_ray.stages.prepare.mapping import resolve_mapping
 from ddoq_ray.stages.prepare.step import check_small_classes
-from ddoq_ray.stages.quantize.memory import log_readings, plan_memory
+from ddoq_ray.stages.quantize.memory import Census, log_readings, plan_memory
 from ddoq_ray.stages.quantize.step import Quantize, actors_parts
 from ddoq_ray.stages.sizes import Sizes
 from ddoq_ray.stages.step import Step
@@ -107,10 +107,12 @@ def plan(config: RunConfig) -> Plan:
     wanted = [step for step in steps if step.wanted(config)]
     sizes = Sizes(config, data, known)
     _bytes(made, config, wanted, sizes)
-    _traffic(made, config, wanted, sizes)
+    census = Census(data) if any(isinstance(step, Quantize) for step in wanted) else None
+    _traffic(made, config, wanted, sizes, census)
     _room(made, run_dir, sizes)
-    with made.looking():
-        _quantizers(made, config, data, known, wanted)
+    if census is not None:
+        with made.looking():
+            _quantizers(made, config, census, known, wanted)
     _workers(made, config, steps)
     _time(made, config, wanted, sizes)
     return made
@@ -168,7 +170,7 @@ def _bytes(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -
     made.say("bytes", f"in all     {_size(sum(made.written.values()))}")
 
 
-def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -> None:
+def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes, census: Census | None) -> None:
     """Bytes that cross the network where data and run directory are on other machines than the workers."""
     read: dict[str, float] = {}
     written = made.written
@@ -180,9 +182,9 @@ def _traffic(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes)
         algorithm, ipc = step.algorithm(config), step.sized(config).ipc
         times = (
             2.0
-            if isinstance(algorithm, ClvqConfig)
+            if isinstance(algorithm, ClvqConfig) or census is None
             else log_readings(
-                sizes.data,
+                census,
                 Pooling(tuple(sizes.networks.latent_shape), algorithm.pool),
                 actors_parts(algorithm, len(sizes.data.classes), ipc, sizes.dim),
             )
@@ -220,13 +222,13 @@ def _room(made: Plan, run_dir: Folder, sizes: Sizes) -> None:
         )
 
 
-def _quantizers(made: Plan, config: RunConfig, data: Data, known: networks.Networks, steps: Sequence[Step]) -> None:
+def _quantizers(made: Plan, config: RunConfig, census: Census, known: networks.Networks, steps: Sequence[Step]) -> None:
     """Memory of the quantizer actors of each codebook."""
     shape, rows = tuple(known.latent_shape), file_rows(config, known)
     for step in (s for s in steps if isinstance(s, Quantize)):
         algorithm, sized = step.algorithm(config), step.sized(config)
-        parts = actors_parts(algorithm, len(data.classes), sized.ipc, int(np.prod(shape)))
-        needs = plan_memory(sized, algorithm, data, Pooling(shape, algorithm.pool), rows, parts)
+        parts = actors_parts(algorithm, len(census.images), sized.ipc, int(np.prod(shape)))
+        needs = plan_memory(sized, algorithm, census, Pooling(shape, algorithm.pool), rows, parts)
         made.say("quantizer", f"{step.place}: {len(needs)} actors of up to {max(needs) / GIB:,.2f} GiB")
 
 

@@ -7,12 +7,15 @@ is laid over the defaults, and read strictly.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
@@ -129,10 +132,12 @@ def _composed(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults, the files of the choices and the keys, each over those before it, as plain nested values."""
     groups, of_run = groups_of(cls), issubclass(cls, RunConfig)
     mark = "" if of_run else "+"  # only a run has a list of choices to begin with
-    lines = [f"{mark}{k}={v}" if k in groups else f"++{k}={written(v)}" for k, v in given.items()]
+    chosen = tuple(f"{mark}{k}={v}" for k, v in given.items() if k in groups)
+    keys = [f"++{k}={written(v)}" for k, v in given.items() if k not in groups]
     try:
-        with _hydra():
-            laid = compose("config" if of_run else None, overrides=lines)
+        laid = copy.deepcopy(_chosen("config" if of_run else None, chosen))
+        for key in OverridesParser.create().parse_overrides(keys):
+            OmegaConf.update(laid, key.key_or_group, key.value(), merge=True, force_add=True)
         below = _defaults(cls, laid)
         values: Any = OmegaConf.to_container(OmegaConf.merge(below, laid), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -142,10 +147,21 @@ def _composed(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+@functools.lru_cache(256)
+def _chosen(config: str | None, lines: tuple[str, ...]) -> DictConfig:
+    """The files of some choices, laid over one another; kept, since runs of a sweep differ mostly in their keys."""
+    with _hydra():
+        return compose(config, overrides=list(lines))
+
+
 def _defaults(cls: type, laid: DictConfig) -> DictConfig:
     """All defaults of a command, with those of the quantizer that is chosen."""
+    return _defaults_with(cls, (laid.get("quantizer") or {}).get("name"))
+
+
+@functools.lru_cache(64)
+def _defaults_with(cls: type, name: str | None) -> DictConfig:
     values = plain(cls())
-    name = (laid.get("quantizer") or {}).get("name")
     if name in QUANTIZERS:
         values["quantizer"] = plain(QUANTIZERS[name]())
     return OmegaConf.create(values)

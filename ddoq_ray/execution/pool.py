@@ -121,7 +121,7 @@ def run_elastic(
         pool.close()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Unit:
     """A unit and its fate: worker deaths that it saw, and how many workers it is on."""
 

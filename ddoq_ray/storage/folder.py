@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -106,8 +107,12 @@ class Folder:
                             os.unlink(os.path.join(place, file))
 
     def publish_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=1, sort_keys=True, default=str, allow_nan=False)  # NaN is no JSON
-        self.publish(name, (text + "\n").encode())
+        encoder = json.JSONEncoder(indent=1, sort_keys=True, default=str, allow_nan=False)  # NaN is no JSON
+        text = io.BytesIO()
+        for piece in encoder.iterencode(value):  # `dumps` keeps all pieces until the last: ten times the file
+            text.write(piece.encode())
+        text.write(b"\n")
+        self.publish(name, text.getvalue())
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.

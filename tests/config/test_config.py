@@ -320,3 +320,11 @@ def test_config_imports_neither_ray_nor_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_key_is_of_its_own_configuration_alone() -> None:
+    """Though the files of the same choices are composed once."""
+    plain, lists = load_config(["quantizer=gram"]), "baselines=[random]"
+    other = load_config(["quantizer=gram", "quantizer.hartigan=false", "prior.path=x", lists])
+    assert (other.prior.path, other.baselines) == ("x", ("random",)) and other != plain
+    assert load_config(["quantizer=gram"]) == plain

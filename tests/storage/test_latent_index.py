@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +17,16 @@ from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.data.picked_samples import PassedOver
 from ddoq_ray.data.shard_index import train_and_val
 from ddoq_ray.execution.class_tasks import readings
-from ddoq_ray.stages.quantize.memory import log_readings
+from ddoq_ray.stages.quantize.memory import Census, log_readings
 from ddoq_ray.stages.quantize.step import _say_readings
+from ddoq_ray.stages.quantize.worker import shards_of
 from ddoq_ray.stages.select import images as select
 from ddoq_ray.storage import class_latents as whole
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.latent_index import LEAST_PASSES, LatentIndex, latent_index
 from ddoq_ray.storage.prepared import Data
-from ddoq_ray.storage.records import ClassCounts, ShardInfo, read_shards, shard_lines, total_counts
+from ddoq_ray.storage.records import ClassCounts, LabelsOutside, ShardInfo, read_shards, shard_lines, total_counts
 
 MANY = [1 << 40]  # memory of a node where it is no limit
 
@@ -157,7 +159,7 @@ def test_readings_of_an_exact_algorithm_are_told_where_classes_are_mixed(
         data = Data.load(Folder(str(tmp_path / name)))
         for actors in (1, 2):
             parts = [{p: list(range(4 * p, 4 * p + 4)) for p in range(i, 8, actors)} for i in range(actors)]
-            assert log_readings(data, Pooling((dim,)), parts) == times
+            assert log_readings(Census(data), Pooling((dim,)), parts) == times
     algorithm = load_config(["quantizer=gram"]).quantizer
     _say_readings(algorithm, 1.5)
     assert capsys.readouterr().err == ""
@@ -213,3 +215,28 @@ def test_a_list_of_shards_is_written_row_by_row(shards: int) -> None:
     rows: list[Any] = list(shard_lines(infos))
     assert len(rows) == max(1, shards + (shards > 0))
     assert list(read_shards(b"".join(rows))) == infos
+
+
+def test_counts_of_a_list_of_shards_are_read_as_json_reads_them() -> None:
+    """Whatever else is in a row, and however the list is laid out."""
+    whole = ShardInfo('a"images": {"1": 2}b', 3, 9, ClassCounts({}), "d", "cut", 2, LabelsOutside(1, 2, 3))
+    infos = [whole, ShardInfo("b", 3, 9, ClassCounts({21840: 1 << 40, 0: 1}), "d", sha256="s")]
+    written = b"".join(shard_lines(infos))
+    rows = json.loads(written)
+    for data in (written, json.dumps(rows).encode(), json.dumps(rows, indent=1).encode()):
+        assert list(read_shards(data)) == infos
+    descending = written.replace(b'"0": 1, "21840": 1099511627776', b'"21840": 1099511627776, "0": 1')
+    assert descending != written and list(read_shards(descending)) == infos
+    for damage in (b'"0": 1, "x": 2', b'"0": 1, "5"', b'"0": 1 "5": 2', b'"0": '):
+        with pytest.raises(ValueError):
+            list(read_shards(written.replace(b'"0": 1, "21840": 1099511627776', damage)))
+
+
+def test_shards_of_many_classes_are_found_as_of_few() -> None:
+    """Above 65,536 classes they are sorted in another way."""
+    rng = np.random.default_rng(0)
+    held = [np.unique(rng.integers(70, size=9)).astype(np.int32) for _ in range(40)]
+    few, many = np.arange(70), np.arange(70) * 1000
+    found = shards_of([mine * 1000 for mine in held], many)
+    for c, shards in shards_of(held, few).items():
+        assert shards.tolist() == [i for i, mine in enumerate(held) if c in mine] == found[1000 * c].tolist()

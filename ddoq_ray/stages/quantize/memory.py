@@ -54,7 +54,7 @@ def together(config: RunConfig) -> bool:
 def plan_memory(
     config: RunConfig,
     algorithm: QuantizerConfig,
-    data: Data,
+    census: Census,
     pooling: Pooling,
     chunk_rows: int,
     actors: Sequence[dict[int, list[int]]],
@@ -67,8 +67,8 @@ def plan_memory(
         actors: For each actor its parts: part -> class ids.
     """
     whole_dim, dim = int(np.prod(pooling.shape)), pooling.dim
-    chunk = 6 * whole_dim * min(chunk_rows, max((s.samples for s in data.train), default=0))
-    census = _Census(data, len(actors), ahead=0 if config.latents.path else 2 * config.encoder.pool[1])
+    chunk = 6 * whole_dim * min(chunk_rows, int(census.samples.max(initial=0)))
+    ahead = 0 if config.latents.path else 2 * config.encoder.pool[1]
     lifted = 12.0 * whole_dim * np.minimum(census.images, config.ipc) * (pooling.side > 1)
     needs = []
     for parts in actors:
@@ -76,7 +76,8 @@ def plan_memory(
         base = BASE_BYTES
         if isinstance(algorithm, ClvqConfig):
             buffer = algorithm.buffer or Clvq.default_buffer(config.ipc)
-            work = census.peak(parts, clvq_bytes(census.images, config.ipc, dim, buffer) + lifted)
+            size = clvq_bytes(census.images, config.ipc, dim, buffer) + lifted
+            work = census.peak(parts, size, len(actors), ahead)
             work += clvq_seeding_bytes(config.ipc, dim, buffer)
         else:
             sizes = census.images[mine].tolist()
@@ -94,13 +95,13 @@ def plan_memory(
     return needs
 
 
-def log_readings(data: Data, pooling: Pooling, actors: Sequence[dict[int, list[int]]]) -> float:
+def log_readings(census: Census, pooling: Pooling, actors: Sequence[dict[int, list[int]]]) -> float:
     """How often the actors of an exact algorithm read the log, in sum: each 512 MiB of their latents by itself.
 
     In a class-sorted log that is about once. In a class-mixed one it grows with the square of the data: such a run
     should be told of the ways that do not.
     """
-    census, dim, read = _Census(data, len(actors), ahead=0), pooling.dim, 0
+    dim, read = pooling.dim, 0
     for parts in actors:
         pending = Pending(census.samples)
         for part, classes in parts.items():
@@ -125,30 +126,33 @@ def _class_bytes(algorithm: QuantizerConfig, n: int, k: int, dim: int, gpu: bool
     return 16.0 * n * dim + plan  # scikit-learn and faiss copy what they get
 
 
-class _Census:
-    """Which classes are open while the shards are consumed in order.
+class Census:
+    """What plans ask of the index of the data, which for a class-mixed ImageNet-21K takes seconds to turn over.
 
     Attributes:
         images: int64 [C], labelled images of each class.
+        samples: int64 [S], of each shard.
         shards: For each class the shards that hold it, ascending.
     """
 
-    def __init__(self, data: Data, num_actors: int, ahead: int) -> None:
-        """`ahead`: how many shards encoders may be ahead of the oldest unfinished one."""
+    def __init__(self, data: Data) -> None:
         self.images = np.array(list(data.counts.values()), np.int64)
         self.samples = np.array([s.samples for s in data.train], np.int64)
-        pairs = [(s.images.class_ids, np.full(len(s.images), i, np.int32)) for i, s in enumerate(data.train)]
-        self.shards = shards_of(pairs, np.arange(len(data.classes)))
-        self.num_actors, self.ahead = num_actors, ahead
+        self.shards = shards_of([s.images.class_ids for s in data.train], np.arange(len(data.classes)))
 
-    def peak(self, parts: dict[int, list[int]], size: npt.NDArray[np.float64]) -> float:
-        """Largest sum of `size` (float64 [C]) over the classes of `parts` that are open at one time."""
+    def peak(self, parts: dict[int, list[int]], size: npt.NDArray[np.float64], num_actors: int, ahead: int) -> float:
+        """Largest sum of `size` (float64 [C]) over the classes of `parts` that are open at one time.
+
+        Args:
+            num_actors: How many share the log.
+            ahead: How many shards encoders may be ahead of the oldest unfinished one.
+        """
         opens: dict[int, list[int]] = {}
         closes: dict[int, list[int]] = {}
         part_of = {c: p for p, classes in parts.items() for c in classes if len(self.shards[c])}
         left = {p: sum(c in part_of for c in classes) for p, classes in parts.items()}
         for c in part_of:
-            opens.setdefault(max(0, int(self.shards[c][0]) - self.ahead), []).append(c)
+            opens.setdefault(max(0, int(self.shards[c][0]) - ahead), []).append(c)
             closes.setdefault(int(self.shards[c][-1]), []).append(c)
         most = now = 0.0
         pending, waiting = Pending(self.samples), 0.0
@@ -161,7 +165,7 @@ class _Census:
                     mine = [other for other in parts[part_of[c]] if other in part_of]
                     pending.add(part_of[c], int(self.images[mine].sum()), (self.shards[other] for other in mine))
                     waiting += float(size[mine].sum())
-            if pending.parts and enough_to_finish(pending.own, pending.held, self.num_actors):
+            if pending.parts and enough_to_finish(pending.own, pending.held, num_actors):
                 now -= waiting
                 waiting = 0.0
                 pending.clear()

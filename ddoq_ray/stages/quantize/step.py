@@ -35,7 +35,7 @@ from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.stages.encode import step as encode
 from ddoq_ray.stages.encode.stream import file_rows
 from ddoq_ray.stages.quantize.class_quantizers import Settings
-from ddoq_ray.stages.quantize.memory import ActorDemand, log_readings, plan_memory, together
+from ddoq_ray.stages.quantize.memory import ActorDemand, Census, log_readings, plan_memory, together
 from ddoq_ray.stages.quantize.worker import Quantizer
 from ddoq_ray.stages.step import Ask, Step
 from ddoq_ray.storage import layout
@@ -135,9 +135,10 @@ class Quantizers:
         rows = file_rows(config, run.networks)
         if config.latents.path and run.data.train:  # cut by another run: its first shard shows how
             rows = max(c.rows for c in LatentLog(run.latents).done(0).chunks)
-        self.needs = plan_memory(config, algorithm, run.data, pooling, rows, self.parts)
+        census = Census(run.data)
+        self.needs = plan_memory(config, algorithm, census, pooling, rows, self.parts)
         if not isinstance(algorithm, ClvqConfig):
-            _say_readings(algorithm, log_readings(run.data, pooling, self.parts))
+            _say_readings(algorithm, log_readings(census, pooling, self.parts))
         settings = Settings(
             ipc=config.ipc,
             seed=config.seed,

@@ -328,27 +328,29 @@ class Quantizer:
 
 def _index(data: Folder, classes: npt.NDArray[np.int64]) -> tuple[dict[int, np.ndarray], npt.NDArray[np.int64]]:
     """For each class the shards that hold it, and the samples of every shard (int64)."""
-    samples, pairs = [], []
+    samples, held = [], []
     own = np.zeros(1 + int(classes.max(initial=-1)), bool)
     own[classes] = True
-    for index, shard in enumerate(read_shards(data.read(layout.SHARDS))):
+    for shard in read_shards(data.read(layout.SHARDS)):
         samples.append(shard.samples)
         ids = shard.images.class_ids[: np.searchsorted(shard.images.class_ids, len(own))]
-        mine = ids[own[ids]]
-        pairs.append((mine, np.full(len(mine), index, np.int32)))
-    return shards_of(pairs, classes), np.array(samples, np.int64)
+        held.append(ids[own[ids]])
+    return shards_of(held, classes), np.array(samples, np.int64)
 
 
 def shards_of(
-    pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int32]]], classes: npt.NDArray[np.int64]
+    held: Sequence[npt.NDArray[np.integer]], classes: npt.NDArray[np.int64]
 ) -> dict[int, npt.NDArray[np.int32]]:
     """For each of `classes` (ascending) the shards that hold it, int32 and ascending.
 
     Args:
-        pairs: For each shard in order the classes in it, and its own number as often.
+        held: For each shard in order which of `classes` are in it.
     """
-    ids = np.concatenate([c for c, _ in pairs] or [np.empty(0, np.int64)])
-    shards = np.concatenate([s for _, s in pairs] or [np.empty(0, np.int32)])[np.argsort(ids, kind="stable")]
-    ends = np.cumsum(np.bincount(np.searchsorted(classes, ids), minlength=len(classes)))
+    ids = np.concatenate([np.empty(0, np.int32), *held])
+    most = int(classes.max(initial=-1)) + 1
+    small = ids.astype(np.uint16) if most <= 1 << 16 else ids  # numpy sorts these alone in linear time
+    where = np.repeat(np.arange(len(held), dtype=np.int32), [len(mine) for mine in held])
+    shards = where[np.argsort(small, kind="stable")]
+    ends = np.cumsum(np.bincount(ids, minlength=most)[classes])
     pieces = np.split(shards, ends[:-1]) if len(classes) else []
     return dict(zip(classes.tolist(), pieces, strict=True))

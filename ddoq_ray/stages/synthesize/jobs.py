@@ -24,7 +24,7 @@ class ClassRange(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageUnit:
     """The unit of synthesis: one image shard, a fixed list of (class_id, centroid_id) as ranges of classes."""
 
@@ -66,7 +66,7 @@ class Making:
     tiles: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One unit of work for a decoder: an image shard of the set in `folder`, and the codebook parts it needs.
 

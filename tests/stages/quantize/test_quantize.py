@@ -130,9 +130,15 @@ def test_another_configuration_in_the_same_place_is_refused(log: tuple[Path, dic
     ("overrides", "algorithm"),
     [
         (["quantizer=gram"], gram_kmeans),
-        (["quantizer=gram", "quantizer.hartigan=false"], partial(gram_kmeans, settings=KMeansSettings(hartigan=False))),
+        pytest.param(
+            ["quantizer=gram", "quantizer.hartigan=false"],
+            partial(gram_kmeans, settings=KMeansSettings(hartigan=False)),
+            marks=pytest.mark.slow,
+        ),
         (["quantizer=minibatch_kmeans"], d4m_kmeans),
-        (["quantizer=minibatch_kmeans", "quantizer.variant=sklearn"], minibatch_kmeans),
+        pytest.param(
+            ["quantizer=minibatch_kmeans", "quantizer.variant=sklearn"], minibatch_kmeans, marks=pytest.mark.slow
+        ),
         (["quantizer=kmeans"], lloyd),
         (["quantizer=faiss"], faiss_kmeans),
     ],

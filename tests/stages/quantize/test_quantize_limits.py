@@ -27,7 +27,7 @@ from support.latent_logs import (
 
 from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.stages.prepare.step import Data
-from ddoq_ray.stages.quantize.memory import check_memory, plan_memory
+from ddoq_ray.stages.quantize.memory import Census, check_memory, plan_memory
 from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
 from ddoq_ray.storage.codebook import part_classes
 from ddoq_ray.storage.folder import Folder
@@ -78,7 +78,7 @@ class TestWhatIsNotAsAsked:
         write_log(run, 3, [[[0, 1] * 6], [[0, 1] * 6]], latent=lambda c, i, x: two[i % 4 // 2] if c == 1 else x)
         return run
 
-    @pytest.mark.parametrize("quantizer", ["clvq", "gram", "kmeans"])
+    @pytest.mark.parametrize("quantizer", ["clvq", "gram", pytest.param("kmeans", marks=pytest.mark.slow)])
     def test_repeated_latents(self, repeated: Path, quantizer: str) -> None:
         config = settings("ipc=4", "small_class=cap", f"quantizer={quantizer}")
         with pytest.warns(CodebookWarning, match=r"class 1: 2 of 4 centroids.*repeated images"):
@@ -100,7 +100,7 @@ class TestMemory:
             config = settings("ipc=4")
             data = Data.load(Folder(str(tmp_path / name)))
             actors = [dict(enumerate(part_classes(40, 4, 1 << 20)))]
-            (needs[name],) = plan_memory(config, config.quantizer, data, Pooling((1 << 20,)), 8, actors)
+            (needs[name],) = plan_memory(config, config.quantizer, Census(data), Pooling((1 << 20,)), 8, actors)
         one = 4 * (1 << 20) * 8  # D values of 4 bytes, 8 samples in a buffer
         part, ahead = (
             3,
@@ -115,7 +115,7 @@ class TestMemory:
         config = settings("ipc=4", "quantizer=gram", "quantizer.max_class_gb=0.01")
         data = Data.load(Folder(str(tmp_path)))
         actors = [dict(enumerate(part_classes(2, 4, 1 << 16)))]
-        (need,) = plan_memory(config, config.quantizer, data, Pooling((1 << 16,)), 8, actors)
+        (need,) = plan_memory(config, config.quantizer, Census(data), Pooling((1 << 16,)), 8, actors)
         assert need < 500 << 20  # 2 n D = 500 MiB is what the large class alone has in fp16
 
     def test_what_no_node_can_hold_is_refused_before_it_starts(self, tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ class TestMemory:
     [
         ("missing", "clvq", "is missing"),
         ("truncated", "clvq", "another digest"),
-        ("other", "clvq", "another digest"),
-        ("missing", "gram", "is missing"),
+        pytest.param("other", "clvq", "another digest", marks=pytest.mark.slow),
+        pytest.param("missing", "gram", "is missing", marks=pytest.mark.slow),
         ("not finite", "clvq", "not finite (row 1, class 0)"),
         ("another dimension", "gram", "latents of 20 values, the prior of this run makes 18"),
     ],
