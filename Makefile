@@ -18,7 +18,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=1 quantizer=gram" changes it
 	$(BIN)/ddoq-ray $(ARGS)
 
-test: $(VENV)/.installed  ## the default suite, under 10 minutes on 2 cores
+test: $(VENV)/.installed  ## the default suite: 21 minutes on the two threads of one core
 	$(BIN)/python -m pytest
 
 # Two halves of about the same time, a core each.
