@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-fast fast-half fast-rest test-all lint lock clean
+.PHONY: run test test-processes test-rest test-fast fast-half fast-rest test-all lint lock clean
 
 # The stamp is renewed when the lock or the package's metadata change.
 $(VENV)/.installed: requirements.lock pyproject.toml
@@ -18,11 +18,17 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=1 quantizer=gram" changes it
 	$(BIN)/ddoq-ray $(ARGS)
 
-test: $(VENV)/.installed  ## the default suite: 21 minutes on the two threads of one core
-	$(BIN)/python -m pytest
+# Beside each other: what starts Ray or Python processes waits for them much of its time, and what starts neither does not.
+REST := not processes and not slow and not assets
+test: $(VENV)/.installed  ## the default suite: TIME on the two threads of one core
+	@$(MAKE) --no-print-directory -k -j2 test-processes test-rest
+test-processes: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'processes and not slow and not assets'
+test-rest: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(REST)'
 
 # Two halves of about the same time, a core each.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not assets'
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(REST)'
 HALF := tests/config tests/storage tests/data tests/execution tests/commands
 test-fast: $(VENV)/.installed  ## what starts neither Ray nor a Python process
 	@$(MAKE) --no-print-directory -j2 fast-half fast-rest

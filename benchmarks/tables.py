@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,28 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def digits(rows: Sequence[Row]) -> dict[str, str]:
-    """Top-1 of each method at each size, and the differences that are paired by seed."""
-    at = {(row["method"], row["ipc"]): row for row in rows}
-    sizes = sorted({ipc for _, ipc in at})
+    """Top-1 of each method at each size and kind of labels; a star where the interval against random leaves out 0."""
+    at, sizes = _lines(rows)
 
-    def cell(row: Row, field: str, sign: str = "") -> str:
-        return f"{row[f'{field}_mean']:{sign}.1f} +- {row[f'{field}_std']:.1f}"
+    def score(labels: str, method: str, ipc: int) -> str:
+        row = at.get((labels, method, None if method == "full" else ipc))
+        if row is None:
+            return "-"
+        d = row.get("against") if method != "full" else None
+        told = d is not None and (d["low_pct"] > 0 or d["high_pct"] < 0)
+        return f"{row['mean_pct']:.1f} +- {row['std_pct']:.1f}{'*' if told else ''}"
 
-    def against(method: str, other: str) -> str:
-        """Empty for the method itself, and for all real images, which have more of them than any other."""
-        field, many = f"minus_{other}_pct", [at[method, ipc] for ipc in sizes]
-        there = method != "full" and all(f"{field}_mean" in row for row in many)
-        return ", ".join(cell(row, field, "+") for row in many) if there else "-"
-
-    lines = [
-        [f"`{method}`", *(cell(at[method, ipc], "top1_pct") for ipc in sizes), against(method, "random"),
-         against(method, "d4m")]
-        for method in dict.fromkeys(method for method, _ in at)
-    ]  # fmt: skip
-    told = ", ".join(map(str, sizes))
-    head = ["method", *(f"IPC {ipc}" for ipc in sizes), f"against random, IPC {told}", f"against d4m, IPC {told}"]
+    cells = list(product(dict.fromkeys(row["labels"] for row in rows), sizes))
+    methods = dict.fromkeys(row["method"] for row in rows)
+    head = ["method", *(f"{labels}, IPC {ipc}" for labels, ipc in cells)]
+    lines = [[f"`{method}`", *(score(labels, method, ipc) for labels, ipc in cells)] for method in methods]
     return {"digits": markdown(head, lines)}
+
+
+def _lines(rows: Sequence[Row]) -> tuple[dict[tuple[str, str, int | None], Row], list[int]]:
+    """A comparison's lines by labels, method and IPC, and its sizes."""
+    sizes = sorted({row["ipc"] for row in rows if row["ipc"] is not None})
+    return {(row["labels"], row["method"], row["ipc"]): row for row in rows}, sizes
 
 
 def _ratio(rows: Sequence[Row], k: int, pair: tuple[str, str], field: str, decimals: int) -> str:
@@ -126,10 +128,13 @@ def label_codecs(rows: Sequence[Row]) -> dict[str, str]:
     return {"label-codecs": markdown(head, [line(*key) for key in dict.fromkeys(key[:3] for key in at)])}
 
 
-def compared(rows: Sequence[Row]) -> dict[str, str]:
-    """Top-1 of each method of a comparison, and its differences from random with their intervals."""
-    sizes = sorted({row["ipc"] for row in rows if row["ipc"] is not None})
-    at = {(row["labels"], row["method"], row["ipc"]): row for row in rows}
+def compared(name: str) -> Callable[[list[Row]], dict[str, str]]:
+    """A table of this name: top-1 of a comparison's methods, their differences from random, and what papers report."""
+    return lambda rows: {name: _compared(rows)}
+
+
+def _compared(rows: Sequence[Row]) -> str:
+    at, sizes = _lines(rows)
 
     def score(row: Row | None) -> str:
         return "-" if row is None else f"{row['mean_pct']:.1f} +- {row['std_pct']:.1f}"
@@ -138,14 +143,17 @@ def compared(rows: Sequence[Row]) -> dict[str, str]:
         d = (row or {}).get("against")
         return "-" if d is None else f"{d['mean_pct']:+.1f} [{d['low_pct']:+.1f}, {d['high_pct']:+.1f}]"
 
+    def reported(row: Row | None) -> str:
+        return "; ".join(f"{r['top1_pct']:.1f} ({r['source']})" for r in (row or {}).get("reported", ())) or "-"
+
+    published = any(row["reported"] for row in rows)
     lines = []
     for labels, method in dict.fromkeys((row["labels"], row["method"]) for row in rows):
-        mine = [at.get((labels, method, ipc)) for ipc in sizes]
-        if method == "full":
-            mine = [at[labels, method, None]] * len(sizes)
-        lines.append([labels, f"`{method}`", *map(score, mine), *map(difference, mine)])
+        mine = [at.get((labels, method, None if method == "full" else ipc)) for ipc in sizes]
+        papers = [", ".join(map(reported, mine))] if published else []
+        lines.append([labels, f"`{method}`", *map(score, mine), *map(difference, mine), *papers])
     head = ["labels", "method", *(f"IPC {k}" for k in sizes), *(f"against random, IPC {k}" for k in sizes)]
-    return {"digits-compare": markdown(head, lines)}
+    return markdown([*head, *(["reported, not measured here"] if published else [])], lines)
 
 
 def scale(rows: Sequence[Row]) -> dict[str, str]:
@@ -251,6 +259,7 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("docs/labels.md", "benchmarks/results/train.json", training),
     ("docs/failures.md", "benchmarks/results/chaos.json", deaths),
     ("docs/failures.md", "benchmarks/results/damage.json", damage),
+    ("docs/results.md", "studies/results/digits.json", compared("digits-compare")),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 

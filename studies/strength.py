@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import finish, parser
 from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
+from ddoq_ray.core.metrics import mean_std
 from ddoq_ray.data.collections import DIGIT_NAMES
 from ddoq_ray.execution.session import ray_session
 from ddoq_ray.stages.prepare.step import digit_shards
 from ddoq_ray.storage.folder import Folder
-from studies.digits import summarize
 
 
 def write_selection(folder: str) -> list[str]:
@@ -34,6 +35,19 @@ def write_selection(folder: str) -> list[str]:
         f"dataset.val_path={folder}/selection",
         f"dataset.classes={folder}/classes.json",
     ]
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a method from a run's ``results.json`` rows: mean and standard deviation over its seeds."""
+    cases = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["seed"])
+        top1 = [row["top1_pct"] for row in mine]
+        case = {key: mine[0][key] for key in ("method", "ipc", "student", "epochs", "train_images")}
+        cases.append(
+            case | {"seeds": len(mine), "top1_pct_mean": mean_std(top1).mean, "top1_pct_std": mean_std(top1).std}
+        )
+    return cases
 
 
 def main() -> None:
@@ -60,7 +74,7 @@ def main() -> None:
                     overrides.append(f"synthesizer.strength={strength}")
                 pipeline.run(load_config(overrides))
                 results = json.loads(Path(run_dir, "report/results.json").read_text())
-                for case in summarize(results["rows"], against=()):
+                for case in summarize(results["rows"]):
                     about = {"dataset": "digits", "split": "selection"}
                     if case["method"] != "random":
                         about |= {"start": start, "strength": strength}

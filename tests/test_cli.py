@@ -143,9 +143,9 @@ def test_cfg_job_prints_the_composed_yaml(capsys: pytest.CaptureFixture[str]) ->
     [
         (["ipc=1,5,10"], ["runs/digits-ipc1", "runs/digits-ipc5", "runs/digits-ipc10"]),
         (["ipc=1,5", "run_dir=x/"], ["x-ipc-1", "x-ipc-5"]),
-        (["quantizer=gram,kmeans"], ["runs/digits-ipc10-quantizer-gram", "runs/digits-ipc10-quantizer-kmeans"]),
+        (["quantizer=gram,kmeans"], ["runs/digits-ipc5-quantizer-gram", "runs/digits-ipc5-quantizer-kmeans"]),
         (["baselines=[d4m],[random]", "run_dir=a,b", "ipc=2"], None),
-        (["baselines=d4m,random"], ["runs/digits-ipc10"]),
+        (["baselines=d4m,random"], ["runs/digits-ipc5"]),
     ],
 )
 def test_a_sweep_gives_each_run_a_folder(words: list[str], folders: list[str] | None) -> None:

@@ -33,7 +33,7 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import LabelStore
 
 LABELS = "labels/digits-teacher-digits-16px"  # teacher, protocol, what a student sees
-STUDENT = "students/convnet3-w32-digits-teacher-digits-16px"
+STUDENT = "students/convnet3-w8-digits-teacher-digits-16px"
 SMALL = [
     "ipc=2",
     "num_seeds=2",
@@ -44,6 +44,7 @@ SMALL = [
     # A worker loads torch and diffusers in six seconds, and how many there are changes nothing: `tests/stages` show it.
     "synthesizer.max_workers=1",
     "labels.workers=1",
+    "cluster.trainer.groups=1",
 ]
 
 

@@ -1,32 +1,21 @@
 """The fault promise, through the real command: killed anywhere, the same command goes on and ends in the same bytes.
 
-A run is killed with SIGKILL in encode and ended in this process. In `make test-all` one is killed three times, in
-encode, in quantize and in synthesize, each time when some of the stage's units are published and some are not; a second
-run is left alone. The driver owns its Ray, so its death takes the whole local cluster along.
+A run is killed with SIGKILL three times, in encode, in quantize and in synthesize, each time when some of the stage's
+units are published and some are not; a second run is left alone. The driver owns its Ray, so its death takes the whole
+local cluster along. Of the default suite, `tests/chaos/test_matrix.py` kills one in encode.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.deaths import title
+from support.deaths import TIMEOUT, Stamp, kill_when, stamps, start, wait_gone
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARDS, PER_SHARD, IPC, TARS = 8, 15, 4, 20
-MARK = "DDOQ_TEST_RUN"  # an environment variable by which the processes of a run are known
-TIMEOUT = 180
-
-Stamp = dict[str, tuple[int, int]]  # name -> inode and time of change
 
 
 def overrides(corpus: Path, run: Path) -> list[str]:
@@ -39,69 +28,13 @@ def overrides(corpus: Path, run: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def command(corpus: Path, run: Path) -> list[str]:
-    return [sys.executable, "-m", "ddoq_ray", *overrides(corpus, run)]
-
-
-def start(corpus: Path, run: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
-    mark = uuid.uuid4().hex
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: mark}
-    with log.open("ab") as out:
-        return subprocess.Popen(command(corpus, run), cwd=ROOT, env=environment, stdout=out, stderr=out), mark
-
-
-def processes(mark: str) -> list[int]:
-    """Every living process of a run, from the environment that it inherited."""
-    needle = f"{MARK}={mark}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and needle in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:  # it ended meanwhile, or is not ours
-            continue
-    return found
-
-
-def wait_gone(mark: str) -> None:
-    """Until nothing of a run can work on.
-
-    Ray's two agents of a node (status and environments, they run no task) are not waited for: after the driver's
-    SIGKILL they look for their dead cluster for another minute before they end by themselves.
-    """
-    end = time.monotonic() + 60
-    while left := {title(p) for p in processes(mark)} - {"", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}:
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
-
-
 def finish(corpus: Path, run: Path, log: Path) -> None:
-    process, mark = start(corpus, run, log)
+    process, mark = start(overrides(corpus, run), log)
     try:
         assert process.wait(TIMEOUT) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
     wait_gone(mark)
-
-
-def kill_when(moment: Callable[[], bool], corpus: Path, run: Path, log: Path) -> None:
-    """Run the command and SIGKILL its driver as soon as `moment` has come."""
-    process, mark = start(corpus, run, log)
-    end = time.monotonic() + TIMEOUT
-    try:
-        while not moment():
-            assert process.poll() is None, "it ended before the moment came:\n" + log.read_text()[-3000:]
-            assert time.monotonic() < end, "the moment never came:\n" + log.read_text()[-3000:]
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    wait_gone(mark)
-
-
-def stamps(run: Path, *patterns: str) -> Stamp:
-    files = [p for pattern in patterns for p in run.glob(pattern)]
-    return {str(p.relative_to(run)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 
 def events(run: Path) -> list[dict]:
@@ -146,7 +79,7 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         history.kept[stage] = stamps(run, *patterns)
         history.events[stage] = [e["event"] + " " + e.get("stage", "") for e in events(run)]
 
-    kill_when(lambda: any(run.glob("latents/shard-*/done.json")), corpus, run, log)
+    kill_when(lambda: any(run.glob("latents/shard-*/done.json")), overrides(corpus, run), log)
     seen("encode", "latents/shard-*/done.json")
     for name in list(history.kept["encode"]):
         history.kept["encode"] |= stamps(run, f"{Path(name).parent}/*.parquet")
@@ -156,7 +89,7 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     )
     seen("quantize", "latents/**/*.parquet", "latents/**/*.json", "codebook/part-*.parquet")
 
-    kill_when(lambda: any(run.glob("images/*.tar")), corpus, run, log)
+    kill_when(lambda: any(run.glob("images/*.tar")), overrides(corpus, run), log)
     seen("synthesize", "codebook/*", "images/*.tar")
 
     finish(corpus, run, log)
@@ -164,21 +97,6 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         history.after[stage] = {n: s for n, s in stamps(run, "**/*").items() if n in kept}
     history.events["end"] = [e["event"] + " " + e.get("stage", "") for e in events(run)]
     yield history
-
-
-@pytest.mark.usefixtures("ray_here")
-def test_killed_in_encode_it_ends_in_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
-    from ddoq_ray import pipeline
-    from ddoq_ray.config.compose import load_config
-
-    run, alone = tmp_path / "run", tmp_path / "alone"
-    kill_when(lambda: any(run.glob("latents/shard-*/done.json")), corpus, run, tmp_path / "log")
-    kept = stamps(run, "latents/shard-*/done.json")
-    assert 1 <= len(kept) < SHARDS
-    for place in (run, alone):
-        pipeline.run(load_config(overrides(corpus, place)))
-    assert {n: s for n, s in stamps(run, "latents/shard-*/done.json").items() if n in kept} == kept
-    assert len(list(run.glob("images/*.tar"))) == TARS and content(run) == content(alone)
 
 
 @pytest.mark.slow

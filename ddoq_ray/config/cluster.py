@@ -21,7 +21,9 @@ class TrainerResources:
         None, "with max_workers: Ray Train's own elasticity, between so many ranks; null: `workers` at all times"
     )
     max_workers: int | None = option(None, "see min_workers")
-    groups: int = option(1, "students that are trained side by side, each by `workers` ranks of its own")
+    groups: int = option(
+        2, "students that are trained side by side, each by `workers` ranks of its own; fewer where there is no room"
+    )
     num_cpus: float = option(1.0, "CPUs that one worker asks of Ray")
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")

@@ -29,7 +29,7 @@ class RunConfig:
 
     run_dir: str | None = option(None, "where everything goes; by default runs/<dataset>-ipc<ipc>")
     seed: int = option(0, "the one seed from which everything derives")
-    ipc: int = option(10, "images per class")
+    ipc: int = option(5, "images per class")
     stages: tuple[str, ...] = option(STAGES, "the stages to run, in order")
     small_class: Literal["error", "cap", "drop"] = option(
         "error", "a class with fewer than ipc images: error, cap (as many centroids as images) or drop (left out)"

@@ -77,7 +77,7 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    arch: str = option("convnet3-w32", "a small-image network or any torchvision classifier's name")
+    arch: str = option("convnet3-w8", "a small-image network or any torchvision classifier's name")
     image_size: int = option(16, "side of the square the student sees, in pixels")
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """The defaults are for 16 px digits on two cores: convnet3-w32, tuned on random real images and the selection split
+    """The defaults are for 16 px digits on two cores: tuned with convnet3-w32 on random real images and the selection split
     only, so that they favour no method. Steps, not epochs: every method, and the row `full`, gets the same compute.
     """
 

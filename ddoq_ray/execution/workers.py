@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -77,6 +78,29 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
                 with contextlib.suppress(ray.exceptions.RayError, ValueError):
                     ray.get(ref)
             raise plain_error(error) from None
+
+
+def in_background(jobs: Sequence[Callable[[], Any]], at_once: int = 64) -> None:
+    """Do small jobs of reading on the cluster, of which nothing is wanted but their errors, beside what has its CPUs.
+
+    Args:
+        jobs: Picklable; each goes to a worker.
+        at_once: As many at a time, or one a CPU where there are fewer: Ray limits no task that asks for no CPU, and
+            would start a process for each.
+
+    Raises:
+        ValueError: As `in_tasks`.
+    """
+    if not jobs:
+        return
+    task = ray.remote(num_cpus=0)(_called)
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    for _ in in_tasks([functools.partial(task.remote, job) for job in jobs], min(at_once, cpus)):
+        pass
+
+
+def _called(job: Callable[[], Any]) -> None:
+    job()
 
 
 class Events:

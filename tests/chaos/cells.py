@@ -49,7 +49,7 @@ KEYS = [
     "quantizer.num_shards=2", "synthesizer.shard_images=1", "synthesizer.max_workers=2", "labels.file_labels=40",
     "labels.workers=2", "protocol.steps=60", "protocol.eval_every=20", "cluster.encoder.num_gpus=0.2",
     "cluster.quantizer.num_cpus=0.2", "cluster.decoder.num_gpus=0.5", "cluster.teacher.num_gpus=0.5",
-    "cluster.evaluator.num_gpus=0.5",
+    "cluster.evaluator.num_gpus=0.5", "cluster.trainer.groups=1",
 ]  # fmt: skip
 HANGS_S = 600.0  # a stage that is not over by then hangs: with a death in it, it takes a minute or three, by the load
 TRIES = 4  # of a cell whose stage was over before its moment came, each with an earlier moment

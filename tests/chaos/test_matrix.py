@@ -17,7 +17,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import STAGES
 from tests.chaos import matrix
 from tests.chaos.cells import DEATHS, HANGS_S, KEYS, WORKS, Lab, cell, content, write_photos
-from tests.support.deaths import InThread
+from tests.support.deaths import InThread, kill_when, stamps
 
 pytestmark = pytest.mark.chaos
 SEED = 100  # the matrix that is committed has 0, 1, 2
@@ -49,34 +49,37 @@ def test_a_death_is_told(here: Lab, stage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_here")
-def test_actors_of_three_stages_die_in_one_run(tmp_path: Path) -> None:
-    """An encoder, then a quantizer while encoders still write, then a decoder."""
+def test_the_driver_and_actors_of_three_stages_die_in_one_run(tmp_path: Path) -> None:
+    """The command itself in encode; when it is given again, an encoder, a quantizer while encoders write, a decoder."""
     import ray
 
     node, rng = ray._private.worker._global_node, np.random.default_rng(0)
-    places = tmp_path / "calm", tmp_path / "run"
+    calm, place = tmp_path / "calm", tmp_path / "run"
     write_photos(tmp_path / "photos")
+    done, tars = "latents/*/done.json", "images/images-*.tar"
+
+    def keys(place: Path) -> list[str]:
+        stages = "stages=[prepare,encode,quantize,synthesize]"
+        return [*KEYS, f"dataset.path={tmp_path / 'photos'}", f"run_dir={place}", stages]
 
     def run(place: Path) -> None:
-        keys = [
-            f"dataset.path={tmp_path / 'photos'}",
-            f"run_dir={place}",
-            "stages=[prepare,encode,quantize,synthesize]",
-        ]
-        pipeline.run(load_config([*KEYS, *keys]))
+        pipeline.run(load_config(keys(place)))
 
-    run(places[0])
-    work = InThread(lambda: run(places[1]))
-    done, tars = "latents/*/done.json", "images/images-*.tar"
+    kill_when(lambda: any(place.glob(done)), [*keys(place), "cluster.encoder.num_gpus=0"], tmp_path / "log")
+    kept = stamps(place, done)
+    assert 1 <= len(kept) < 8
+    work = InThread(lambda: run(place))
     for word, units, least, most in (("Encoder", done, 1, 8), ("Quantizer", done, 9, 16), ("Decoder", tars, 1, 10)):
-        number = int(rng.integers(least, most))
-        work.wait_for(lambda units=units, number=number: len(list(places[1].glob(units))) >= number)
+        number = len(kept) + int(rng.integers(1, 3)) if word == "Encoder" else int(rng.integers(least, most))
+        work.wait_for(lambda units=units, number=number: len(list(place.glob(units))) >= number)
         work.kill(node, word, lambda there: int(rng.choice(there)))
     work.join(120)
+    assert {name: stamp for name, stamp in stamps(place, done).items() if name in kept} == kept
+    run(calm)
     for stage in ("encode", "quantize", "synthesize"):
-        made = content(places[1], stage)
-        assert made and made == content(places[0], stage)
-    assert b'"worker lost", "stage": "synthesize"' in (places[1] / "events.jsonl").read_bytes()
+        made = content(place, stage)
+        assert made and made == content(calm, stage)
+    assert b'"worker lost", "stage": "synthesize"' in (place / "events.jsonl").read_bytes()
 
 
 def test_a_row_that_is_in_the_file_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

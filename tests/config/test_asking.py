@@ -27,7 +27,7 @@ def test_nothing_asked_is_the_digits_experiment() -> None:
         "digits", "shipped:digits-prior", "shipped:digits-teacher"
     )  # fmt: skip
     assert (s.start, s.strength, s.steps, s.guidance, config.encoder.resize) == ("noised", 0.1, 25, 1.0, "squash")
-    assert (config.student.arch, config.student.image_size, p.name, p.steps) == ("convnet3-w32", 16, "digits", 400)
+    assert (config.student.arch, config.student.image_size, p.name, p.steps) == ("convnet3-w8", 16, "digits", 400)
     assert config.baselines == ("ddoq-sqrt", "d4m", "random", "full")
 
 

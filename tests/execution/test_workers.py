@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from ddoq_ray.execution.workers import on_actor
+from ddoq_ray.execution.workers import in_background, on_actor
 
 
 @ray.remote(num_cpus=1)
@@ -59,3 +61,22 @@ class TestOnActor:
     def test_what_the_user_can_mend_comes_in_its_own_words(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^your images are of another size$"):
             on_actor(lambda: Dies.remote(str(tmp_path), 0), lambda a: ray.get(a.refuse.remote()), print)
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestInBackground:
+    def test_jobs_without_a_cpu_start_no_more_processes_than_there_are_cpus(self, tmp_path: Path) -> None:
+        def note_process(number: int) -> None:
+            time.sleep(0.05)  # long enough for Ray to give the next job to another process
+            (tmp_path / f"{number}").write_text(str(os.getpid()))
+
+        in_background([functools.partial(note_process, number) for number in range(24)])
+        processes = {int(file.read_text()) for file in tmp_path.iterdir()}
+        assert len(list(tmp_path.iterdir())) == 24 and len(processes) <= 3  # 2 CPUs, and one that Ray replaced
+
+    def test_an_error_is_the_jobs_own(self) -> None:
+        def refuse() -> None:
+            raise ValueError("photos is missing")
+
+        with pytest.raises(ValueError, match=r"^photos is missing$"):
+            in_background([refuse])

@@ -19,7 +19,7 @@ def cut(data: bytes) -> bytes:
 WAYS: dict[str, Callable[[bytes], bytes] | None] = {"flipped": flipped, "cut": cut, "missing": None}
 
 LABELS = "labels/digits-teacher-digits-16px"
-STUDENT = "students/convnet3-w32-digits-teacher-digits-16px-seed0"
+STUDENT = "students/convnet3-w8-digits-teacher-digits-16px-seed0"
 KINDS = {
     "packed shard": "data/train/train-000001.tar",
     "index": "data/shards.json",

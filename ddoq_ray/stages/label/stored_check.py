@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-import ray
-
 from ddoq_ray.data.soft_labels import check_views, decoder
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import in_tasks
+from ddoq_ray.execution.workers import in_background
 from ddoq_ray.stages.label.images import check_shard
 from ddoq_ray.stages.label.step import Label
 from ddoq_ray.stages.step import Step
 from ddoq_ray.storage.label_log import LabelStore, check_file
-
-AT_ONCE = 64  # files with Ray at a time
 
 
 def check_stored(run: Run, sources: Collection[Step], labels: Collection[Label]) -> None:
@@ -36,11 +32,4 @@ def check_stored(run: Run, sources: Collection[Step], labels: Collection[Label])
         jobs.append(partial(check_views, store))
         making = (store.grid, store.manifest["identity_digest"])
         jobs += [partial(check_file, store.folder, file, making) for file in store.grid.all()]
-    # No CPU: it is reading, and held-out images may be encoded beside it.
-    task = ray.remote(num_cpus=0)(_called)
-    for _ in in_tasks([partial(task.remote, job) for job in jobs], AT_ONCE):
-        pass
-
-
-def _called(job: Callable[[], None]) -> None:
-    job()
+    in_background(jobs)
