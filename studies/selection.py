@@ -2,8 +2,8 @@
 
     python -m studies.selection RUN_DIRECTORY --json FILE
 
-Soft-labelled students of a finished `ddoq-ray compare` on the shards that `studies.small_images` reports; a row a method
-and IPC.
+Soft-labelled students of a finished `ddoq-ray compare` on the shards that `studies.small_images` reports; a row a
+method and IPC.
 """
 
 from __future__ import annotations

@@ -86,8 +86,9 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """The defaults are for 16 px digits on two cores: tuned with convnet3-w32 on random real images and the selection split
-    only, so that they favour no method. Steps, not epochs: every method, and the row `full`, gets the same compute.
+    """The defaults are for 16 px digits on two cores: tuned with convnet3-w32 on random real images and the selection
+    split only, so that they favour no method. Steps, not epochs: every method, and the row `full`, gets the same
+    compute.
     """
 
     name: str = option("digits", "the preset's name, for tables")
