@@ -132,7 +132,7 @@ def _counts_of(class_ids: bytes, counts: bytes) -> ClassCounts:
     return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClassInfo:
     """One class of the data, and where the networks know it.
 
@@ -167,7 +167,7 @@ class LabelsOutside:
         return LabelsOutside(sum(counts.values()), min(counts), max(counts)) if counts else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """What one tar shard holds, read from its member table.
 

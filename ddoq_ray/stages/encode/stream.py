@@ -87,7 +87,9 @@ def done_records_of(run: Run, finished: set[int], batch: int) -> Iterator[ShardD
     bad: Counter[int] = Counter()  # shard -> refused samples, its reader's and its encoders'
     ends: dict[int, int] = {}
     joins: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> shard, refused samples
-    for row in chunk_records(run, todo, batch):
+    stream = chunk_records(run, todo, batch)
+    del todo  # Ray has it
+    for row in stream:
         shard = int(row["shard"])
         chunks.setdefault(shard, {})[int(row["chunk"])] = ChunkRecord.from_json(json.loads(row["record"]))
         bad[shard] += int(row["refused"])
