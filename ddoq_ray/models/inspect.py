@@ -7,6 +7,7 @@ whoever asks never holds a network, and it sees no GPU: nothing here is worth th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -180,3 +181,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # the libraries' own ends touch a fifth more memory, for nothing
