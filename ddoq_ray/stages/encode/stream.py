@@ -142,6 +142,7 @@ def chunk_stream(
     # A dataset keeps the context in which it is made: other datasets of this process have their own.
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = CHUNK_BYTES // 2
+    context.raise_original_map_exception = True  # else a worker's words reach the driver as text alone
     readers = ray.cluster_resources().get("CPU", 1) / (config.cluster.reader.num_cpus or 1)
     tasks = reader_tasks([row["bytes"] for row in todo], readers)
     with ray.data.DataContext.current(context):
