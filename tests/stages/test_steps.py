@@ -58,7 +58,7 @@ def test_no_two_steps_share_a_place(own: str) -> None:
 def test_other_sizes_teachers_and_protocols_lie_beside_each_other() -> None:
     changes = (
         [], ["student.image_size=24"], ["teacher.path=elsewhere/other"], ["protocol.name=mine"],
-        ["student.arch=convnet3-w8"], ["num_seeds=4"],
+        ["student.arch=convnet3-w16"], ["num_seeds=4"],
     )  # fmt: skip
     configs = [load_config([*EVERYTHING, *keys]) for keys in changes]
     labels = [{s.place for s in of_kind(Label, steps(c))} for c in configs[:4]]
