@@ -1,6 +1,6 @@
 """CIFAR-10's scheme of weights: top-1 of a comparison's students on the selection split, which no table reports.
 
-    python -m studies.selection RUN_DIRECTORY --json FILE
+    python -m studies.selection RUN_DIRECTORY [--methods ddoq ddoq-sqrt] --json FILE
 
 Soft-labelled students of a finished `ddoq-ray compare` on the shards that `studies.small_images` reports; a row a
 method and IPC.
@@ -27,13 +27,15 @@ from studies.small_images import cifar10
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("run", type=Path, help="run directory of the comparison")
+    arguments.add_argument("--methods", nargs="+", help="of these methods only")
     asked = arguments.parse_args()
     _, selection, _ = cifar10()
     images, class_ids = torch.from_numpy(selection.images), torch.from_numpy(selection.class_ids)
     scores: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
     for manifest in sorted(asked.run.rglob(f"{layout.STUDENTS}/*/{layout.MANIFEST}")):
         told = json.loads(manifest.read_text())
-        if not manifest.parent.name.removesuffix(f"-seed{told['seed']}").endswith(HARD):
+        hard = HARD in manifest.parent.name
+        if not hard and (asked.methods is None or told["method"] in asked.methods):
             key = (told["student"], told["ipc"], told["method"])
             model = load_classifier(str(manifest.parent))
             scores[key][told["seed"]] = top1_top5(model, images, class_ids)[0]
