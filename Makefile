@@ -19,16 +19,15 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 	$(BIN)/ddoq-ray $(ARGS)
 
 # Beside each other: what starts Ray or Python processes waits for them much of its time, and what starts neither does not.
-REST := not processes and not slow and not assets
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not assets'
 test: $(VENV)/.installed  ## the default suite: 18 minutes on the two threads of one core
 	@$(MAKE) --no-print-directory -k -j2 test-processes test-rest
 test-processes: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'processes and not slow and not assets'
 test-rest: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(REST)'
+	$(FAST)
 
 # Two halves of about the same time, a core each.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(REST)'
 HALF := tests/config tests/storage tests/data tests/execution tests/commands
 test-fast: $(VENV)/.installed  ## what starts neither Ray nor a Python process
 	@$(MAKE) --no-print-directory -j2 fast-half fast-rest

@@ -66,6 +66,7 @@ class Case:
 
 
 SMALL = (
+    Case("convnet3-w8", 16, 16, 1000, 10, 50),
     Case("convnet3-w32", 16, 16, 1000, 10, 50),
     Case("convnet3", 32, 32, 1000, 10, 100),
     Case("convnet3", 32, 32, 1000, 10, 100, kept="file"),

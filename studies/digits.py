@@ -29,6 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = asked.keep or Path(folder) / "run"
         data = write_selection(f"{folder}/data") if asked.split == "selection" else []
+        # Of the selection split all but its own experiment.
         words = ["experiment=digits-compare", *data[1:], f"run_dir={run_dir}", *asked.words]
         pipeline.run(BY_NAME["compare"].compose(words))
         lines = json.loads((run_dir / "report/results.json").read_text())["comparison"]["lines"]
