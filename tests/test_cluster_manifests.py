@@ -171,9 +171,11 @@ port = next((int(a.partition("=")[2]) for a in sys.argv if a.startswith("--port=
 listening = socket.create_server(("127.0.0.1", port))
 signal.pause()
 """
+# A run outlasts the start of the second node, which the script does not wait for.
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = -c ] && exec {python} "$@"
 echo "python $*" >> "$TOLD"
+until grep -q -- --nodelist=two "$TOLD"; do sleep 0.05; done
 trap 'echo "run stopped" >> "$TOLD"; kill $!; exit 143' TERM
 [ -n "$RUN_SECONDS" ] && {{ sleep "$RUN_SECONDS" & wait $!; }}
 exit "$RUN_CODE"

@@ -56,15 +56,15 @@ _PHILOX_M_LOW, _PHILOX_M_HIGH = _PHILOX_M & _LOW, _PHILOX_M >> _HALF
 
 
 def philox_words(key: UInt64, ids: Int64, blocks: int) -> UInt64:
-    """The streams of many counters of one key, evaluated at once.
+    """The streams of many counters, evaluated at once.
 
     Args:
-        key: uint64 [2].
+        key: uint64 [2], or [2, B] where each counter has its own.
         ids: int64 [B], the counters.
         blocks: blocks of four words wanted of each stream.
 
     Returns:
-        uint64 [B, 4 * blocks]; row i is the stream of `np.random.Philox(key=key, counter=[0, ids[i], 0, 0])`.
+        uint64 [B, 4 * blocks]; row i is the stream of `np.random.Philox(key=its key, counter=[0, ids[i], 0, 0])`.
 
     Source: Salmon et al., SC 2011 (Philox4x64-10).
     """
@@ -74,7 +74,7 @@ def philox_words(key: UInt64, ids: Int64, blocks: int) -> UInt64:
     multiplied[0] = np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts up before its first block
     mixed = np.zeros_like(multiplied)
     mixed[0] = ids.astype(np.uint64)[:, None]
-    round_key = key.reshape(2, 1, 1)
+    round_key = key.reshape(2, -1, 1)
     for _ in range(10):
         # 64 x 64 -> 128 bits from 32-bit halves; the low 64 bits are numpy's own wrapping product.
         low, high = multiplied & _LOW, multiplied >> _HALF

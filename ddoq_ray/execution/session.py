@@ -29,6 +29,7 @@ AWAY_SECONDS = 6.0  # without an answer: it is said
 _RAY_GIVES_UP = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s") or 60)  # noqa: SIM112
 LOST_SECONDS = 0.75 * _RAY_GIVES_UP
 SOCKET_BYTES = 107  # of a Unix socket's path
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 
 
@@ -81,11 +82,13 @@ def ray_session(cluster: ClusterConfig, where: Where | None = None) -> Iterator[
         return
     where = where or locate(cluster)
     logs = {"logging_level": logging.INFO if loud else logging.ERROR, "log_to_driver": loud}
+    ended = contextlib.ExitStack()
     try:
         with contextlib.nullcontext() if loud else quiet.core():
             if where is not None:
                 _join(where, logs)
             else:
+                ended.enter_context(_unwatched())
                 _start(cluster, logs)
         signals.reinstall()
         if not loud:
@@ -95,6 +98,20 @@ def ray_session(cluster: ClusterConfig, where: Where | None = None) -> Iterator[
             yield
     finally:
         ray.shutdown()
+        ended.close()
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """Ray Train without its watcher of preemptions, a process a run that takes seconds to start: of a run's own Ray
+    there is but this node, and nobody takes it away with a warning."""
+    given = os.environ.get(_WATCHER)
+    os.environ.setdefault(_WATCHER, "0")
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(_WATCHER, None)
 
 
 def may_grow() -> bool:

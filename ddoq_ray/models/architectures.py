@@ -1,4 +1,8 @@
-"""The table of classifiers' architectures: a row a family, found by its name; each makes a trunk without its head."""
+"""The table of classifiers' architectures: a row a family, found by its name; each makes a trunk without its head.
+
+torchvision is imported by the networks that are made of it: to import it takes as long as torch itself, and a worker
+of a small run is started for less work than that.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from ddoq_ray.models.cifar_resnet import WIDTHS, CifarResNet
@@ -68,6 +71,8 @@ def _resnetap10(name: re.Match[str], size: int) -> Trunk:
 
 
 def _resnet_norm(name: re.Match[str], size: int) -> Trunk:
+    import torchvision
+
     norm = functools.partial(norm_of, name["norm"])
     return without_head(torchvision.models.get_model(name["net"], weights=None, norm_layer=norm))
 
@@ -105,6 +110,8 @@ def build_trunk(arch: str, num_classes: int, image_size: int) -> Trunk:
 
 def torchvision_model(arch: str, weights: Any = None) -> nn.Module:
     """The torchvision model `arch`; a ValueError when it is unknown or has no single linear head."""
+    import torchvision
+
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known or not arch.startswith(_FAMILIES):
         families = [name for name in known if name.startswith(_FAMILIES)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -220,6 +219,8 @@ def weights_file(folder: Path) -> Path:
 
 
 def _torchvision_classifier(arch: str) -> Classifier:
+    import torchvision
+
     torchvision_model(arch)  # the message about unknown names, before torchvision's own
     weights = torchvision.models.get_model_weights(arch)["DEFAULT"]
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 NORMS = ("instance", "group", "batch")
 
@@ -53,6 +52,8 @@ class SmallResNet18(nn.Module):
     """ResNet-18 for small images: 3x3 stem of stride 1, no max-pool; parameter names as torchvision's."""
 
     def __init__(self, width: int, norm: str) -> None:
+        from torchvision.models.resnet import BasicBlock  # see architectures.py
+
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = norm_of(norm, width)

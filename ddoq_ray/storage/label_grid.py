@@ -62,7 +62,9 @@ class LabelGrid:
 
     @staticmethod
     def of(counts: tuple[int, int], nbytes: int, *, batch: int, file_bytes: int, file_labels: int) -> LabelGrid:
-        """Files of one size, as far as counts allow: more than half of the bound, unless one file holds everything.
+        """Files of one size, as far as counts allow: more than half of the bound, unless one could hold everything.
+
+        Then there are two, half of the epochs each, so that teachers share even the work of one set.
 
         Args:
             counts: Images and epochs.
@@ -72,12 +74,12 @@ class LabelGrid:
         >>> LabelGrid.of((50_000, 300), 516, batch=250, file_bytes=128 << 20, file_labels=1 << 18).files
         60
         >>> LabelGrid.of((100, 400), 20, batch=250, file_bytes=128 << 20, file_labels=1 << 18).files
-        1
+        2
         """
         images, epochs = counts
         most = min(file_bytes // nbytes, file_labels)
         if images <= max(most, batch):
-            cuts = -(-epochs // max(1, most // images))
+            cuts = max(min(2, epochs), -(-epochs // max(1, most // images)))
             return LabelGrid(images, epochs, nbytes, batch, images, -(-epochs // cuts))
         cuts = -(-images // (max(most, batch) // batch * batch))
         batches = -(-images // (cuts * batch))

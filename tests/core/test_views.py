@@ -43,6 +43,12 @@ def test_a_row_depends_on_its_key_alone(options):
         value = getattr(together, field.name)
         np.testing.assert_array_equal(getattr(again, field.name), value[shuffled])
         np.testing.assert_array_equal(np.concatenate([getattr(p, field.name) for p in alone]), value)
+    epochs = np.arange(200) % 3 * 5
+    mixed = view_params(spec, 3, epochs, ids, (200, 16, 16))
+    for field in dataclasses.fields(together):
+        np.testing.assert_array_equal(
+            getattr(mixed, field.name)[epochs == 5], getattr(together, field.name)[epochs == 5]
+        )
     for seed, epoch in ((4, 5), (3, 6), (5, 3)):
         other = view_params(spec, seed, epoch, ids, (200, 16, 16))
         for field in ("boxes", "patches", "cutout", "lam"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import ddoq_ray.models.training.images as images_module
 from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
@@ -151,6 +152,24 @@ def test_where_images_are_kept_changes_no_bit(teacher: Classifier, tmp_path: Pat
     file.path, short = "rows", np.empty((1, 3, 12, 12), np.uint8)
     with pytest.raises(ValueError, match="rows is shorter than it was"):
         file.take(np.array([N + 1]), short)
+
+
+@pytest.mark.parametrize("options", [{}, {"cutmix": False}, {"cutmix": False, "mixup": 0.5}])
+@pytest.mark.parametrize("small", [1, 12 * 192, 25 * 192, 2**20], ids=["a batch", "3 batches", "2 epochs", "many"])
+def test_views_are_of_their_epoch_however_many_are_rendered_at_once(
+    monkeypatch: pytest.MonkeyPatch, small: int, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(images_module, "_SMALL", small)
+    spec, resident = dataclasses.replace(view_spec(PROTOCOL, 8), **options), Resident(IMAGES)
+    for epoch in (0, 1, 2, 9, 3):
+        order = np.random.default_rng(epoch).permutation(N)
+        found = list(resident.views(np.array_split(order, 3), spec, 5, epoch))
+        pixels, partner, kept = batch_views(IMAGES, order, spec, 5, epoch)
+        assert torch.equal(torch.cat([v.pixels for v in found]), pixels)
+        for name, expected in (("index", order), ("partner", partner), ("kept", kept)):
+            np.testing.assert_array_equal(np.concatenate([getattr(v, name) for v in found]), expected)
+    other = next(iter(resident.views([np.arange(N)], spec, 6, 3)))
+    assert not torch.equal(other.pixels, batch_views(IMAGES, np.arange(N), spec, 5, 3)[0])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])

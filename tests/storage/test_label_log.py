@@ -44,7 +44,8 @@ def store(folder: Folder, of: LabelGrid, only: Any = None) -> LabelStore:
 @pytest.mark.parametrize(
     "images,epochs,nbytes,files,size",
     [
-        (100, 400, 20, 1, 0),  # digits: one file
+        (100, 400, 20, 2, 0),  # digits: two, for two teachers
+        (100, 1, 20, 1, 0),
         (50_000, 300, 516, 60, 64),  # ImageNet-1K, 50 a class, features
         (50_000, 300, 2000, 300, 64),  # the same in logits: an epoch is 100 MB
         (104_500, 300, 516, 150, 64),  # ImageNet-21K-P, 10 a class, features of 512
@@ -114,7 +115,7 @@ def test_what_is_missing_is_made_and_files_are_the_same_bytes(tmp_path: Path) ->
 
 def test_every_byte_of_a_file_is_checked_by_readers_and_beforehand(tmp_path: Path) -> None:
     """No bit of it can turn unseen: in labels, ids, page headers, the footer, the magic words."""
-    planned, labels = grid(epochs=2), Folder(str(tmp_path))
+    planned, labels = grid(epochs=4), Folder(str(tmp_path))
     stored = store(labels, planned)
     whole = labels.read("labels-000000.parquet")
     for at in range(len(whole)):

@@ -131,7 +131,9 @@ class ViewParams:
         return ViewParams(*(np.concatenate([getattr(p, f.name) for p in (self, other)]) for f in fields(self)))
 
 
-def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored: tuple[int, int, int]) -> ViewParams:
+def view_params(
+    spec: ViewSpec, seed: int, epoch: int | Int64, image_ids: Int64, stored: tuple[int, int, int]
+) -> ViewParams:
     """Draw the parameters of the views (image_id, epoch).
 
     The crop follows torchvision's RandomResizedCrop: up to 10 attempts at (area, log-uniform aspect), sides
@@ -152,7 +154,7 @@ def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored:
     Args:
         spec: what views look like.
         seed: run seed, 0 or more.
-        epoch: epoch, 0 or more.
+        epoch: epoch, 0 or more, of all rows or int64 [B] of each.
         image_ids: int64 [B], indices into the set.
         stored: (N, H, W), the size of the set, and height and width of its images in pixels.
 
@@ -170,12 +172,13 @@ def view_params(spec: ViewSpec, seed: int, epoch: int, image_ids: Int64, stored:
         raise ValueError(f"stored images must be at least 1x1 pixel, got {height}x{width}")
     if ids.size and (ids.min() < 0 or ids.max() >= num_images):
         raise ValueError(f"image_ids must lie in 0..{num_images - 1}, got {ids.min()}..{ids.max()}")
-    key = _stream_key("views", seed, epoch)
+    key = _stream_keys("views", seed, epoch)
     u = uniform(philox_words(key, ids, _USUAL_BLOCKS))  # [B, words], in [0, 1)
     boxes, found = _crop_boxes(spec, u, height, width)
     left = np.flatnonzero(~found)
     if left.size:
-        boxes[left], _ = _crop_boxes(spec, uniform(philox_words(key, ids[left], _BLOCKS)), height, width)
+        of_left = key if key.shape[1] == 1 else key[:, left]
+        boxes[left], _ = _crop_boxes(spec, uniform(philox_words(of_left, ids[left], _BLOCKS)), height, width)
     partner, lam, mix_box = _mixed(spec, u, ids, num_images)
     return ViewParams(
         boxes=boxes,
@@ -213,11 +216,19 @@ def epoch_order(seed: int, epoch: int, n: int) -> Int64:
 
 
 def _stream_key(purpose: str, seed: int, epoch: int) -> UInt64:
-    """uint64 [2]: the key of one purpose's streams, one stream for each image."""
+    """uint64 [2]: the key of one purpose's streams at an epoch, one stream for each image."""
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed and epoch must be 0 or more, got seed={seed}, epoch={epoch}")
     key: UInt64 = philox(purpose, seed, epoch).bit_generator.state["state"]["key"]
     return key
+
+
+def _stream_keys(purpose: str, seed: int, epoch: int | Int64) -> UInt64:
+    """uint64 [2, 1], or [2, B] where the rows are of epochs int64 [B]."""
+    if isinstance(epoch, int | np.integer):
+        return _stream_key(purpose, seed, int(epoch))[:, None]
+    epochs, row = np.unique(epoch, return_inverse=True)
+    return np.stack([_stream_key(purpose, seed, int(e)) for e in epochs], axis=1)[:, row]
 
 
 def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> tuple[Float64, npt.NDArray[np.bool_]]:
@@ -274,20 +285,20 @@ def _mixed(spec: ViewSpec, u: Float64, ids: Int64, num_images: int) -> tuple[Int
     return np.where(area > 0, partner, -1), 1 - area / (size * size), box * (area > 0)[:, None]
 
 
-def _patches(spec: ViewSpec, seed: int, epoch: int, ids: Int64) -> Int64:
+def _patches(spec: ViewSpec, seed: int, epoch: int | Int64, ids: Int64) -> Int64:
     """int64 [B, 2, P], or [B, 2, 0]: orders of strips."""
     count = spec.patches
     if count == 1:
         return np.empty((ids.size, 2, 0), dtype=np.int64)
-    words = philox_words(_stream_key("views: patches", seed, epoch), ids, -(-2 * count // 4))
+    words = philox_words(_stream_keys("views: patches", seed, epoch), ids, -(-2 * count // 4))
     return words[:, : 2 * count].reshape(ids.size, 2, count).argsort(axis=2, kind="stable").astype(np.int64)
 
 
-def _cutout(spec: ViewSpec, seed: int, epoch: int, ids: Int64) -> Int64:
+def _cutout(spec: ViewSpec, seed: int, epoch: int | Int64, ids: Int64) -> Int64:
     """int64 [B, 7], or [B, 0]: boxes and colours."""
     if not spec.cutout:
         return np.empty((ids.size, 0), dtype=np.int64)
-    u, size = uniform(philox_words(_stream_key("views: cutout", seed, epoch), ids, 2)), spec.size
+    u, size = uniform(philox_words(_stream_keys("views: cutout", seed, epoch), ids, 2)), spec.size
     centre = np.floor(u[:, :2] * size).astype(np.int64)
     half = int(spec.cutout * size + 0.5) // 2
     low, high = (centre - half).clip(0, size), (centre + half + 1).clip(0, size)

@@ -18,6 +18,7 @@ Index = Int64 | torch.Tensor
 
 # Float values in flight while rendering: bounds the memory of a batch without changing a bit of it.
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 2**24, 2**27
+_MOST = 0.9  # of the views of a call
 
 
 def render(
@@ -40,7 +41,8 @@ def render(
         index: int64 [B], rows to look at.
         size: S, side of the view.
         params: parameters of those rows.
-        params_of: gives the parameters of other ids of the same seed and epoch (the partners).
+        params_of: gives the parameters of the partners int64 [B], each of the seed and epoch of its row. It is
+            called once, with a row's own id where it has no partner.
 
     Returns:
         float32 [B, 3, S, S] in [0, 1], on the device of `images`; the same bits for any split or order of
@@ -147,10 +149,14 @@ def _crop_resize(images: torch.Tensor, rows: Int64, params: ViewParams, size: in
         # Whole images at their own size are copied, since sampling would only add rounding. Decided row by
         # row: what else is in the batch must not change a bit.
         factors[(params.boxes[:, 2:] == size).all(axis=1)] = 0
-    groups = np.unique(factors)
-    if len(groups) == 1:
-        return _sample(images, rows, params, size, int(groups[0]))
-    out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
+    groups, counts = np.unique(factors, return_counts=True)
+    usual = groups[counts.argmax()]
+    if len(groups) == 1 or counts.max() >= _MOST * len(rows):
+        # All rows as most of them are, and the others anew: a few views in vain cost less than putting all in place.
+        out = _sample(images, rows, params, size, int(usual))
+        groups = groups[groups != usual]
+    else:
+        out = torch.empty((len(rows), 3, size, size), dtype=torch.float32, device=images.device)
     for factor in groups:
         chosen = np.flatnonzero(factors == factor)
         out[on_device(chosen, images.device)] = _sample(images, rows[chosen], params.take(chosen), size, int(factor))
@@ -161,7 +167,7 @@ def _sample(images: torch.Tensor, rows: Int64, params: ViewParams, size: int, fa
     """float32 [B, 3, S, S] in [0, 255]: views that share an oversampling factor; 0 copies."""
     height, width = images.shape[2:]
     device, boxes, flip = images.device, params.boxes, params.flip
-    source = images[on_device(rows, device)]  # index first: the set stays uint8
+    source = images.index_select(0, on_device(rows, device))  # index first: the set stays uint8
     source = _shuffled(source, params.patches).to(torch.float32)
     if factor == 0:
         return torch.where(on_device(flip, device).view(-1, 1, 1, 1), source.flip(3), source)

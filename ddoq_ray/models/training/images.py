@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddoq_ray.core.transfers import pinned
+from ddoq_ray.core.transfers import on_device, pinned
 from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
 from ddoq_ray.core.views.render import render
 from ddoq_ray.data.pixel_rows import PixelRows
 
 ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
 _AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
-_SMALL = 2**18  # values of the views that are rendered in one call, where single batches are smaller
+_SMALL = 2**20  # values of the views that are rendered in one call, where batches or whole epochs are smaller
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,29 @@ class Images(Protocol):
         """The views of batches int64 [b], in their order."""
 
 
+@dataclass(frozen=True)
+class _Epochs:
+    """Views of a whole set at epochs that follow each other.
+
+    Attributes:
+        of: What views look like, and their seed.
+        epochs: E of them.
+        pixels: float32 [E * N, 3, S, S], epoch after epoch.
+        params: Of these.
+    """
+
+    of: tuple[ViewSpec, int]
+    epochs: range
+    pixels: Tensor
+    params: ViewParams
+
+
 class Resident:
     """Images uint8 [N, 3, H, W] on the device that trains."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
+        self._ready: _Epochs | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,8 +90,12 @@ class Resident:
         return len(self.images)
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
+        most = _SMALL // (3 * spec.size**2)
+        if most >= 2 * len(self):
+            yield from self._of_ready(batches, spec, seed, epoch, most // len(self))
+            return
         params_of = epoch_params(spec, seed, epoch, self.images.shape)
-        for group in _grouped(batches, _SMALL // (3 * spec.size**2)):
+        for group in _grouped(batches, most):
             index = np.concatenate(group)
             params = params_of(index)
             pixels = render(self.images, index, spec.size, params, params_of)
@@ -81,6 +103,24 @@ class Resident:
             for part, end in zip(group, ends, strict=True):
                 rows = slice(end - len(part), end)
                 yield Views(pixels[rows], part, params.partner[rows], params.lam[rows])
+
+    def _of_ready(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int, ahead: int) -> Iterator[Views]:
+        """Views of a set that is so small that `ahead` epochs of it are rendered in one call."""
+        ready = self._ready
+        if ready is None or ready.of != (spec, seed) or epoch not in ready.epochs:
+            self._ready = ready = self._rendered(spec, seed, range(epoch, epoch + ahead))
+        first = (epoch - ready.epochs.start) * len(self)
+        for part in batches:
+            rows = first + part
+            pixels = ready.pixels.index_select(0, on_device(rows, ready.pixels.device))
+            yield Views(pixels, part, ready.params.partner[rows], ready.params.lam[rows])
+
+    def _rendered(self, spec: ViewSpec, seed: int, epochs: range) -> _Epochs:
+        count, _, height, width = self.images.shape
+        index, of = np.tile(np.arange(count), len(epochs)), np.arange(len(epochs)).repeat(count)
+        params = view_params(spec, seed, epochs.start + of, index, (count, height, width))
+        pixels = render(self.images, index, spec.size, params, lambda partners: params.take(of * count + partners))
+        return _Epochs((spec, seed), epochs, pixels, params)
 
 
 def _grouped(batches: Iterable[Int64], rows: int) -> Iterator[list[Int64]]:

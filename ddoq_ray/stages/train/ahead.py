@@ -14,6 +14,7 @@ from ddoq_ray.storage.folder import Folder
 STEP_VIEWS = (
     10  # what a step costs beside its images: 8 and 20 views of ConvNets of 32 and 8 channels at 16 px, on a CPU
 )
+ANSWER_VIEWS = 1  # what a teacher's answer costs that is not stored: half to twice a view of those two networks
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Load:
     Attributes:
         folder: Where it will be.
         network: Students of one architecture at one size cost the same a view.
-        views: Images times epochs, and `STEP_VIEWS` for each step.
+        views: Images times epochs, `STEP_VIEWS` for each step, `ANSWER_VIEWS` for each answer while it trains.
     """
 
     folder: str
@@ -48,7 +49,9 @@ def planned_loads(config: RunConfig, counts: Mapping[int, int], cells: Sequence[
         full = cell.images is None
         images = sum(counts.values()) if full else set_size(config, counts)
         epochs = config.protocol.epochs_for(images, full=full) if images else 0
-        views = epochs * (images + STEP_VIEWS * -(-images // config.protocol.batch))
+        answered = config.labels.mode != "hard" and (full or not config.labels.stored)
+        seen = images * (1 + ANSWER_VIEWS * answered)
+        views = epochs * (seen + STEP_VIEWS * -(-images // config.protocol.batch))
         found.append(Load(cell.folder, f"{cell.student} at {cell.size} px", max(1, views)))
     return found
 
