@@ -39,8 +39,8 @@ from ddoq_ray.models.training.student import StoredTargets, StudentTraining, bui
 
 FEATURES = 512  # of the teacher, as ResNet-18's
 PROTOCOL = ProtocolConfig(temperature=20.0, min_scale=0.08, flip=True, lr=1e-3)
-COLUMNS = ["student", "size", "batch", "precision", "kept", "steps_per_s", "resident_steps_per_s", "ratio_to_resident",
-           "cpu_ratio"]  # fmt: skip
+COLUMNS = ["student", "size", "batch", "images", "precision", "kept", "steps_per_s", "resident_steps_per_s",
+           "ratio_to_resident", "cpu_ratio"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Case:
         images, classes, batch: How many.
         precision: Of the forward and backward pass.
         kept: device, host or file.
+        epochs: Of a turn, times those that are asked for; of a small set as many as are rendered at once, and more.
     """
 
     arch: str
@@ -63,9 +64,11 @@ class Case:
     batch: int
     precision: str = "float32"
     kept: str = "device"
+    epochs: int = 1
 
 
 SMALL = (
+    Case("convnet3-w8", 16, 16, 50, 10, 50, epochs=270),  # the main job's
     Case("convnet3-w8", 16, 16, 1000, 10, 50),
     Case("convnet3-w32", 16, 16, 1000, 10, 50),
     Case("convnet3", 32, 32, 1000, 10, 100),
@@ -146,7 +149,7 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         made = training_of(case, keep(case, folder, device), device)
         targets = stored_labels(case, device)
-        steps = epochs * whole // case.batch
+        steps = epochs * case.epochs * whole // case.batch
         resident = resident_steps(made, case, device)
 
         def real(count: int) -> None:
@@ -168,7 +171,8 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
     paired = [real / still for real, still in zip(*rates.values(), strict=True)]
     cpu = [still / real for real, still in zip(*spent.values(), strict=True)]
     return {
-        "student": case.arch, "size": case.size, "batch": case.batch, "precision": case.precision, "kept": case.kept,
+        "student": case.arch, "size": case.size, "batch": case.batch, "images": case.images,
+        "precision": case.precision, "kept": case.kept,
         **found, "ratio_to_resident": statistics.median(paired), "cpu_ratio": statistics.median(cpu),
         "device": device.type, "turns": turns, "steps_a_turn": steps, "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -10,6 +10,9 @@ import os
 import re
 import traceback
 
+# What Ray Data writes behind a worker's own words: how often it tried, and how to have it try more often.
+_TRIED = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts.*", re.DOTALL)
+
 
 class NoWorkers(RuntimeError):
     """No worker could be placed for as long as the run waits for one: the cluster lacks room, nothing is broken."""
@@ -35,7 +38,7 @@ def user_error(error: BaseException) -> str | None:
         seen.add(id(current))
         inner = cause_of(current) if cause_of(current) is not current else current.__cause__
         if type(current) is ValueError:
-            return str(current) if _raised_here(error, current) else None
+            return _TRIED.sub("", str(current)) if _raised_here(error, current) else None
         current = inner if isinstance(inner, BaseException) else None
     return None
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from ddoq_ray.execution import signals
 
 _TALK = ("enable_progress_bars", "enable_rich_progress_bars", "print_on_execution_start")  # of Ray Data
-_LOGGERS = ("ray.data", "ray.train")
+# Ray Data logs pages of a worker's error before it raises the same.
+_LOGGERS = {"ray.data": logging.CRITICAL, "ray.train": logging.ERROR}
 _CORE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] ")  # how a line of Ray's C++ core begins
 
 
@@ -49,8 +50,8 @@ def ray_data() -> None:
     context = ray.data.DataContext.get_current()
     for name in _TALK:
         setattr(context, name, False)
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in _LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

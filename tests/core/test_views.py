@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ddoq_ray.core import rng
 from ddoq_ray.core.views import params as drawing
 from ddoq_ray.core.views import render as rendering
-from ddoq_ray.core.views.params import ViewSpec, epoch_order, view_params
+from ddoq_ray.core.views.params import ViewSpec, epoch_orders, view_params
 from ddoq_ray.core.views.render import batch_views, render
 
 
@@ -251,17 +251,17 @@ def test_shrinking_does_not_skip_pixels():
     assert plain.std() > 0.25
 
 
-def test_epoch_order():
-    order = epoch_order(1, 2, 1000)
+def test_epoch_orders():
+    order = epoch_orders(1, [2], 1000)[0]
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
-    np.testing.assert_array_equal(order, epoch_order(1, 2, 1000))
-    assert not np.array_equal(order, epoch_order(1, 3, 1000))
-    assert not np.array_equal(order, epoch_order(2, 2, 1000))
+    np.testing.assert_array_equal(order, epoch_orders(1, range(5), 1000)[2])
+    assert not np.array_equal(order, epoch_orders(1, [3], 1000)[0])
+    assert not np.array_equal(order, epoch_orders(2, [2], 1000)[0])
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
-    assert epoch_order(0, 0, 0).shape == (0,)
+    assert epoch_orders(0, [0, 1], 0).shape == (2, 0)
     # All six orders of three images are equally likely (600 epochs, 100 each, 4.5 sigma).
-    seen = np.unique([epoch_order(0, e, 3) for e in range(600)], axis=0, return_counts=True)[1]
+    seen = np.unique(epoch_orders(0, range(600), 3), axis=0, return_counts=True)[1]
     assert len(seen) == 6 and abs(seen - 100).max() < 42
 
 

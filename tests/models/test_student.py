@@ -16,7 +16,7 @@ from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.losses import image_weights
-from ddoq_ray.core.views.params import epoch_order
+from ddoq_ray.core.views.params import epoch_orders
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
 from ddoq_ray.models.classifiers import Classifier, build_classifier
@@ -77,7 +77,7 @@ def test_an_epoch_is_its_steps_written_out(teacher: Classifier) -> None:
     steps = make_optimizer(protocol, model)
     for group in steps.param_groups:
         group["lr"] = 0.003
-    order, total = epoch_order(1, 2, N), 0.0
+    order, total = epoch_orders(1, [2], N)[0], 0.0
     for batch in (order[:4], order[4:8], order[8:]):
         pixels, _, _ = batch_views(IMAGES, batch, view_spec(protocol, 8), 5, 2)
         larger = F.interpolate(pixels, size=(16, 16), mode="bilinear", antialias=True)

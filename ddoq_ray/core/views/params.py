@@ -5,6 +5,7 @@ at once. Shapes as in `core.views`; P strips a side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -191,28 +192,29 @@ def view_params(
     )
 
 
-def epoch_order(seed: int, epoch: int, n: int) -> Int64:
-    """Order in which an epoch visits the n images: a uniform permutation that depends only on (seed, epoch,
-    n).
+def epoch_orders(seed: int, epochs: Sequence[int], n: int) -> Int64:
+    """Orders in which epochs visit the n images: uniform permutations, each of (seed, epoch, n) alone.
 
     Sorting one 64-bit word for each image keeps the order independent of the numpy version, which
     `Generator.permutation` does not promise.
 
     Args:
         seed: run seed.
-        epoch: epoch.
+        epochs: E of them, 1 or more: of few images a call costs more than its words.
         n: number of images.
 
     Returns:
-        int64 [n].
+        int64 [E, n].
 
     Raises:
         ValueError: negative n, seed or epoch.
     """
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    words = philox_words(_stream_key("epoch_order", seed, epoch), np.arange(n, dtype=np.int64), 1)
-    return np.argsort(words[:, 0], kind="stable").astype(np.int64)
+    keys = np.stack([_stream_key("epoch_order", seed, epoch) for epoch in epochs], axis=1)
+    rows = keys if len(epochs) == 1 else keys.repeat(n, axis=1)
+    words = philox_words(rows, np.tile(np.arange(n, dtype=np.int64), len(epochs)), 1)
+    return np.argsort(words[:, 0].reshape(len(epochs), n), axis=1, kind="stable").astype(np.int64)
 
 
 def _stream_key(purpose: str, seed: int, epoch: int) -> UInt64:

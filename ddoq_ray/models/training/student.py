@@ -28,13 +28,15 @@ from ddoq_ray.config.training import ProtocolConfig, StudentConfig, WeightsConfi
 from ddoq_ray.core.losses import weighted_cross_entropy, weighted_kl
 from ddoq_ray.core.rng import philox
 from ddoq_ray.core.transfers import on_device
-from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_order
+from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_orders
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.ensemble import Teacher, for_teacher
 from ddoq_ray.models.training.averaging import Average
 from ddoq_ray.models.training.course import arithmetic
 from ddoq_ray.models.training.images import Images, Views
 from ddoq_ray.models.training.ranks import Alone, Ranks
+
+_ORDERS = 4096  # images whose places in epochs are drawn at once, where a single epoch has fewer
 
 
 class Targets(Protocol):
@@ -99,6 +101,7 @@ class StudentTraining:
     def __post_init__(self) -> None:
         if self.how.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._orders = (0, np.empty((0, 0), np.int64))  # of epochs from the first on
         self.optimizer = make_optimizer(self.protocol, self.model)
         self.average = Average(self.model, self.protocol.ema) if self.protocol.ema else None
 
@@ -116,7 +119,7 @@ class StudentTraining:
             group["lr"] = rate
         key = philox("random layers", self.seed, self.epoch, self.ranks.rank)
         self._seed(int(key.integers(2**63)))
-        order = epoch_order(self.seed, self.epoch, len(self.images))
+        order = self._order()
         size = self.protocol.batch
         batches = [self.parts(order[first : first + size]) for first in range(0, len(order), size)]
         looks = self._views(part for parts in batches for part in parts)
@@ -129,6 +132,15 @@ class StudentTraining:
                 self.average.update(self.epoch * len(batches) + number)
         self.epoch += 1
         return self.ranks.mean(total) / len(order)
+
+    def _order(self) -> Int64:
+        """int64 [N]: the order of the epoch that comes; those of several epochs are drawn at once."""
+        ahead = self.epoch - self._orders[0]
+        if not 0 <= ahead < len(self._orders[1]):
+            epochs, ahead = range(self.epoch, self.epoch + max(1, _ORDERS // len(self.images))), 0
+            self._orders = (self.epoch, epoch_orders(self.seed, epochs, len(self.images)))
+        order: Int64 = self._orders[1][ahead]
+        return order
 
     def parts(self, batch: Int64) -> list[Part]:
         """This rank's share of a batch int64 [B], cut into forward passes of at most `micro_batch` images.

@@ -21,6 +21,7 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.samples import decode_rgb, to_square
 from ddoq_ray.data.tar_writing import write_tar
+from ddoq_ray.execution.errors import user_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
@@ -274,6 +275,21 @@ def test_the_reader_is_never_fused_into_the_encoder(corpus: Corpus, prior: Prior
     )
     done = through_encoders(stream, same, (1, 1), WhichProcess, ()).take_all()
     assert len(done) == 3 and all(row["name"] == "MapBatches(WhichProcess)" for row in done)
+
+
+def test_an_encoders_error_comes_in_its_own_words(corpus: Corpus, prior: Prior, tmp_path: Path) -> None:
+    """Ray Data writes behind them how often it tried."""
+
+    class Full:  # in place of the encoder: its disk is
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+            raise ValueError("cannot write latents: No space left on device; choose another run_dir")
+
+    todo = [{"shard": 3, "url": str(corpus.folder / "digits-003.tar"), "bytes": 1}]
+    config = settings(corpus)
+    stream = chunk_stream(config, todo, Folder(str(tmp_path)), 10, prior.image_size, 64)
+    with pytest.raises(ValueError) as error:
+        through_encoders(stream, config.cluster, (1, 1), Full, ()).take_all()
+    assert user_error(error.value) == "cannot write latents: No space left on device; choose another run_dir"
 
 
 @pytest.fixture(scope="module")
