@@ -41,6 +41,7 @@ class Slow:
 
 def test_a_pool_grows_with_a_late_node_and_outlives_a_lost_one(here: Lab) -> None:
     """One worker fits each node, and only one node is there at first."""
+    units = list(range(80))  # enough for a node that takes long to come
     here.remove(here.nodes[0])
     first, events, results = here.nodes[0].node_id, [], {}
     added: Any = None
@@ -48,9 +49,7 @@ def test_a_pool_grows_with_a_late_node_and_outlives_a_lost_one(here: Lab) -> Non
     spawn = Slow.options(num_cpus=NODE["num_cpus"]).remote
     # The generator runs in this thread, which is the one that may add a node.
     how = Elastic("test", 1, 2, room={"CPU": NODE["num_cpus"]})
-    for unit, (echo, node) in run_elastic(
-        spawn, list(range(24)), how, on_event=lambda event, **_: events.append(event)
-    ):
+    for unit, (echo, node) in run_elastic(spawn, units, how, on_event=lambda event, **_: events.append(event)):
         assert unit == echo and unit not in results
         results[unit] = node
         if added is None and len(results) == 2:
@@ -60,7 +59,7 @@ def test_a_pool_grows_with_a_late_node_and_outlives_a_lost_one(here: Lab) -> Non
             here.remove(added)  # SIGKILL, with a unit on it
             lost = True
     here.add()
-    assert sorted(results) == list(range(24))
+    assert sorted(results) == units
     assert lost and len(set(results.values())) == 2
     assert events.count("worker joined") >= 2 and "worker lost" in events
 

@@ -20,7 +20,7 @@ from tests.support.deaths import InThread
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
-SHARDS, PER_SHARD = 10, 30
+SHARDS, PER_SHARD = 10, 100
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_any_death_at_any_moment(corpus: Path, here: Lab, calm: dict[str, bytes]
     rng = np.random.default_rng(seed)
     place = tmp_path / "run"
     work = InThread(functools.partial(run, corpus, place))
-    moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD // 2), size=4, replace=False)).tolist()
+    moments = np.sort(rng.choice(np.arange(1, SHARDS * PER_SHARD // 3), size=4, replace=False)).tolist()
     words = [*rng.permutation(["Quantizer", "Encoder", "Quantizer"]).tolist(), "node"]
     for moment, word in zip(moments, words, strict=True):
         work.wait_for(lambda moment=moment: encoded_samples(place) >= moment)
