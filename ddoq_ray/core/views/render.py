@@ -18,6 +18,7 @@ Index = Int64 | torch.Tensor
 
 # Float values in flight while rendering: bounds the memory of a batch without changing a bit of it.
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 2**24, 2**27
+_CACHED, _ROWS = 2**20, 16  # of small views fewer, which a processor's caches hold; so many rows pay for the calls
 _MOST = 0.9  # of the views of a call
 
 
@@ -92,8 +93,10 @@ def _mix(base: torch.Tensor, other: torch.Tensor, params: ViewParams, out: torch
 def _rows_at_once(images: torch.Tensor, boxes: Float64, size: int) -> int:
     """How many rows, each with its partner, are rendered at a time, by the finest sampling that any crop asks."""
     side = size * int(_oversampling(boxes, size).max(initial=1))
-    budget = _CPU_CHUNK if images.device.type == "cpu" else _ACCELERATOR_CHUNK
-    return max(1, budget // (2 * 3 * max(side * side, images.shape[2] * images.shape[3])))
+    row = 2 * 3 * max(side * side, images.shape[2] * images.shape[3])
+    if images.device.type != "cpu":
+        return max(1, _ACCELERATOR_CHUNK // row)
+    return max(1, min(_CPU_CHUNK // row, max(_CACHED // row, _ROWS)))
 
 
 def batch_views(
