@@ -19,7 +19,7 @@ Index = Int64 | torch.Tensor
 # Float values in flight while rendering: bounds the memory of a batch without changing a bit of it.
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 2**24, 2**27
 _CACHED, _ROWS = 2**20, 16  # of small views fewer, which a processor's caches hold; so many rows pay for the calls
-_MOST = 0.9  # of the views of a call
+_MOST = 0.9  # of the views of a call are sampled alike: then all are, and the others once more
 
 
 def render(
@@ -154,7 +154,7 @@ def _crop_resize(images: torch.Tensor, rows: Int64, params: ViewParams, size: in
         factors[(params.boxes[:, 2:] == size).all(axis=1)] = 0
     groups, counts = np.unique(factors, return_counts=True)
     usual = groups[counts.argmax()]
-    if len(groups) == 1 or counts.max() >= _MOST * len(rows):
+    if counts.max() >= _MOST * len(rows):
         # All rows as most of them are, and the others anew: a few views in vain cost less than putting all in place.
         out = _sample(images, rows, params, size, int(usual))
         groups = groups[groups != usual]
