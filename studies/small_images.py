@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -136,14 +136,17 @@ def protocol(ipc: int, epochs: int | None = None) -> ProtocolConfig:
 
 
 class QuickTeacher(TeacherTargets):
-    """In bfloat16, as the students are: half the time, and less than a seed's difference."""
+    """In bfloat16, where the students are: half the time, and less than a seed's difference."""
 
     def __call__(self, views: Views) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().__call__(views).float()
 
 
-def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolConfig, seed: int) -> float:
+def top1(
+    distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolConfig, seed: int,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+) -> float:  # fmt: skip
     """Top-1 in % of a ConvNet-3 that learnt a distilled set from the teacher's soft labels."""
     student = StudentConfig("convnet3", SIZE)
     model = build_student(student, len(CIFAR10), seed)
@@ -151,9 +154,10 @@ def top1(distilled: Distilled, teacher: Classifier, on: Split, rule: ProtocolCon
     weights = image_weights(distilled.weights, distilled.class_ids)
     training = StudentTraining(
         model, fused, Resident(torch.from_numpy(distilled.images)), torch.from_numpy(weights.astype(np.float32)), rule,
-        view_spec(rule, SIZE), seed, view_seed=0, how=TrainerResources(precision="bfloat16"),
+        view_spec(rule, SIZE), seed, view_seed=0, how=TrainerResources(precision=precision),
     )  # fmt: skip
-    targets, epochs = QuickTeacher(teacher), rule.epochs or 1
+    targets = QuickTeacher(teacher) if precision == "bfloat16" else TeacherTargets(teacher)
+    epochs = rule.epochs or 1
     for epoch in range(epochs):
         training.train_epoch(learning_rate(rule, epoch, epochs), targets)
     return float(top1_top5(model.eval(), torch.from_numpy(on.images), torch.from_numpy(on.class_ids))[0])
