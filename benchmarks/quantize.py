@@ -31,7 +31,7 @@ from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.distortion import assign, distortion, total_variation
 from ddoq_ray.core.gram_kmeans import gram_kmeans
 from ddoq_ray.core.rng import philox
-from ddoq_ray.core.shrinkage import shrunk
+from ddoq_ray.core.shrinkage import shrunk_means
 
 Codebook = tuple[np.ndarray, np.ndarray | None]  # centroids; counts, None where the method has none
 COLUMNS = ["latents", "method", "k", "cpu_s", "over_floor", "distortion", "heldout_distortion", "weight_tv"]
@@ -66,10 +66,9 @@ def gram(x: np.ndarray, k: int, seed: int) -> Codebook:
 
 
 def gram_shrunk(x: np.ndarray, k: int, seed: int) -> Codebook:
-    """As `quantizer=gram quantizer.shrink=true` runs it, less the pass that makes the counts those of the new cells."""
-    centroids, counts = gram(x, k, seed)
-    assert counts is not None
-    return shrunk(centroids, counts, float(assign(x, centroids)[1].mean())), counts
+    """As `quantizer=gram quantizer.shrink=true` runs it, less the pass that gives every method's Voronoi counts."""
+    centroids, counts = gram_kmeans(x, k, seed=seed, class_id=0)
+    return shrunk_means(x, centroids, counts), counts
 
 
 def clvq_corrected(x: np.ndarray, k: int, seed: int) -> Codebook:

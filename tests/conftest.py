@@ -52,11 +52,15 @@ def processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Stop the shared Ray with its last test: even idle it takes CPU from the tests that start their own."""
-    if nextitem is None or "ray_here" not in getattr(nextitem, "fixturenames", ()):
-        ray = sys.modules.get("ray")
-        if ray is not None:
-            ray.shutdown()
+    """Stop the shared Ray with its last test: even idle it takes CPU from the tests that start their own.
+
+    No other: a folder's own cluster has this process for its driver.
+    """
+    shared = [x is not None and "ray_here" in getattr(x, "fixturenames", ()) for x in (item, nextitem)]
+    if shared == [True, False]:
+        import ray
+
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from ddoq_ray.core.distortion import assign, distortion
 from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.core.shrinkage import LEAST_REAL, shrunk
+from ddoq_ray.core.shrinkage import LEAST_REAL, shrunk, shrunk_means
 
 
 def drawn(n: int, dim: int, seed: int) -> np.ndarray:
@@ -72,6 +72,22 @@ def test_latents_that_were_not_quantized_are_nearer(k: int) -> None:
     assert distortion(rest, made) < 0.99 * distortion(rest, c)
     assert distortion(fit, made) > distortion(fit, c)
     assert np.bincount(assign(fit, made)[0], minlength=len(c)).min() >= 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, 120])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_of_means_no_distance_need_be_measured(k: int, offset: float) -> None:
+    """The distortion that the law of total variance leaves is the measured one, far from the origin too."""
+    x = drawn(120, 100, 5) + np.float32(offset)
+    c, m = gram_kmeans(x, k, seed=0, class_id=0)
+    np.testing.assert_allclose(shrunk_means(x, c, m), shrunk(c, m, distortion(x, c)), rtol=1e-5, atol=2e-5)
+
+
+def test_counts_of_other_latents_are_refused() -> None:
+    x = drawn(20, 4, 6)
+    c, m = gram_kmeans(x, 3, seed=0, class_id=0)
+    with pytest.raises(ValueError, match="counts that sum to the 19 latents, got 20"):
+        shrunk_means(x[:19], c, m)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ddoq_ray.core.distortion import assign, voronoi_counts
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.core.noising import NoiseLevel
 from ddoq_ray.core.pooling import Pooling
-from ddoq_ray.core.shrinkage import shrunk
+from ddoq_ray.core.shrinkage import shrunk, shrunk_means
 from ddoq_ray.core.sizing import GIB, exact_algorithm
 from ddoq_ray.execution.workers import device
 from ddoq_ray.storage.records import Codebook
@@ -192,11 +192,19 @@ class WholeClasses:
                     yield from self._exact({c: stream.result()}, self.chunks_of)
                     continue
                 x = np.concatenate(pieces.pop(c)).astype(np.float32)
-                centroids = together[c] if c in together else self._alone(c, x)
-                yield from self._exact({c: centroids}, self.chunks_of if pooling.side > 1 else _whole(c, x))
+                centroids, counts = together[c] if c in together else self._alone(c, x)
+                if pooling.side > 1:
+                    yield from self._exact({c: (centroids, counts)}, self.chunks_of)
+                    continue
+                known = self.algorithm.shrink and self._kind(c) == "gram"  # these are the means of such counts
+                found = {c: (shrunk_means(x, centroids, counts) if known else centroids, counts)}
+                yield from self._exact(found, _whole(c, x), shrink=self.algorithm.shrink and not known)
 
-    def _exact(self, found: Mapping[int, Centroids], chunks_of: ChunksOf) -> Iterator[Codebook]:
-        return exact_codebooks(found, chunks_of, shrink=self.algorithm.shrink, pooling=self.settings.pooling)
+    def _exact(
+        self, found: Mapping[int, Centroids], chunks_of: ChunksOf, *, shrink: bool | None = None
+    ) -> Iterator[Codebook]:
+        shrink = self.algorithm.shrink if shrink is None else shrink
+        return exact_codebooks(found, chunks_of, shrink=shrink, pooling=self.settings.pooling)
 
     def _together(self, classes: list[int], pieces: Mapping[int, list[np.ndarray]]) -> dict[int, Centroids]:
         """All classes of the Gram space at once, where the actor has a GPU."""

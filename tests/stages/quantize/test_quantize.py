@@ -18,7 +18,7 @@ from ddoq_ray.core.baselines import d4m_kmeans, faiss_kmeans, lloyd, minibatch_k
 from ddoq_ray.core.distortion import assign
 from ddoq_ray.core.gram_kmeans import KMeansSettings, gram_kmeans
 from ddoq_ray.core.pooling import Pooling
-from ddoq_ray.core.shrinkage import shrunk
+from ddoq_ray.core.shrinkage import shrunk, shrunk_means
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 
@@ -164,7 +164,9 @@ def test_shrunk_codebooks_are_exact_too(log: tuple[Path, dict[int, np.ndarray]])
         for c, x in stream.items():
             own = streamed[c] if name == "clvq" else gram_kmeans(x, 3, seed=0, class_id=c)
             nearest, squared = assign(x, own[0])
-            expected = shrunk(own[0], np.bincount(nearest, minlength=3), float(squared.mean()))
+            measured = shrunk(own[0], np.bincount(nearest, minlength=3), float(squared.mean()))
+            expected = measured if name == "clvq" else shrunk_means(x, *own)
+            np.testing.assert_allclose(expected, measured, atol=1e-5)
             check_class(books[c], x, expected, own[1])
 
 
