@@ -46,4 +46,5 @@ def finish(rows: list[dict[str, Any]], columns: list[str], path: str | None) -> 
         print("| " + " | ".join(cells) + " |")
     if path:
         about = provenance()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps([row | about for row in rows], indent=1) + "\n")
