@@ -34,6 +34,11 @@ def philox(*key: int | str) -> np.random.Generator:
     >>> int(philox("views", 0, 7).integers(1000)) == int(philox("views", 0, 7).integers(1000))
     True
     """
+    return np.random.Generator(np.random.Philox(key=philox_key(*key)))
+
+
+def philox_key(*key: int | str) -> UInt64:
+    """uint64 [2]: the key of `philox`'s generator, for `philox_words`. Arguments and errors as there."""
     if not key:
         raise ValueError("philox() expects at least one key part (an integer or a string), got none")
     digest = hashlib.blake2b(digest_size=16)
@@ -46,7 +51,7 @@ def philox(*key: int | str) -> np.random.Generator:
                 raise ValueError(f"a key part must be an integer or a string, got {type(part).__name__}: {part!r}")
             tag, payload = b"i", str(operator.index(part)).encode("ascii")
         digest.update(tag + len(payload).to_bytes(8, "little") + payload)
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
+    return np.frombuffer(digest.digest(), "<u8").astype(np.uint64)
 
 
 _PHILOX_M: UInt64 = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], dtype=np.uint64).reshape(2, 1, 1)

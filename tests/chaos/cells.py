@@ -150,8 +150,8 @@ class Lab:
     def keys(self, place: Path, stage: str) -> list[str]:
         return [*KEYS, f"dataset.path={self.base / 'photos'}", f"run_dir={place}", f"stages=[{stage}]"]
 
-    def run(self, place: Path, stage: str) -> None:
-        pipeline.run(load_config(self.keys(place, stage)))
+    def run(self, place: Path, stage: str, *more: str) -> None:
+        pipeline.run(load_config([*self.keys(place, stage), *more]))
 
     def at_work(self, *words: str) -> list[tuple[Any, int]]:
         """(node, process) of what works on the nodes and has one of the words in its title."""

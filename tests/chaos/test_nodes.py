@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,9 @@ def slowed(node: Any, times: float = 10.0) -> Iterator[None]:
 
 @pytest.mark.parametrize("stage", ["encode", "synthesize", "label"])
 def test_a_node_that_is_ten_times_slower_does_not_stall_the_others(here: Lab, stage: str, tmp_path: Path) -> None:
-    """Beside the time that the other node takes alone."""
+    """Beside the time that the other node takes alone. Each has an encoder: a run's only one might be a slow one."""
     seconds = {}
+    more = ["encoder.workers=2", "cluster.encoder.num_gpus=0.6"] if stage == "encode" else []
     for how in ("alone", "beside a slow one"):
         place = tmp_path / how.replace(" ", "-")
         shutil.copytree(here.base / stage, place)
@@ -160,11 +161,8 @@ def test_a_node_that_is_ten_times_slower_does_not_stall_the_others(here: Lab, st
         else:
             here.add()
         start = time.monotonic()
-        if how == "alone":
-            here.run(place, stage)
-        else:
-            with slowed(here.nodes[1]):
-                here.run(place, stage)
+        with slowed(here.nodes[1]) if how != "alone" else nullcontext():
+            here.run(place, stage, *more)
         seconds[how] = time.monotonic() - start
         assert content(place, stage) == content(here.after(stage), stage)
     print(stage, seconds)
@@ -199,7 +197,7 @@ def test_large_chunks_in_small_stores_spill_and_finish(here: Lab, tmp_path: Path
         made[chunk_samples] = {str(p.relative_to(place)): p.read_bytes() for p in place.glob("latents/*/*.parquet")}
         spilled[chunk_samples] = spilled_bytes()
     print("spilled", spilled)
-    assert len(made[25]) == SHARDS and made[PER_SHARD] == made[25]
+    assert len({Path(name).parent for name in made[25]}) == SHARDS and made[PER_SHARD] == made[25]
     assert spilled[PER_SHARD] > spilled[25]
 
 

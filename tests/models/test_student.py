@@ -16,6 +16,7 @@ from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.losses import image_weights
+from ddoq_ray.core.rng import philox
 from ddoq_ray.core.views.params import epoch_orders
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
@@ -28,6 +29,7 @@ from ddoq_ray.models.training.student import (
     StudentTraining,
     TeacherTargets,
     build_student,
+    layer_seeds,
     learning_rate,
     make_optimizer,
     share,
@@ -62,6 +64,12 @@ def training(**changed: Any) -> StudentTraining:
 @pytest.fixture(scope="module")
 def teacher() -> Classifier:
     return build_classifier("convnet3-w8", C, 16).eval()
+
+
+def test_seeds_of_random_layers_are_those_of_their_keys() -> None:
+    """Drawn for several epochs at once, each is what its own generator draws first."""
+    drawn = layer_seeds(7, range(3, 9), 2)
+    assert drawn.tolist() == [int(philox("random layers", 7, epoch, 2).integers(2**63)) for epoch in range(3, 9)]
 
 
 def test_an_epoch_is_its_steps_written_out(teacher: Classifier) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddoq_ray.core.rng import philox, philox_words, uniform
+from ddoq_ray.core.rng import philox_key, philox_words, uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -221,8 +221,7 @@ def _stream_key(purpose: str, seed: int, epoch: int) -> UInt64:
     """uint64 [2]: the key of one purpose's streams at an epoch, one stream for each image."""
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed and epoch must be 0 or more, got seed={seed}, epoch={epoch}")
-    key: UInt64 = philox(purpose, seed, epoch).bit_generator.state["state"]["key"]
-    return key
+    return philox_key(purpose, seed, epoch)
 
 
 def _stream_keys(purpose: str, seed: int, epoch: int | Int64) -> UInt64:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig, WeightsConfig
 from ddoq_ray.core.losses import weighted_cross_entropy, weighted_kl
-from ddoq_ray.core.rng import philox
+from ddoq_ray.core.rng import UInt64, philox, philox_key, philox_words
 from ddoq_ray.core.transfers import on_device
 from ddoq_ray.core.views.params import Int64, ViewSpec, epoch_orders
 from ddoq_ray.models.classifiers import Classifier, build_classifier
@@ -101,7 +101,7 @@ class StudentTraining:
     def __post_init__(self) -> None:
         if self.how.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._orders = (0, np.empty((0, 0), np.int64))  # of epochs from the first on
+        self._drawn = (range(0), np.empty((0, 0), np.int64), np.empty(0, np.uint64))  # epochs, orders, layers' seeds
         self.optimizer = make_optimizer(self.protocol, self.model)
         self.average = Average(self.model, self.protocol.ema) if self.protocol.ema else None
 
@@ -117,9 +117,8 @@ class StudentTraining:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        key = philox("random layers", self.seed, self.epoch, self.ranks.rank)
-        self._seed(int(key.integers(2**63)))
-        order = self._order()
+        order, seed = self._draws()
+        self._seed(seed)
         size = self.protocol.batch
         batches = [self.parts(order[first : first + size]) for first in range(0, len(order), size)]
         looks = self._views(part for parts in batches for part in parts)
@@ -133,14 +132,16 @@ class StudentTraining:
         self.epoch += 1
         return self.ranks.mean(total) / len(order)
 
-    def _order(self) -> Int64:
-        """int64 [N]: the order of the epoch that comes; those of several epochs are drawn at once."""
-        ahead = self.epoch - self._orders[0]
-        if not 0 <= ahead < len(self._orders[1]):
-            epochs, ahead = range(self.epoch, self.epoch + max(1, _ORDERS // len(self.images))), 0
-            self._orders = (self.epoch, epoch_orders(self.seed, epochs, len(self.images)))
-        order: Int64 = self._orders[1][ahead]
-        return order
+    def _draws(self) -> tuple[Int64, int]:
+        """(order int64 [N], seed of the random layers) of the epoch that comes; several epochs are drawn at once."""
+        epochs, orders, seeds = self._drawn
+        if self.epoch not in epochs:
+            epochs = range(self.epoch, self.epoch + max(1, _ORDERS // len(self.images)))
+            orders = epoch_orders(self.seed, epochs, len(self.images))
+            seeds = layer_seeds(self.seed, epochs, self.ranks.rank)
+            self._drawn = (epochs, orders, seeds)
+        ahead = self.epoch - epochs.start
+        return orders[ahead], int(seeds[ahead])
 
     def parts(self, batch: Int64) -> list[Part]:
         """This rank's share of a batch int64 [B], cut into forward passes of at most `micro_batch` images.
@@ -249,6 +250,13 @@ class StudentTraining:
         if self.average is not None:
             self.average.restore(state["average"])
         self.epoch = state["epoch"]
+
+
+def layer_seeds(seed: int, epochs: Sequence[int], rank: int) -> UInt64:
+    """uint64 [E]: of the random layers at epochs, each as `philox("random layers", ...).integers(2**63)` draws it."""
+    keys = np.stack([philox_key("random layers", seed, epoch, rank) for epoch in epochs], axis=1)
+    first: UInt64 = philox_words(keys, np.zeros(len(epochs), np.int64), 1)[:, 0]
+    return first >> np.uint64(1)
 
 
 def share(batch: Int64, rank: int, world: int) -> Int64:
