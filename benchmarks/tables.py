@@ -99,6 +99,8 @@ def starts(rows: Sequence[Row]) -> dict[str, str]:
 
     def settings(row: Row) -> str:
         told = [f"{key} {row[key]:g}" for key in keys if key in row] + (["rescaled"] if row["rescale"] else [])
+        told += ["of the cell"] if row["keep"] == "cell" else []
+        told += ["float32"] if row["arithmetic"].startswith("float32") else []
         return ", ".join(told) or "-"
 
     def score(row: Row) -> str:

@@ -151,6 +151,9 @@ class Lab:
         return [*KEYS, f"dataset.path={self.base / 'photos'}", f"run_dir={place}", f"stages=[{stage}]"]
 
     def run(self, place: Path, stage: str, *more: str) -> None:
+        import ray
+
+        assert ray.is_initialized(), "this process has left the lab's cluster: the run would start a Ray of its own"
         pipeline.run(load_config([*self.keys(place, stage), *more]))
 
     def at_work(self, *words: str) -> list[tuple[Any, int]]:
