@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ddoq_ray.execution.console import say
-from ddoq_ray.execution.signals import last_resort
+from ddoq_ray.execution.signals import interrupt, interruptible, last_resort
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
@@ -193,8 +192,7 @@ class Lease:
                 there = self._read()
                 if there is not None and there["token"] != self.token:
                     self.lost = _holder(there)
-                    if threading.main_thread() is not threading.current_thread():
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    interrupt()
                     return
                 if not self._stop.is_set():
                     self.run.publish(layout.LEASE, self._content())
@@ -242,7 +240,7 @@ def held(run: Folder) -> Iterator[Lease]:
     lease = Lease(run)
     lease.acquire()
     try:
-        with last_resort(lease.release):
+        with interruptible(), last_resort(lease.release):
             yield lease
     except BaseException:
         lease.check()  # words for the interruption that the loss caused

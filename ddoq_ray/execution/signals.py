@@ -24,6 +24,7 @@ _received: list[int] = []  # signals of this run, the first one first, from both
 _raised: list[int] = []
 _mine: list[int] = []  # those that `watching` handles now
 _last_resorts: list[Callable[[], None]] = []
+_own: list[bool] = []  # of this run's threads, where the shell has SIGINT ignored: asked for, and not yet raised
 _stderr = [2]  # where words are seen at this moment
 
 
@@ -95,6 +96,36 @@ def own_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """For the block, `interrupt` works where the shell has SIGINT ignored too, as it has for a script's `command &`.
+
+    Any other SIGINT stays ignored there.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        yield
+        return
+    _own.clear()
+    signal.signal(signal.SIGINT, _only_own)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _only_own(number: int, _: FrameType | None) -> None:
+    if _own:
+        _own.clear()
+        raise KeyboardInterrupt
+
+
+def interrupt() -> None:
+    """End what the main thread is at, from another thread, as Ctrl-C would."""
+    if threading.current_thread() is not threading.main_thread():
+        _own.append(True)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 def received() -> int | None:
     """The signal that ends this run (SIGINT too); None when none came."""
     return _received[0] if _received else None
@@ -154,7 +185,8 @@ def _listen(reading: int, ending: int) -> None:
             tell(f"ddoq-ray: stopped by {name}, by force: it was held up in a library")
             leave(128 + _received[0])
         if reading in ready:
-            numbers = [n for n in os.read(reading, 64) if n in _mine or n == signal.SIGINT]
+            heard = [*_mine] if signal.getsignal(signal.SIGINT) is _only_own else [*_mine, signal.SIGINT]
+            numbers = [n for n in os.read(reading, 64) if n in heard]
             _received.extend(numbers)
             if deadline is None and any(n in _mine for n in numbers):
                 deadline = time.monotonic() + GRACE_SECONDS

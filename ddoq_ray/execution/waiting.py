@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +163,7 @@ class Patience:
             "published stays; the same command goes on with more nodes, smaller workers, or a longer cluster.give_up_s"
         )
         if self._runs_in_main:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signals.interrupt()
         if self.own_session and not self._over.wait(signals.GRACE_SECONDS):  # held up in a library
             signals.tell(f"ddoq-ray: error: {self.words}")
             signals.leave(3)
@@ -181,7 +180,8 @@ def patience(cluster: ClusterConfig, own_session: bool) -> Iterator[None]:
         NoWorkers: See `Patience`.
     """
     give_up_s = give_up(cluster)
-    with contextlib.nullcontext() if give_up_s is None else Patience(give_up_s, own_session):
+    ended = contextlib.nullcontext() if give_up_s is None else Patience(give_up_s, own_session)
+    with signals.interruptible(), ended:
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -63,12 +64,25 @@ def test_who_is_gone() -> None:
     assert "not renewed for 121 s" in why_stale(elsewhere, now=1000 + lease.STALE_SECONDS + 1)
 
 
-def test_a_run_that_lost_its_directory_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_a_run_that_lost_its_directory_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: Any) -> None:
+    """Where Ctrl-C is ignored too, as a script's `command &` has it; what comes from outside stays ignored there."""
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        _lose(tmp_path, ctrl_c)
+        assert signal.getsignal(signal.SIGINT) == ctrl_c
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lose(tmp_path: Path, ctrl_c: Any) -> None:
     with (
         pytest.raises(ValueError, match=r"taken over by process 7 on elsewhere.*this run stops"),
         held(Folder(str(tmp_path))),
     ):
+        if ctrl_c == signal.SIG_IGN:
+            signal.raise_signal(signal.SIGINT)
         other = {"token": "x", "host": "elsewhere", "machine": "m", "pid": 7, "process": "1", "since": 0, "renewed": 0}
         for _ in range(150):  # a renewal that had read before the first of these wrote over it
             (tmp_path / LEASE).write_text(json.dumps(other))
