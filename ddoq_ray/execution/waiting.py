@@ -135,13 +135,16 @@ class Patience:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="patience", daemon=True)
         self._runs_in_main = threading.current_thread() is threading.main_thread()
+        self._ended = contextlib.ExitStack()
 
     def __enter__(self) -> Patience:
+        self._ended.enter_context(signals.interruptible())
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._ended.close()
         if self.words:  # of the interruption, whatever it became on its way
             raise NoWorkers(self.words) from None
 
@@ -180,8 +183,7 @@ def patience(cluster: ClusterConfig, own_session: bool) -> Iterator[None]:
         NoWorkers: See `Patience`.
     """
     give_up_s = give_up(cluster)
-    ended = contextlib.nullcontext() if give_up_s is None else Patience(give_up_s, own_session)
-    with signals.interruptible(), ended:
+    with contextlib.nullcontext() if give_up_s is None else Patience(give_up_s, own_session):
         yield
 
 

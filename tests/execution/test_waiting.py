@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import signal
 import time
 from typing import Any
 
@@ -94,8 +96,10 @@ class TestWaiting:
         assert list(run_elastic(Echo.remote, [1], Elastic("decode", min_workers=2, max_workers=2))) == [(1, 1)]
         assert time.monotonic() - start < 25
 
-    def test_a_task_that_no_node_can_take_ends_the_run_too(self) -> None:
-        """Outside a pool: the wait is inside Ray, and is ended as by Ctrl-C."""
+    @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+    def test_a_task_that_no_node_can_take_ends_the_run_too(self, ctrl_c: Any, request: pytest.FixtureRequest) -> None:
+        """Outside a pool: the wait is inside Ray, and is ended as by Ctrl-C, also where a shell has that ignored."""
+        request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, ctrl_c)))
         start, task = time.monotonic(), ray.remote(num_cpus=1, num_gpus=4)(lambda: None)
         with pytest.raises(NoWorkers) as told, doing("evaluate"), Patience(3.0, own_session=False):
             ref = task.remote()
