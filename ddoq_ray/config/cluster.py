@@ -28,7 +28,9 @@ class TrainerResources:
     num_gpus: float = option(0.0, "GPUs that one worker asks of Ray")
     threads: int = option(1, "torch threads in one worker")
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", "arithmetic of the student's forward and backward pass; weights and losses stay in float32"
+        "float32",
+        "arithmetic of the student's forward and backward pass, weights and losses stay in float32; "
+        "bfloat16 is for a GPU or a processor with AMX, and slower on others",
     )
     channels_last: bool = option(
         False, "keep the student's filters and pixels in the order that GPUs' tensor cores want"

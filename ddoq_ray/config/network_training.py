@@ -11,6 +11,7 @@ from ddoq_ray.config.schema import option, require
 DIGITS_SIDE = 16
 GROUPS = 8  # of every group norm of a prior's networks: small networks have few channels
 DTYPES = ("float32", "float16", "bfloat16")  # of a prior's saved weights
+_PRECISION = "arithmetic: float32, or bfloat16, 2 to 7 times as fast on a processor with AMX and slower without"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PriorTraining:
         None, "train for this long instead of for a number of steps; the bytes then depend on the machine's speed"
     )
     autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
-    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    precision: str = option("float32", _PRECISION)
     compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
     samples_every: int = option(
@@ -136,7 +137,7 @@ class DecoderTuning:
     )
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
-    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    precision: str = option("float32", _PRECISION)
     compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a stopped tuning goes on")
 
@@ -171,7 +172,7 @@ class TeacherTraining:
     minutes: float | None = option(
         None, "train for this long instead of for a number of epochs; the bytes then depend on the machine's speed"
     )
-    precision: str = option("float32", "arithmetic: float32, or bfloat16, 2 to 7 times as fast where it is built in")
+    precision: str = option("float32", _PRECISION)
     checkpoint_every: int = option(500, "steps between checkpoints, from which a stopped training goes on")
     dtype: str = option("float16", "of the saved weights: float32 or float16")
 
