@@ -12,7 +12,7 @@ from ddoq_ray.core import rng
 from ddoq_ray.core.views import params as drawing
 from ddoq_ray.core.views import render as rendering
 from ddoq_ray.core.views.params import ViewSpec, epoch_orders, view_params
-from ddoq_ray.core.views.render import batch_views, render
+from ddoq_ray.core.views.render import batch_views, render, render_epochs
 
 
 def make_images(n, height, width, seed=0):
@@ -168,6 +168,20 @@ def test_same_bits_for_any_split_and_order(height, size, threads, options, monke
         assert torch.equal(batch_views(images, index, spec, 9, 4)[0], whole)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("height,size", [(16, 16), (40, 8)])
+@pytest.mark.parametrize(
+    "options", [{}, {"cutmix": False}, {"cutmix": False, "mixup": 0.8, "patches": 3, "cutout": 0.5}]
+)
+def test_epochs_of_a_whole_set_are_the_same_bits(height, size, options, monkeypatch):
+    images, spec = make_images(30, height, height), ViewSpec(size=size, **options)
+    index, epoch = np.tile(np.arange(30), 3), np.arange(5, 8).repeat(30)
+    params = view_params(spec, 9, epoch, index, (30, height, height))
+    monkeypatch.setattr(rendering, "_CPU_CHUNK", 30_000)  # chunks that end within an epoch
+    views = render_epochs(images, size, params)
+    one_by_one = torch.cat([batch_views(images, np.arange(30), spec, 9, e)[0] for e in range(5, 8)])
+    assert torch.equal(views, one_by_one)
 
 
 def test_whole_image_rows_do_not_change_with_their_batch():

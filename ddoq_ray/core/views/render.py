@@ -75,19 +75,58 @@ def render(
         both = np.concatenate([rows[part], partners[part]])
         base, other = _views(images, both, own.joined(theirs.take(part)), size).chunk(2)
         _mix(base, other, own, out[part])
-    return out.div_(255).clamp_(0, 1)  # bilinear weights may sum to one ulp above 1
+    return _in_unit_range(out)
+
+
+def render_epochs(images: torch.Tensor, size: int, params: ViewParams) -> torch.Tensor:
+    """The views of a whole set at several epochs; the same bits as `render` gives.
+
+    A partner's own view of the epoch is among them, so that each is sampled once and not twice.
+
+    Args:
+        images: uint8 [N, 3, H, W], on any device.
+        size: S, side of the view.
+        params: of the N images at the first of E epochs, then at the next one, ...
+
+    Returns:
+        float32 [E * N, 3, S, S] in [0, 1], on the device of `images`.
+    """
+    count, total = len(images), len(params.partner)
+    rows = np.tile(np.arange(count), total // count)
+    own = torch.empty((total, 3, size, size), dtype=torch.float32, device=images.device)
+    step = _rows_at_once(images, params.boxes, size)
+    for start in range(0, total, step):
+        part = slice(start, start + step)
+        own[part] = _views(images, rows[part], params.take(part), size)
+    if not (params.partner >= 0).any():
+        return _in_unit_range(own)
+    place = np.arange(total)
+    partners = np.where(params.partner >= 0, place - rows + params.partner, place)
+    out = torch.empty_like(own)
+    for start in range(0, total, step):
+        part = slice(start, start + step)
+        theirs = own.index_select(0, on_device(partners[part], own.device))
+        _mix(own[part], theirs, params.take(part), out[part])
+    return _in_unit_range(out)
+
+
+def _in_unit_range(views: torch.Tensor) -> torch.Tensor:
+    """[0, 255] to [0, 1], in place; bilinear weights may sum to one ulp above 1."""
+    return views.div_(255).clamp_(0, 1)
 
 
 def _mix(base: torch.Tensor, other: torch.Tensor, params: ViewParams, out: torch.Tensor) -> None:
-    """Into float32 [B, 3, S, S]: the partner's view in the box; where there is no box, blended in by lambda."""
+    """Into float32 [B, 3, S, S]: the partner's view in the box; where there is no box, blended in by lambda.
+
+    `other` may be overwritten.
+    """
     boxed = params.mix_box[:, 2] > params.mix_box[:, 0]
     if (boxed | (params.partner < 0)).all():
         torch.where(_inside(params.mix_box, base), other, base, out=out)
         return
     # Two products and a sum, each rounded by itself: a fused operation would not round every row of a batch alike.
     kept = params.lam.astype(np.float32)[:, None, None, None]
-    base.mul_(on_device(kept, base.device))
-    torch.add(base, other.mul_(on_device(1 - kept, base.device)), out=out)
+    torch.add(base * on_device(kept, base.device), other.mul_(on_device(1 - kept, base.device)), out=out)
 
 
 def _rows_at_once(images: torch.Tensor, boxes: Float64, size: int) -> int:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ddoq_ray.core.transfers import on_device, pinned
 from ddoq_ray.core.views.params import Float64, Int64, ViewParams, ViewSpec, view_params
-from ddoq_ray.core.views.render import render
+from ddoq_ray.core.views.render import render, render_epochs
 from ddoq_ray.data.pixel_rows import PixelRows
 
 ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
 _AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
 _SMALL = 2**20  # values of the views that are rendered in one call, where batches or whole epochs are smaller
+_WHOLE = 2**24  # values of the views of an epoch, up to which they are rendered together: 64 MB
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Resident:
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
         most = _SMALL // (3 * spec.size**2)
-        if most >= 2 * len(self):
-            yield from self._of_ready(batches, spec, seed, epoch, most // len(self))
+        if len(self) * 3 * spec.size**2 <= _WHOLE:
+            yield from self._of_ready(batches, spec, seed, epoch, max(1, most // len(self)))
             return
         params_of = epoch_params(spec, seed, epoch, self.images.shape)
         for group in _grouped(batches, most):
@@ -105,7 +106,7 @@ class Resident:
                 yield Views(pixels[rows], part, params.partner[rows], params.lam[rows])
 
     def _of_ready(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int, ahead: int) -> Iterator[Views]:
-        """Views of a set that is so small that `ahead` epochs of it are rendered in one call."""
+        """Views of a set that is so small that epochs of it, `ahead` of them, are rendered in one call."""
         ready = self._ready
         if ready is None or ready.of != (spec, seed) or epoch not in ready.epochs:
             self._ready = ready = self._rendered(spec, seed, range(epoch, epoch + ahead))
@@ -117,10 +118,9 @@ class Resident:
 
     def _rendered(self, spec: ViewSpec, seed: int, epochs: range) -> _Epochs:
         count, _, height, width = self.images.shape
-        index, of = np.tile(np.arange(count), len(epochs)), np.arange(len(epochs)).repeat(count)
-        params = view_params(spec, seed, epochs.start + of, index, (count, height, width))
-        pixels = render(self.images, index, spec.size, params, lambda partners: params.take(of * count + partners))
-        return _Epochs((spec, seed), epochs, pixels, params)
+        index, epoch = np.tile(np.arange(count), len(epochs)), np.arange(epochs.start, epochs.stop).repeat(count)
+        params = view_params(spec, seed, epoch, index, (count, height, width))
+        return _Epochs((spec, seed), epochs, render_epochs(self.images, spec.size, params), params)
 
 
 def _grouped(batches: Iterable[Int64], rows: int) -> Iterator[list[Int64]]:

@@ -153,7 +153,8 @@ class StudentTraining:
             return [Part(batch[:1].repeat(2), len(batch), counts=False)]
         most = self.how.micro_batch or len(mine)
         pieces = min(-(-len(mine) // most), max(1, len(mine) // 2))
-        return [Part(piece, len(batch)) for piece in np.array_split(mine, pieces)]
+        cut = np.array_split(mine, pieces) if pieces > 1 else [mine]  # which takes as long as a batch's answers
+        return [Part(piece, len(batch)) for piece in cut]
 
     def step(self, parts: list[Part], looks: Iterator[Views], targets: Targets) -> Tensor:
         """One step of the optimizer on a batch; this rank's part of its loss."""

@@ -22,10 +22,12 @@ from ddoq_ray.stages.label.step import Label, check_scored
 from ddoq_ray.stages.label.stored_check import check_stored
 from ddoq_ray.stages.step import Ask, ImageSetStep, Step
 from ddoq_ray.stages.train.ahead import Ahead, Load, group_of, planned_loads
+from ddoq_ray.stages.train.dealing import Dealer, Dealing, Dealt, SharedDealer
 from ddoq_ray.stages.train.fitting import RAY_TRAIN, fit
 from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.worker import Job, train_loop
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
 
@@ -118,7 +120,7 @@ def train(parts: Sequence[Part]) -> None:
         ahead = Ahead(loads, groups, first.dir)
         if words := ahead.words():
             say(words)
-        _fit(first, _dealt(jobs, loads, groups), ahead)
+        _fit(first, jobs, dealt(jobs, loads, groups), ahead)
         first.events.add("stage finished", stage="train", students=sum(len(job.rows) for job in jobs))
     manifests: list[StudentManifest] = [run.finished(step.artifact(run.dir)) for run, steps in parts for step in steps]
     _say_diverged([m for m in manifests if m.get("diverged")])
@@ -182,25 +184,25 @@ def _say_diverged(diverged: Sequence[StudentManifest]) -> None:
         )
 
 
-def _dealt(jobs: Sequence[Job], loads: Sequence[Load], groups: int) -> list[list[Job]]:
-    """The jobs' rows dealt to groups: neighbours stay together, since those of one image set share its pictures.
+def dealt(jobs: Sequence[Job], loads: Sequence[Load], groups: int) -> list[list[Dealt]]:
+    """The students of each group, in their order: neighbours stay together.
 
-    Dealt are all students, finished or not, so that a run that goes on finds each group's checkpoint.
+    Shares are of all students, finished or not, so that a run that goes on gives a group what it gave it before.
     """
-    place = group_of(loads, groups)
-    dealt: list[list[Job]] = [[] for _ in range(groups)]
-    for job in jobs:
-        for group in range(groups):
-            rows = tuple(row for row in job.rows if place[row[0].folder] == group)
-            if rows:
-                dealt[group].append(replace(job, rows=rows, group=group))
-    return [jobs for jobs in dealt if jobs]
+    place, views = group_of(loads, groups), {load.folder: load.views for load in loads}
+    shares: list[list[Dealt]] = [[] for _ in range(groups)]
+    for i, job in enumerate(jobs):
+        for k, (row, facts) in enumerate(job.rows):
+            shares[place[row.folder]].append(Dealt(i, k, views[row.folder], digest_of(facts)))
+    return shares
 
 
-def _fit(run: Run, groups: Sequence[Sequence[Job]], ahead: Ahead | None = None) -> None:
-    """Train the jobs of each group one after another, the groups side by side."""
+def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead: Ahead | None = None) -> None:
+    """Train the rows of the jobs in groups side by side, each its share first."""
     students = run.dir / layout.STUDENTS
-    left = [row for jobs in groups for job in jobs for row, _ in job.rows]
+    left = [row for job in jobs for row, _ in job.rows]
+    # No more groups than students; one without a share has those of the others.
+    groups = sorted(sorted(range(len(shares)), key=lambda group: not shares[group])[: len(left)])
     with Progress("train", len(left), "students") as progress:
         # fit() blocks; the published results are the progress that the driver can see without a channel of its own.
         stop = threading.Event()
@@ -224,34 +226,47 @@ def _fit(run: Run, groups: Sequence[Sequence[Job]], ahead: Ahead | None = None) 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_groups(run, students, groups, lost)
+            _fit_groups(run, students, jobs, shares, groups, lost)
         finally:
             stop.set()
             watcher.join()
             look()
     # Its checkpoints are of rows that are published now; the next run's would stand beside them.
-    for jobs in groups:
-        (students / _own_folder(jobs[0])).remove()
+    for group in groups:
+        (students / _own_folder(group)).remove()
 
 
-def _fit_groups(run: Run, students: Folder, groups: Sequence[Sequence[Job]], lost: Callable[[str, int], None]) -> None:
-    """Fit the groups side by side; one that fails lets the others finish their students first.
+def _fit_groups(
+    run: Run,
+    students: Folder,
+    jobs: Sequence[Job],
+    shares: Sequence[Sequence[Dealt]],
+    groups: Sequence[int],
+    lost: Callable[[str, int], None],
+) -> None:
+    """Fit the groups side by side; one that fails lets the others finish all students but the one that it was at.
 
     Raises:
         What the first group that failed raised.
     """
+    dealing: Dealing = Dealer(shares) if len(groups) == 1 else SharedDealer(shares)
+
+    def fit_one(group: int) -> None:
+        settings = {"jobs": tuple(replace(job, group=group) for job in jobs), "dealing": dealing}
+        fit(train_loop, settings, run.config.cluster.trainer, students.uri, lost, name=_own_folder(group))
+
     if len(groups) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
-        _fit_one(run, students, groups[0], lost)
+        fit_one(groups[0])
         return
     failed: list[BaseException] = []
 
-    def fit_one(jobs: Sequence[Job]) -> None:
+    def try_one(group: int) -> None:
         try:
-            _fit_one(run, students, jobs, lost)
+            fit_one(group)
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=fit_one, args=(jobs,), daemon=True) for jobs in groups]
+    threads = [threading.Thread(target=try_one, args=(group,), daemon=True) for group in groups]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -260,11 +275,6 @@ def _fit_groups(run: Run, students: Folder, groups: Sequence[Sequence[Job]], los
         raise failed[0]
 
 
-def _fit_one(run: Run, students: Folder, jobs: Sequence[Job], lost: Callable[[str, int], None]) -> None:
-    trainer = run.config.cluster.trainer
-    fit(train_loop, {"jobs": tuple(jobs)}, trainer, students.uri, lost, name=_own_folder(jobs[0]))
-
-
-def _own_folder(job: Job) -> str:
+def _own_folder(group: int) -> str:
     """Ray Train's folder of a group, in students/."""
-    return RAY_TRAIN if job.group == 0 else f"{RAY_TRAIN}-{job.group}"
+    return RAY_TRAIN if group == 0 else f"{RAY_TRAIN}-{group}"

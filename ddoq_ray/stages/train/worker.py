@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ddoq_ray.data.soft_labels import SoftLabels
 from ddoq_ray.stages.cells import Cell
 from ddoq_ray.stages.evaluate.validation import Refused, Validation, load_scored
 from ddoq_ray.stages.train import state as train_state
+from ddoq_ray.stages.train.dealing import Dealing
 from ddoq_ray.stages.train.memory import Room, room_here
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.sets import Real, Sets
@@ -52,7 +53,7 @@ class Job:
 
 
 class Trainer:
-    """One worker of the training run: it goes through the rows."""
+    """One worker of the training run, with what it has read for the rows of a job."""
 
     def __init__(
         self, job: Job, ranks: Ranks, clock: Callable[[], float] = time.monotonic, room: Room | None = None
@@ -71,22 +72,19 @@ class Trainer:
         self._val: tuple[Tensor, Tensor] | None = None
         self.reported = clock()
 
-    def all_rows(self) -> None:
-        rows = self.job.rows
-        artifacts = [Artifact(self.job.run / row.folder, "train") for row, _ in rows]
-        resume = train_state.latest(self.device)
+    def row(self, number: int, resume: dict[str, Any] | None) -> None:
+        """Train a row, unless it is published; `resume` is the checkpoint that the group's workers began with."""
+        row, facts = self.job.rows[number]
+        artifact = Artifact(self.job.run / row.folder, "train")
         # What rank 0 sees published is what all skip: on a shared disk another rank may see it seconds later.
-        done = self.ranks.decide(lambda: [a.manifest() is not None for a in artifacts])
-        for (row, facts), artifact, finished in zip(rows, artifacts, done, strict=True):
-            if not finished:
-                self.one_row(row, artifact, facts, self._resumed(resume, facts))
-        self.sets.close()
+        if not self.ranks.decide(lambda: artifact.manifest() is not None):
+            self.one_row(row, artifact, facts, self._resumed(resume, facts))
 
-    def take_over(self, before: Trainer | None) -> None:
+    def take_over(self, before: Trainer) -> None:
         """Keep what the trainer of the job before has read, where it is the same: the images that are scored."""
         size = self.config.student.image_size
-        if before is not None and before.job.validation == self.job.validation:
-            self._val = before._val if before.config.student.image_size == size else None
+        if before.job.validation == self.job.validation and before.config.student.image_size == size:
+            self._val = before._val
 
     def _resumed(self, state: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The checkpoint, where it is of exactly this row: same folder, configuration and inputs."""
@@ -228,16 +226,31 @@ class Trainer:
         self.reported = self.clock()
 
 
+def train_rows(
+    jobs: Sequence[Job], dealing: Dealing, ranks: Ranks, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Train what a group is dealt of its jobs' rows, one after another."""
+    group = jobs[0].group
+    resume = train_state.latest(ranks.device)
+    ranks.decide(lambda: dealing.begin(group, None if resume is None else resume.get("identity")))
+    trainer: Trainer | None = None
+    while (dealt := ranks.decide(lambda: dealing.next(group))) is not None:
+        job = jobs[dealt.job]
+        if trainer is None or trainer.job is not job:
+            before, trainer = trainer, Trainer(job, ranks, clock, room_here(job.config.cluster.trainer))
+            if before is not None:
+                before.sets.close()
+                trainer.take_over(before)
+        trainer.row(dealt.row, resume)
+    if trainer is not None:
+        trainer.sets.close()
+
+
 def train_loop(settings: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker: train the rows of a group's jobs, one job after another."""
+    """What Ray Train runs in each worker of a group."""
     from ray.train import get_context
     from ray.train.torch import get_device
 
     context = get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
-    before: Trainer | None = None
-    for job in settings["jobs"]:
-        trainer = Trainer(job, ranks, room=room_here(job.config.cluster.trainer))
-        trainer.take_over(before)
-        trainer.all_rows()
-        before = trainer
+    train_rows(settings["jobs"], settings["dealing"], ranks)

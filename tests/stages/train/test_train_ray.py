@@ -21,6 +21,7 @@ from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train import worker as train_worker
 from ddoq_ray.stages.train.ahead import Load
+from ddoq_ray.stages.train.dealing import Dealer, Dealt
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.prepared import Data
@@ -28,6 +29,11 @@ from ddoq_ray.storage.prepared import Data
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
 
 PATIENCE = 300  # of torch's half an hour
+
+
+def shared(jobs: list[train_worker.Job], groups: int) -> list[list[Dealt]]:
+    return train.dealt(jobs, [Load(cell.folder, "net", 1) for job in jobs for cell, _ in job.rows], groups)
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
@@ -42,7 +48,7 @@ def _shifted(settings: dict[str, Any]) -> None:
     # Rank 0's minute is over at every look, rank 1's never; or the other way round.
     hurried = rank == settings["hurried"]
     clock = iter(range(0, 10**9, 100)).__next__ if hurried else lambda: start
-    train_worker.Trainer(settings["job"], ranks, clock).all_rows()
+    train_worker.train_rows([settings["job"]], Dealer([[Dealt(0, 0)]]), ranks, clock)
 
 
 @pytest.mark.parametrize("hurried", [0, 1])
@@ -75,17 +81,49 @@ def test_students_side_by_side_are_those_of_one_after_another(tmp_path: Path) ->
     for name, groups in (("one", 1), ("two", 2)):
         job = dataclasses.replace(small_job(tmp_path / name, "cluster.trainer.num_cpus=0.5"), rows=rows)
         run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
-        jobs = train._dealt([job], [Load(cell.folder, "net", 1) for cell, _ in rows], groups)
-        assert [len(j.rows) for (j,) in jobs] == [3] if groups == 1 else [2, 1]
-        train._fit(run, jobs)
+        shares = shared([job], groups)
+        assert [len(share) for share in shares] == ([3] if groups == 1 else [2, 1])
+        train._fit(run, [job], shares)
         whole.append([job.run.read(f"{cell.folder}/model.safetensors") for cell, _ in rows])
         assert not job.run.names("students/train*")
     assert whole[0] == whole[1] and len(set(whole[0])) == 3
     lost = (dataclasses.replace(row, seed=3, labels="nowhere"), facts)
     more = dataclasses.replace(job, rows=(lost, (dataclasses.replace(row, seed=4), facts)))
     with pytest.raises(ValueError, match="nowhere"):
-        train._fit(run, train._dealt([more], [Load(cell.folder, "net", 1) for cell, _ in more.rows], 2))
+        train._fit(run, [more], shared([more], 2))
     assert Artifact(job.run / more.rows[1][0].folder, "train").manifest() is not None
+
+
+def test_a_slow_group_holds_up_no_student_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first group, on a node as slow as can be, trains one of the three that were dealt to it."""
+    made = small_job(tmp_path / "run", "cluster.trainer.num_cpus=0.5")
+    (row, facts) = made.rows[0]
+    cells = [dataclasses.replace(row, seed=seed) for seed in range(4)]
+    job = dataclasses.replace(made, rows=tuple((cell, facts) for cell in cells))
+    networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
+    run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
+    monkeypatch.setattr(train, "train_loop", _first_group_waits)
+    train._fit(run, [job], [[Dealt(0, i) for i in range(3)], [Dealt(0, 3)]])
+    done = [Path(job.run.path(f"{cell.folder}/manifest.json")).stat().st_mtime for cell in cells]
+    assert max(done) == done[0] and done[2] < done[1]  # from the end: neighbours stay together
+
+
+def _first_group_waits(settings: dict[str, Any]) -> None:
+    """The first group's workers wait with their first student until all others are there."""
+    run, of_group = settings["jobs"][0].run, settings["jobs"][0].group
+    others = [run.path(f"{cell.folder}/manifest.json") for cell, _ in settings["jobs"][0].rows[1:]]
+    train_row = train_worker.Trainer.row
+
+    def row(self: train_worker.Trainer, number: int, resume: Any) -> None:
+        while of_group == 0 and not all(os.path.exists(other) for other in others):
+            time.sleep(0.1)
+        train_row(self, number, resume)
+
+    train_worker.Trainer.row = row  # type: ignore[method-assign]  # in the worker's own process
+    try:
+        train_worker.train_loop(settings)
+    finally:
+        train_worker.Trainer.row = train_row  # type: ignore[method-assign]
 
 
 def test_bounds_of_ray_trains_own_elasticity(tmp_path: Path) -> None:
@@ -94,7 +132,7 @@ def test_bounds_of_ray_trains_own_elasticity(tmp_path: Path) -> None:
     job = small_job(tmp_path / "run", *keys)
     networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
     run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
-    train._fit(run, [[job]])
+    train._fit(run, [job], shared([job], 1))
     assert Artifact(job.run / job.rows[0][0].folder, "train").require()["epochs"] == EPOCHS
 
 
@@ -113,7 +151,7 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     networks = Networks("prior", (1,), 8, None, 2, "teacher", "net", None, 2, 6, {})
     run = Run(job.config, job.run, Data(job.run, (), (), ()), networks, Events(job.run))
     monkeypatch.setattr(train, "train_loop", _dies_once)
-    train._fit(run, [[job]])
+    train._fit(run, [job], shared([job], 1))
     assert Artifact(job.run / job.rows[0][0].folder, "train").manifest() is not None
     assert "1 of 1 students" in capsys.readouterr().err
     assert b"worker lost" in job.run.read("events.jsonl") and not (job.run / "students").exists("train")
@@ -123,6 +161,6 @@ def test_a_death_is_survived_and_an_error_of_the_users_comes_out_in_its_words_on
     again = dataclasses.replace(job, rows=((dataclasses.replace(row, seed=1), facts),))
     deaths = job.run.read("events.jsonl").count(b"worker lost")
     with pytest.raises(ValueError, match=r"^\S*labels-000001\.parquet is missing, with the labels of epochs 2 to 3"):
-        train._fit(run, [[again]])
+        train._fit(run, [again], shared([again], 1))
     assert job.run.read("events.jsonl").count(b"worker lost") == deaths  # it was not tried again
     assert "0 of 1 students" in capsys.readouterr().err  # nothing was trained, and nothing else is said
