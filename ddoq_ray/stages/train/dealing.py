@@ -74,11 +74,16 @@ class Dealer:
 
 
 class SharedDealer:
-    """A `Dealer` that several groups ask: an actor on the driver's own node, which is lost with the run alone."""
+    """A `Dealer` that several groups ask: an actor on the driver's own node, which is lost with the run alone.
+
+    Killed, it starts again with all students: those that are published are skipped, and at worst one that is at work is
+    trained twice, to the same bytes.
+    """
 
     def __init__(self, shares: Sequence[Sequence[Dealt]]) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor: Any = ray.remote(Dealer).options(num_cpus=0, scheduling_strategy=here).remote(shares)
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        self._actor: Any = ray.remote(Dealer).options(num_cpus=0, scheduling_strategy=here, **lasting).remote(shares)
 
     def begin(self, group: int, identity: str | None) -> None:
         """See `Dealing`."""

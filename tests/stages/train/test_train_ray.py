@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.cloudpickle
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -21,7 +22,7 @@ from ddoq_ray.execution.workers import Events
 from ddoq_ray.stages.train import step as train
 from ddoq_ray.stages.train import worker as train_worker
 from ddoq_ray.stages.train.ahead import Load
-from ddoq_ray.stages.train.dealing import Dealer, Dealt
+from ddoq_ray.stages.train.dealing import Dealer, Dealt, SharedDealer
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.prepared import Data
@@ -106,6 +107,13 @@ def test_a_slow_group_holds_up_no_student_but_its_own(tmp_path: Path, monkeypatc
     train._fit(run, [job], [[Dealt(0, i) for i in range(3)], [Dealt(0, 3)]])
     done = [Path(job.run.path(f"{cell.folder}/manifest.json")).stat().st_mtime for cell in cells]
     assert max(done) == done[0] and done[2] < done[1]  # from the end: neighbours stay together
+
+
+def test_a_dealer_that_is_killed_deals_again() -> None:
+    dealer = SharedDealer([[Dealt(0, 0), Dealt(0, 1)], [Dealt(0, 2)]])
+    assert dealer.next(0) == Dealt(0, 0)
+    ray.kill(dealer._actor, no_restart=False)
+    assert [dealer.next(group) for group in (0, 1, 1, 0)] == [Dealt(0, 0), Dealt(0, 2), Dealt(0, 1), None]
 
 
 def _first_group_waits(settings: dict[str, Any]) -> None:
