@@ -159,15 +159,15 @@ class StudentTraining:
     def step(self, parts: list[Part], looks: Iterator[Views], targets: Targets) -> Tensor:
         """One step of the optimizer on a batch; this rank's part of its loss."""
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.weights.device)
+        losses = []
         for part in parts:
             # The ranks' gradients are averaged once a step, with those of the last pass.
             with contextlib.nullcontext() if part is parts[-1] else self._gathering():
                 loss = self._loss(part, next(looks), targets)
                 loss.backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         self.optimizer.step()
-        return total
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def loss(self, batch: Int64, targets: Targets) -> Tensor:
         """This rank's part of the loss of a batch; its mean over the ranks is the mean over the batch.
@@ -214,7 +214,8 @@ class StudentTraining:
         else:
             temperature, direction = self.protocol.temperature, self.protocol.direction
             loss = weighted_kl(logits, answers, weights, temperature, direction=direction)
-        return loss * (len(part.index) * self.ranks.world / part.of)
+        share = len(part.index) * self.ranks.world / part.of
+        return loss if share == 1 else loss * share  # a product forth and back is a hundredth of a small student's step
 
     def _weights(self, views: Views) -> Tensor:
         """float32 [b]: those of the images, or of both images in a view by their shares."""
