@@ -21,7 +21,7 @@ class QuantizerConfig:
         0.0, "quantize latents noised to this level, as the paper does; 0 = clean, else equal to synthesizer.strength"
     )
     shrink: bool = option(
-        False, "draw each centroid to the class mean by what its cell's size says of its noise: nearer to unseen images"
+        False, "draw centroids to their neighbours' mean by what their cells' sizes say of noise: for unseen images"
     )
     pool: int = option(
         1, "measure distances on latents averaged over squares of this side; centroids are means of the whole latents"

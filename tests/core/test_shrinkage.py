@@ -7,7 +7,7 @@ import pytest
 
 from ddoq_ray.core.distortion import assign, distortion
 from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.core.shrinkage import LEAST_REAL, shrunk, shrunk_means
+from ddoq_ray.core.shrinkage import LEAST_REAL, OF_GROUPS, shrunk, shrunk_means
 
 
 def drawn(n: int, dim: int, seed: int) -> np.ndarray:
@@ -19,22 +19,49 @@ def drawn(n: int, dim: int, seed: int) -> np.ndarray:
 
 
 def test_known_values() -> None:
-    """By hand: means -2 and 2 of 3 and 1 members about 0.5 on average, total (3 + 1) * 4 / 3."""
+    """By hand: centroids -1 and 3 of 3 and 1 members; variance about them 4 / 2, and 16 / 3 about their mean."""
     c, m = np.array([[-1.0], [3.0]]), np.array([3, 1])
     mean, between = 0.0, 3.0  # (3 * 1 + 1 * 9) / 4
-    total = (between + 1.0) * 4 / 3
-    tau = max((4 * between - total) / (4 - 10 / 4), LEAST_REAL * between)
-    expected = [mean + tau / (tau + total / 3) * -1.0, mean + tau / (tau + total) * 3.0]
+    noise = (2 * 4 / 2 + 4 * OF_GROUPS * 16 / 3) / (2 + 4 * OF_GROUPS)
+    tau = max((4 * between - noise) / (4 - 10 / 4), LEAST_REAL * between)
+    expected = [mean + tau / (tau + noise / 3) * -1.0, mean + tau / (tau + noise) * 3.0]
     np.testing.assert_allclose(shrunk(c, m, 1.0)[:, 0], expected, rtol=1e-6)
 
 
-def test_where_all_is_noise_the_least_part_is_kept() -> None:
-    """K = N: every member is its own centroid; none becomes the mean, none falls on another."""
-    x = drawn(40, 60, 0)
-    made = shrunk(x, np.ones(40, int), 0.0)
-    factors = (made - x.mean(0)) / (x - x.mean(0))
-    share = LEAST_REAL / (LEAST_REAL + 40 / 39)
-    np.testing.assert_allclose(factors, share, rtol=1e-3)
+def test_two_levels_by_hand() -> None:
+    """Two groups of three, far apart: each centroid goes to its group's mean, and the groups' means to each other."""
+    c = np.array([[0.0], [1.0], [2.0], [100.0], [102.0], [107.0]])
+    m, distortion = np.array([1, 4, 2, 3, 5, 1]), 0.5
+    n, groups = m.sum(), (slice(0, 3), slice(3, 6))
+    means = np.array([m[g] @ c[g, 0] / m[g].sum() for g in groups])
+    sizes = np.array([m[g].sum() for g in groups])
+    spread = [m[g] @ (c[g, 0] - mean) ** 2 for g, mean in zip(groups, means, strict=True)]
+    w, within = OF_GROUPS * n, n * distortion
+    noise = (within + w * (within + sum(spread)) / (n - 2)) / (n - 6 + w)
+
+    def factor(among: float, count: int, members: np.ndarray, noise: float) -> np.ndarray:
+        real = (among - (count - 1) * noise) / (members.sum() - (members**2).sum() / members.sum())
+        real = max(real, LEAST_REAL * among / members.sum())
+        return real / (real + noise / members)
+
+    middle = sizes @ means / n
+    among = sizes @ (means - middle) ** 2
+    within += sum(spread)
+    of_groups = (within + w * (within + among) / (n - 1)) / (n - 2 + w)
+    moved = middle + factor(among, 2, sizes, of_groups) * (means - middle)
+    expected = [
+        to + factor(s, 3, m[g], noise) * (c[g, 0] - mean)
+        for g, mean, to, s in zip(groups, means, moved, spread, strict=True)
+    ]
+    np.testing.assert_allclose(shrunk(c, m, distortion)[:, 0], np.concatenate(expected), rtol=1e-6)
+
+
+def test_where_every_member_is_a_centroid_none_falls_on_another() -> None:
+    """K = N: all of the spread may be noise, and at least `LEAST_REAL` of it is kept on each level."""
+    fit, rest = drawn(120, 60, 0), drawn(2000, 60, 4)
+    made = shrunk(fit, np.ones(120, int), 0.0)
+    assert len(np.unique(made, axis=0)) == 120
+    assert distortion(rest, made) < 0.8 * distortion(rest, fit)
 
 
 @pytest.mark.parametrize("k", [2, 7, 30])
@@ -43,17 +70,27 @@ def test_it_moves_and_scales_with_the_latents(k: int) -> None:
     moved = shrunk(3 * c + 5, m, 9 * 2.5)
     np.testing.assert_allclose(moved, 3 * shrunk(c, m, 2.5) + 5, atol=2e-4)
     permuted = np.random.default_rng(0).permutation(len(c))
-    np.testing.assert_array_equal(shrunk(c[permuted], m[permuted], 2.5), shrunk(c, m, 2.5)[permuted])
+    np.testing.assert_allclose(shrunk(c[permuted], m[permuted], 2.5), shrunk(c, m, 2.5)[permuted], atol=1e-6)
 
 
 def test_small_cells_are_drawn_further_and_large_ones_hardly() -> None:
-    c, m = gram_kmeans(drawn(300, 200, 2), 60, seed=0, class_id=0)
-    x = drawn(300, 200, 2)
+    c, x = drawn(4, 200, 2), drawn(300, 200, 2)
+    m = np.array([1, 5, 40, 254])  # so few centroids are one group
     mean = m @ c / m.sum()
     factor = np.linalg.norm(shrunk(c, m, distortion(x, c)) - mean, axis=1) / np.linalg.norm(c - mean, axis=1)
-    assert (np.diff(factor[np.argsort(m, kind="stable")]) > -1e-6).all() and 0 < factor.min() < factor.max() < 1
-    many = shrunk(c, m * 10**9, distortion(x, c))
-    np.testing.assert_allclose(many, c, atol=1e-5)
+    assert (np.diff(factor) > 0).all() and 0 < factor.min() < factor.max() < 1
+    c, m = gram_kmeans(x, 60, seed=0, class_id=0)
+    np.testing.assert_allclose(shrunk(c, m * 10**9, distortion(x, c)), c, atol=1e-5)
+
+
+def test_clusters_that_stand_apart_are_not_drawn_together() -> None:
+    """Towards their common mean alone, cells of few members would leave their clusters."""
+    rng = np.random.default_rng(7)
+    middles = 5 * rng.normal(size=(15, 100))
+    fit, rest = ((middles[rng.integers(0, 15, n)] + rng.normal(size=(n, 100))).astype(np.float32) for n in (300, 3000))
+    for k in (15, 60, 150):
+        c, m = gram_kmeans(fit, k, seed=0, class_id=0)
+        assert distortion(rest, shrunk_means(fit, c, m)) <= (1.015 if k == 15 else 0.96) * distortion(rest, c)
 
 
 def test_one_centroid_and_equal_ones_stay() -> None:
