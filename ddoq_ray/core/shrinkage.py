@@ -65,11 +65,20 @@ def shrunk(
         raise ValueError(f"expected centroids [K, D] and counts [K] of 1 or more, got {x.shape} and {counts}")
     if not (np.isfinite(distortion) and distortion >= 0):
         raise ValueError(f"expected a distortion of 0 or more, got {distortion}")
-    n = float(m.sum())
-    mean = (m @ x / n).astype(x.dtype)
+    mean = (m @ x / m.sum()).astype(x.dtype)
     own = x - mean
-    gram = (own @ own.T).astype(np.float64)
-    # Every node is a weighted mean of centroids: D is met in the first product and in the last one alone.
+    made: npt.NDArray[np.float32] = (_posterior(own @ own.T, m, distortion).astype(x.dtype) @ own + mean).astype(
+        np.float32
+    )
+    return made
+
+
+def _posterior(products: npt.NDArray[np.floating], m: Float64, distortion: float) -> Float64:
+    """[K, K]: the shrunk centroids as weighted means of the centroids, of which the inner products [K, K] are given.
+
+    Every node is such a mean: D is met in the products and where these weights are used, and nowhere else.
+    """
+    gram, n = products.astype(np.float64), float(m.sum())
     nodes: Float64 = np.eye(len(m))  # [P, K]
     scatter = n * distortion  # about the nodes of the level, of all latents
     kept: list[tuple[Int64, Float64]] = []
@@ -85,8 +94,7 @@ def shrunk(
         nodes, m = means, members
     for group, deviations in reversed(kept):
         nodes = nodes[group] + deviations
-    made: npt.NDArray[np.float32] = (nodes.astype(x.dtype) @ own + mean).astype(np.float32)
-    return made
+    return nodes
 
 
 def _levels(gram: Float64) -> list[Int64]:
