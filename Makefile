@@ -20,7 +20,7 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 
 # Beside each other: what starts Ray or Python processes waits for them much of its time, and what starts neither does not.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not assets'
-test: $(VENV)/.installed  ## the default suite: some 20 minutes on the two threads of one core
+test: $(VENV)/.installed  ## the default suite: 12 minutes on two cores, some 20 on the two threads of one
 	@$(MAKE) --no-print-directory -k -j2 test-processes test-rest
 test-processes: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'processes and not slow and not assets'
