@@ -164,11 +164,12 @@ def test_where_images_are_kept_changes_no_bit(teacher: Classifier, tmp_path: Pat
 
 @pytest.mark.parametrize("options", [{}, {"cutmix": False}, {"cutmix": False, "mixup": 0.5}])
 @pytest.mark.parametrize("small", [1, 12 * 192, 25 * 192, 2**20], ids=["a batch", "3 batches", "2 epochs", "many"])
+@pytest.mark.parametrize("ranks", [1, 4], ids=["whole epochs", "a share"])
 def test_views_are_of_their_epoch_however_many_are_rendered_at_once(
-    monkeypatch: pytest.MonkeyPatch, small: int, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, small: int, options: dict[str, Any], ranks: int
 ) -> None:
     monkeypatch.setattr(images_module, "_SMALL", small)
-    spec, resident = dataclasses.replace(view_spec(PROTOCOL, 8), **options), Resident(IMAGES)
+    spec, resident = dataclasses.replace(view_spec(PROTOCOL, 8), **options), Resident(IMAGES, ranks)
     for epoch in (0, 1, 2, 9, 3):
         order = np.random.default_rng(epoch).permutation(N)
         found = list(resident.views(np.array_split(order, 3), spec, 5, epoch))

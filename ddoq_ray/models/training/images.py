@@ -77,10 +77,13 @@ class _Epochs:
 
 
 class Resident:
-    """Images uint8 [N, 3, H, W] on the device that trains."""
+    """Images uint8 [N, 3, H, W] on the device that trains.
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
+    Of more than two `ranks`, none renders a whole epoch for its share, unless that is tiny.
+    """
+
+    def __init__(self, images: Tensor, ranks: int = 1) -> None:
+        self.images, self.ranks = images, ranks
         self._ready: _Epochs | None = None
 
     @property
@@ -92,7 +95,7 @@ class Resident:
 
     def views(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int) -> Iterator[Views]:
         most = _SMALL // (3 * spec.size**2)
-        if len(self) * 3 * spec.size**2 <= _WHOLE:
+        if len(self) * 3 * spec.size**2 <= (_WHOLE if self.ranks <= 2 else _SMALL // 2):
             yield from self._of_ready(batches, spec, seed, epoch, max(1, most // len(self)))
             return
         params_of = epoch_params(spec, seed, epoch, self.images.shape)

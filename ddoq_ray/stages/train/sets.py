@@ -172,5 +172,5 @@ class Sets:
 
         device, rows = torch.device(self.ranks.device), found.rows
         if isinstance(rows, MemoryRows) and (where == "device" or device.type == "cpu"):
-            return Resident(torch.from_numpy(rows.array).to(device))
+            return Resident(torch.from_numpy(rows.array).to(device), self.ranks.world)
         return Gathered(rows, device)

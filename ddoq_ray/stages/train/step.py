@@ -232,7 +232,7 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
             watcher.join()
             look()
     # Its checkpoints are of rows that are published now; the next run's would stand beside them.
-    for group in groups:
+    for group in range(len(shares)):  # a run that was cut off may have had more groups at work
         (students / _own_folder(group)).remove()
 
 
