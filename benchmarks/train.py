@@ -39,7 +39,7 @@ from ddoq_ray.models.training.student import StoredTargets, StudentTraining, bui
 
 FEATURES = 512  # of the teacher, as ResNet-18's
 PROTOCOL = ProtocolConfig(temperature=20.0, min_scale=0.08, flip=True, lr=1e-3)
-COLUMNS = ["student", "size", "batch", "images", "precision", "kept", "steps_per_s", "resident_steps_per_s",
+COLUMNS = ["student", "size", "batch", "images", "students", "precision", "kept", "steps_per_s", "resident_steps_per_s",
            "ratio_to_resident", "cpu_ratio"]  # fmt: skip
 
 
@@ -53,7 +53,8 @@ class Case:
         images, classes, batch: How many.
         precision: Of the forward and backward pass.
         kept: device, host or file.
-        epochs: Of a turn, times those that are asked for; of a small set as many as are rendered at once, and more.
+        epochs: Of a student, times those that are asked for; of a small set as many as are rendered at once, and more.
+        students: Of a turn, which see the same views one after another, as those of all seeds do.
     """
 
     arch: str
@@ -65,11 +66,14 @@ class Case:
     precision: str = "float32"
     kept: str = "device"
     epochs: int = 1
+    students: int = 1
 
 
 SMALL = (
     Case("convnet3-w8", 16, 16, 50, 10, 50, epochs=270),  # the main job's
+    Case("convnet3-w8", 16, 16, 50, 10, 50, epochs=54, students=10),
     Case("convnet3-w8", 16, 16, 1000, 10, 50),
+    Case("convnet3-w8", 16, 16, 1000, 10, 50, epochs=2, students=10),
     Case("convnet3-w32", 16, 16, 1000, 10, 50),
     Case("convnet3", 32, 32, 1000, 10, 100),
     Case("convnet3", 32, 32, 1000, 10, 100, kept="file"),
@@ -149,17 +153,22 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         made = training_of(case, keep(case, folder, device), device)
         targets = stored_labels(case, device)
-        steps = epochs * case.epochs * whole // case.batch
+        steps = case.students * epochs * case.epochs * whole // case.batch
         resident = resident_steps(made, case, device)
 
         def real(count: int) -> None:
-            for _ in range(count * case.batch // whole):
+            begun = made.epoch
+            for number in range(count * case.batch // whole):
+                if number % (epochs * case.epochs) == 0:  # the next student sees what the first one saw
+                    made.epoch = begun
                 made.train_epoch(1e-3, targets)
 
         rates: dict[str, list[float]] = {"steps_per_s": [], "resident_steps_per_s": []}
         spent: dict[str, list[float]] = {name: [] for name in rates}
         for turn in range(turns + 1):
             for name, run in (("steps_per_s", real), ("resident_steps_per_s", resident)):
+                if isinstance(made.images, Resident):
+                    made.images = Resident(made.images.images)  # of which no student has seen a view
                 start, begun = time.perf_counter(), time.process_time()
                 run(steps)
                 if device.type == "cuda":
@@ -171,7 +180,7 @@ def measure(case: Case, device: torch.device, turns: int, epochs: int) -> dict[s
     paired = [real / still for real, still in zip(*rates.values(), strict=True)]
     cpu = [still / real for real, still in zip(*spent.values(), strict=True)]
     return {
-        "student": case.arch, "size": case.size, "batch": case.batch, "images": case.images,
+        "student": case.arch, "size": case.size, "batch": case.batch, "images": case.images, "students": case.students,
         "precision": case.precision, "kept": case.kept,
         **found, "ratio_to_resident": statistics.median(paired), "cpu_ratio": statistics.median(cpu),
         "device": device.type, "turns": turns, "steps_a_turn": steps, "threads": torch.get_num_threads(),

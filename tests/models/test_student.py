@@ -18,7 +18,7 @@ from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.losses import image_weights
 from ddoq_ray.core.rng import philox
 from ddoq_ray.core.views.params import epoch_orders
-from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.core.views.render import batch_views, render_epochs
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import view_spec
@@ -179,6 +179,27 @@ def test_views_are_of_their_epoch_however_many_are_rendered_at_once(
             np.testing.assert_array_equal(np.concatenate([getattr(v, name) for v in found]), expected)
     other = next(iter(resident.views([np.arange(N)], spec, 6, 3)))
     assert not torch.equal(other.pixels, batch_views(IMAGES, np.arange(N), spec, 5, 3)[0])
+
+
+@pytest.mark.parametrize(("room", "renders"), [(0, 12), (1, 10), (2, 8), (3, 4)])
+def test_views_wait_for_the_next_student_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, room: int, renders: int
+) -> None:
+    """Three students see four epochs; `room` of them may be kept beside the last one that was rendered."""
+    monkeypatch.setattr(images_module, "_SMALL", 1)
+    monkeypatch.setattr(images_module, "_KEPT", room * N * 192)
+    spec, resident, rendered = view_spec(PROTOCOL, 8), Resident(IMAGES), []
+
+    def counted(*given: Any) -> torch.Tensor:
+        rendered.append(render_epochs(*given))
+        return rendered[-1]
+
+    monkeypatch.setattr(images_module, "render_epochs", counted)
+    for _ in range(3):
+        for epoch in range(4):
+            (found,) = resident.views([np.arange(N)], spec, 5, epoch)
+            assert torch.equal(found.pixels, batch_views(IMAGES, np.arange(N), spec, 5, epoch)[0])
+    assert len(rendered) == renders
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])

@@ -28,6 +28,7 @@ ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
 _AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
 _SMALL = 2**20  # values of the views that are rendered in one call, where batches or whole epochs are smaller
 _WHOLE = 2**24  # values of the views of an epoch, up to which they are rendered together: 64 MB
+_KEPT = 2**24  # values of the views of first epochs that wait for the next student of the set: 64 MB
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,12 @@ class _Epochs:
     """Views of a whole set at epochs that follow each other.
 
     Attributes:
-        of: What views look like, and their seed.
-        epochs: E of them.
+        first: The first of E epochs.
         pixels: float32 [E * N, 3, S, S], epoch after epoch.
         params: Of these.
     """
 
-    of: tuple[ViewSpec, int]
-    epochs: range
+    first: int
     pixels: Tensor
     params: ViewParams
 
@@ -79,12 +78,13 @@ class _Epochs:
 class Resident:
     """Images uint8 [N, 3, H, W] on the device that trains.
 
-    Of more than two `ranks`, none renders a whole epoch for its share, unless that is tiny.
+    Of more than two `ranks`, none renders a whole epoch for its share, unless that is tiny. All students of a set see
+    the same views, so those of its first epochs are kept for the next student, as many as 64 MB hold.
     """
 
     def __init__(self, images: Tensor, ranks: int = 1) -> None:
         self.images, self.ranks = images, ranks
-        self._ready: _Epochs | None = None
+        self._ready: dict[tuple[ViewSpec, int, int], _Epochs] = {}  # the last one may be beyond what is kept
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,12 +110,16 @@ class Resident:
 
     def _of_ready(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int, ahead: int) -> Iterator[Views]:
         """Views of a set that is so small that epochs of it, `ahead` of them, are rendered in one call."""
-        ready = self._ready
-        if ready is None or ready.of != (spec, seed) or epoch not in ready.epochs:
-            self._ready = ready = self._rendered(spec, seed, range(epoch, epoch + ahead))
-        first = (epoch - ready.epochs.start) * len(self)
+        key = (spec, seed, epoch // ahead)
+        ready = self._ready.get(key)
+        if ready is None:
+            if sum(held.pixels.numel() for held in self._ready.values()) > _KEPT:
+                self._ready.popitem()
+            first = epoch // ahead * ahead
+            self._ready[key] = ready = self._rendered(spec, seed, range(first, first + ahead))
+        start = (epoch - ready.first) * len(self)
         for part in batches:
-            rows = first + part
+            rows = start + part
             pixels = ready.pixels.index_select(0, on_device(rows, ready.pixels.device))
             yield Views(pixels, part, ready.params.partner[rows], ready.params.lam[rows])
 
@@ -123,7 +127,7 @@ class Resident:
         count, _, height, width = self.images.shape
         index, epoch = np.tile(np.arange(count), len(epochs)), np.arange(epochs.start, epochs.stop).repeat(count)
         params = view_params(spec, seed, epoch, index, (count, height, width))
-        return _Epochs((spec, seed), epochs, render_epochs(self.images, spec.size, params), params)
+        return _Epochs(epochs.start, render_epochs(self.images, spec.size, params), params)
 
 
 def _grouped(batches: Iterable[Int64], rows: int) -> Iterator[list[Int64]]:
