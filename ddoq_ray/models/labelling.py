@@ -5,20 +5,19 @@ Shape suffixes: N images of a set, n of them, B inner batch, C outputs, H W stor
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ddoq_ray.core.label_cost import relative_kl
 from ddoq_ray.core.labels import codec_sizes, make_codec
-from ddoq_ray.core.views.params import Int64, ViewSpec, view_params
-from ddoq_ray.core.views.render import batch_views, render
+from ddoq_ray.core.views.params import Int64, ViewSpec
+from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.ensemble import Teacher, feature_dim
 from ddoq_ray.models.ensemble import for_teacher as for_teacher
 from ddoq_ray.models.protocol_views import view_spec as view_spec
+from ddoq_ray.models.training.images import Resident
 
 
 class Labeller:
@@ -40,6 +39,7 @@ class Labeller:
         """
         self.teacher, self.spec, self.seed, self.batch = teacher, spec, seed, batch
         self.codec = make_codec(codec, teacher.num_classes, feature_dim(teacher))
+        self._looks: Resident | None = None
 
     def labels(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
         """Labels of the views of some images at an epoch, and what those views are.
@@ -56,7 +56,12 @@ class Labeller:
             ValueError: An answer is not finite, or does not fit the codec.
         """
         parts = (index[first : first + self.batch] for first in range(0, len(index), self.batch))
-        rows, params = zip(*(self._inner(images, part, epoch) for part in parts), strict=True)
+        rows, params = [], []
+        with torch.inference_mode():
+            for views in self._views(images, len(index)).views(parts, self.spec, self.seed, epoch):
+                pixels = for_teacher(views.pixels, self.teacher.image_size)
+                rows.append(self.codec.encode(self._answers(pixels, self.codec.packs_features)))
+                params.append(views.params.packed())
         return np.concatenate(rows), b"".join(params)
 
     def codec_costs(self, images: torch.Tensor, index: Int64, temperature: float) -> dict[str, dict[str, float]]:
@@ -81,13 +86,15 @@ class Labeller:
                 costs[name] = {"nbytes": nbytes, "kl": kl, "relative": relative}
         return costs
 
-    def _inner(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
-        stored = (images.shape[0], images.shape[2], images.shape[3])
-        params_of = partial(view_params, self.spec, self.seed, epoch, stored=stored)
-        params = params_of(index)
-        with torch.inference_mode():
-            pixels = for_teacher(render(images, index, self.spec.size, params, params_of), self.teacher.image_size)
-            return self.codec.encode(self._answers(pixels, self.codec.packs_features)), params.packed()
+    def _views(self, images: torch.Tensor, some: int) -> Resident:
+        """What a student that trains on the images sees; of a small set, several epochs are rendered at once.
+
+        `some` of them are labelled here, and the rest by others: nobody renders a large epoch for a small part of it.
+        """
+        shares = max(1, len(images) // some)
+        if self._looks is None or self._looks.images is not images or self._looks.ranks != shares:
+            self._looks = Resident(images, shares, room=0)
+        return self._looks
 
     def _answers(self, pixels: torch.Tensor, features: bool) -> torch.Tensor:
         """Penultimate features, where they are wanted and there are any, or logits."""

@@ -35,6 +35,22 @@ def test_labels_are_the_teachers_on_the_views_of_each_image(teacher: Classifier,
     assert packed.dtype == np.uint8 and len(packed) == len(index)
 
 
+@pytest.mark.parametrize("some", [9, 4, 2], ids=["whole epochs", "half", "a small share"])
+def test_labels_are_the_same_bytes_however_views_are_rendered(teacher: Classifier, some: int) -> None:
+    labeller, codec = Labeller(teacher, "logits", SPEC, seed=3, batch=4), make_codec("logits", 5, None)
+    for epoch in (0, 1, 11, 2):
+        for first in range(0, len(IMAGES), some):
+            index, answers, drawn = np.arange(len(IMAGES))[first : first + some], [], []
+            for part in (index[:4], index[4:8], index[8:]):
+                with torch.inference_mode():
+                    pixels, _, _ = batch_views(IMAGES, part, SPEC, 3, epoch)
+                    answers += [codec.encode(teacher(for_teacher(pixels, 24)))] if len(part) else []
+                drawn.append(view_params(SPEC, 3, epoch, part, (9, 20, 20)).packed())
+            packed, views = labeller.labels(IMAGES, index, epoch)
+            np.testing.assert_array_equal(packed, np.concatenate(answers))
+            assert views == b"".join(drawn)
+
+
 def test_an_answer_that_is_not_a_number_is_refused(teacher: Classifier) -> None:
     broken = build_classifier("convnet3-w8", 5, 16).eval()
     broken.head.bias.data[2] = float("nan")

@@ -17,7 +17,7 @@ from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.losses import image_weights
 from ddoq_ray.core.rng import philox
-from ddoq_ray.core.views.params import epoch_orders
+from ddoq_ray.core.views.params import epoch_orders, view_params
 from ddoq_ray.core.views.render import batch_views, render_epochs
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
 from ddoq_ray.models.classifiers import Classifier, build_classifier
@@ -187,8 +187,7 @@ def test_views_wait_for_the_next_student_while_there_is_room(
 ) -> None:
     """Three students see four epochs; `room` of them may be kept beside the last one that was rendered."""
     monkeypatch.setattr(images_module, "_SMALL", 1)
-    monkeypatch.setattr(images_module, "_KEPT", room * N * 192)
-    spec, resident, rendered = view_spec(PROTOCOL, 8), Resident(IMAGES), []
+    spec, resident, rendered = view_spec(PROTOCOL, 8), Resident(IMAGES, room=room * N * 192), []
 
     def counted(*given: Any) -> torch.Tensor:
         rendered.append(render_epochs(*given))
@@ -259,7 +258,9 @@ def test_averaged_weights_are_scored_and_trained_ones_are_trained(teacher: Class
 
 def test_hard_labels_are_shared_by_area_and_weights_too() -> None:
     pixels = torch.zeros(3, 3, 8, 8)
-    views = Views(pixels, np.array([0, 1, 2]), np.array([1, -1, 0]), np.array([0.75, 1.0, 0.5]))
+    drawn = view_params(view_spec(PROTOCOL, 8), 5, 0, np.arange(3), (3, 12, 12))
+    drawn = dataclasses.replace(drawn, partner=np.array([1, -1, 0]), lam=np.array([0.75, 1.0, 0.5]))
+    views = Views(pixels, np.array([0, 1, 2]), drawn, slice(None))
     targets = HardTargets(torch.tensor([2, 0, 2]), 3)
     assert targets(views).tolist() == [[0.25, 0, 0.75], [1, 0, 0], [0, 0, 1]]
     weights = torch.tensor([1.0, 3.0, 5.0])

@@ -28,7 +28,7 @@ ParamsOf = Callable[[Int64], ViewParams]  # of images int64 [b], at one epoch
 _AT_ONCE = 131_072  # images whose parameters are drawn for a whole epoch: some 13 MB
 _SMALL = 2**20  # values of the views that are rendered in one call, where batches or whole epochs are smaller
 _WHOLE = 2**24  # values of the views of an epoch, up to which they are rendered together: 64 MB
-_KEPT = 2**24  # values of the views of first epochs that wait for the next student of the set: 64 MB
+ROOM = 2**24  # values of the views of first epochs that wait for the next student of the set: 64 MB
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,30 @@ class Views:
     Attributes:
         pixels: float32 [b, 3, S, S] in [0, 1], on the device.
         index: int64 [b], the images.
-        partner: int64 [b], whose view is mixed in; -1 = none.
-        kept: float64 [b], the share of each view that its own image keeps.
+        drawn: Parameters, of these views and maybe of others that were drawn with them.
+        rows: Which of `drawn` are of these views, b of them: taking all of them each time would cost a small student
+            as much as its labels.
     """
 
     pixels: Tensor
     index: Int64
-    partner: Int64
-    kept: Float64
+    drawn: ViewParams
+    rows: Int64 | slice
+
+    @property
+    def params(self) -> ViewParams:
+        """What was drawn for these views."""
+        return self.drawn.take(self.rows)
+
+    @property
+    def partner(self) -> Int64:
+        """int64 [b], whose view is mixed in; -1 = none."""
+        return self.drawn.partner[self.rows]
+
+    @property
+    def kept(self) -> Float64:
+        """float64 [b], the share of each view that its own image keeps."""
+        return self.drawn.lam[self.rows]
 
 
 class Images(Protocol):
@@ -79,11 +95,11 @@ class Resident:
     """Images uint8 [N, 3, H, W] on the device that trains.
 
     Of more than two `ranks`, none renders a whole epoch for its share, unless that is tiny. All students of a set see
-    the same views, so those of its first epochs are kept for the next student, as many as 64 MB hold.
+    the same views, so those of its first epochs are kept for the next student, as many as `room` values hold.
     """
 
-    def __init__(self, images: Tensor, ranks: int = 1) -> None:
-        self.images, self.ranks = images, ranks
+    def __init__(self, images: Tensor, ranks: int = 1, *, room: int = ROOM) -> None:
+        self.images, self.ranks, self.room = images, ranks, room
         self._ready: dict[tuple[ViewSpec, int, int], _Epochs] = {}  # the last one may be beyond what is kept
 
     @property
@@ -106,14 +122,14 @@ class Resident:
             ends = np.cumsum([len(part) for part in group])
             for part, end in zip(group, ends, strict=True):
                 rows = slice(end - len(part), end)
-                yield Views(pixels[rows], part, params.partner[rows], params.lam[rows])
+                yield Views(pixels[rows], part, params, rows)
 
     def _of_ready(self, batches: Iterable[Int64], spec: ViewSpec, seed: int, epoch: int, ahead: int) -> Iterator[Views]:
         """Views of a set that is so small that epochs of it, `ahead` of them, are rendered in one call."""
         key = (spec, seed, epoch // ahead)
         ready = self._ready.get(key)
         if ready is None:
-            if sum(held.pixels.numel() for held in self._ready.values()) > _KEPT:
+            if sum(held.pixels.numel() for held in self._ready.values()) > self.room:
                 self._ready.popitem()
             first = epoch // ahead * ahead
             self._ready[key] = ready = self._rendered(spec, seed, range(first, first + ahead))
@@ -121,7 +137,7 @@ class Resident:
         for part in batches:
             rows = start + part
             pixels = ready.pixels.index_select(0, on_device(rows, ready.pixels.device))
-            yield Views(pixels, part, ready.params.partner[rows], ready.params.lam[rows])
+            yield Views(pixels, part, ready.params, rows)
 
     def _rendered(self, spec: ViewSpec, seed: int, epochs: range) -> _Epochs:
         count, _, height, width = self.images.shape
@@ -228,4 +244,4 @@ def views_among(
     """
     here = replace(params, partner=np.where(params.partner >= 0, np.searchsorted(rows, params.partner), -1))
     views = render(pixels, np.searchsorted(rows, index), size, here, lambda local: params_of(rows[local]))
-    return Views(views, index, params.partner, params.lam)
+    return Views(views, index, params, slice(None))
