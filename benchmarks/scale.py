@@ -143,7 +143,7 @@ def measured(load: Load, scratch: str | None) -> dict[str, Any]:
             if load.stage == "encode":
                 encode.run(run, lambda shard: None)
             else:
-                synthesize.run(run, of_kind(synthesize.Synthesize, steps(run.config)))
+                synthesize.synthesize([(run, of_kind(synthesize.Synthesize, steps(run.config)))])
         cpu = time.process_time() - cpu
         over.set()
         workers = [units for _, units in worker_marks(marks) if units]

@@ -52,12 +52,12 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import Place
 
 AStep = TypeVar("AStep", bound=Step)
-SOURCES = (
-    synthesize.Synthesize,
-    recover.Recover,
-    select.Select,
-    given.Given,
-)  # of image sets, in the order in which they work
+OTHERS: dict[type[ImageSetStep], Callable[[Run, Any], None]] = {
+    recover.Recover: recover.run,
+    select.Select: select.run,
+    given.Given: given.run,
+}  # image sets that are not decoded from a codebook
+SOURCES = (synthesize.Synthesize, *OTHERS)  # of image sets, in the order in which they work
 CONFIG_CHECK = "# sha256 of the above: "
 
 
@@ -285,7 +285,15 @@ def _work(
     wanted = set(asked.stages)
     first, students = planned[0][0], [(run, of_kind(train.Train, steps)) for run, steps in planned]
     for run, steps in planned:
-        _distil(run, steps)
+        _codebooks(run, steps)
+    if "synthesize" in wanted:
+        with doing("synthesize"):
+            synthesize.synthesize([(run, of_kind(synthesize.Synthesize, steps)) for run, steps in planned])
+        for run, steps in planned:
+            for kind, make in OTHERS.items():
+                for step in of_kind(kind, steps):
+                    with doing(step.method.name):
+                        make(run, step)
     still_ours()
     if "label" in wanted:
         with doing("label"):
@@ -339,48 +347,36 @@ def _checked_teachers(planned: Sequence[tuple[Run, Sequence[Step]]]) -> dict[str
     return checked
 
 
-def _distil(run: Run, planned: Sequence[Step]) -> None:
-    """Real images to image sets: encode and quantize at the same time, then synthesize and select."""
-    wanted = set(run.config.stages)
-    if not [step for step in planned if step.stage in ("quantize", "synthesize")] and run.config.compared:
-        return  # all were made by an earlier part of the comparison
-    if wanted & {"encode", "quantize"}:
-        books = [quantize.Quantizers(run, step) for step in of_kind(quantize.Quantize, planned) if "quantize" in wanted]
-        # Quantizers pull the latent log while encoders still write it.
-        try:
-            for book in books:
-                book.plan()
-            check_memory([need for book in books for need in book.needs])
-            for book in books:
-                book.launch()
+def _codebooks(run: Run, planned: Sequence[Step]) -> None:
+    """Real images to codebooks: encode and quantize at the same time."""
+    wanted = {"encode", "quantize"} & set(run.config.stages)
+    by_another = run.config.compared and all(step.stage not in ("quantize", "synthesize") for step in planned)
+    if not wanted or by_another:  # the latter: by an earlier part of the comparison
+        return
+    books = [quantize.Quantizers(run, step) for step in of_kind(quantize.Quantize, planned) if "quantize" in wanted]
+    # Quantizers pull the latent log while encoders still write it.
+    try:
+        for book in books:
+            book.plan()
+        check_memory([need for book in books for need in book.needs])
+        for book in books:
+            book.launch()
 
-            def on_shard(shard: int) -> None:
-                for book in books:
-                    book.shard_done(shard)
-
-            with doing("encode"):
-                if encode.Encode().wanted(run.config):
-                    encode.run(run, on_shard)
-                else:
-                    encode.reuse(run, on_shard)
-            with doing("quantize"):
-                for book in books:
-                    book.finish()
-        finally:
+        def on_shard(shard: int) -> None:
             for book in books:
-                book.close()
-    if "synthesize" in wanted:
-        with doing("synthesize"):
-            synthesize.run(run, of_kind(synthesize.Synthesize, planned))
-        for step in of_kind(recover.Recover, planned):
-            with doing(step.method.name):
-                recover.run(run, step)
-        for chosen in of_kind(select.Select, planned):
-            with doing(chosen.method.name):
-                select.run(run, chosen)
-        for other in of_kind(given.Given, planned):
-            with doing(other.method.name):
-                given.run(run, other)
+                book.shard_done(shard)
+
+        with doing("encode"):
+            if encode.Encode().wanted(run.config):
+                encode.run(run, on_shard)
+            else:
+                encode.reuse(run, on_shard)
+        with doing("quantize"):
+            for book in books:
+                book.finish()
+    finally:
+        for book in books:
+            book.close()
 
 
 def distill(*overrides: str, run_dir: str | os.PathLike[str] | None = None) -> str:

@@ -81,6 +81,8 @@ def test_each_line_is_the_figures_of_its_students(whole: Path) -> None:
     assert {stage: made.count(stage) for stage in ("encode", "quantize", "label", "train", "evaluate")} == {
         "encode": 1, "quantize": 2, "label": 2, "train": 1, "evaluate": 1,
     }  # fmt: skip
+    joined = [e["stage"] for e in events if e["event"] == "worker joined"]
+    assert joined.count("synthesize") == 1, "one decoder made the images of both IPCs"
 
 
 @pytest.mark.slow

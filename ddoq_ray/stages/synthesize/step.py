@@ -32,7 +32,6 @@ from ddoq_ray.stages.synthesize.jobs import Job, Making, image_jobs, judge_of
 from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.layout import CARD, Place
-from ddoq_ray.storage.records import ClassInfo
 
 OWN = "ddoq"  # the method of the run's own set: others that share it differ by its weights in the loss alone
 
@@ -86,28 +85,50 @@ class Synthesize(ImageSetStep):
         return [Ask.of(config, "decoder", "decoder", config.synthesizer.max_workers, "synthesizer.max_workers")]
 
 
-def run(run: Run, steps: Sequence[Synthesize]) -> None:
-    """Synthesize the images of every codebook on one pool; shards that are published are kept."""
+def synthesize(parts: Sequence[tuple[Run, Sequence[Synthesize]]]) -> None:
+    """`run` of all parts of a comparison; of parts whose decoders are the same, together."""
+    alike: dict[str, list[tuple[Run, Synthesize]]] = {}
+    for part, steps in parts:
+        c, known = part.config, part.networks
+        key = repr((known.prior_id, known.judge_id, judge_of(c), c.prior, c.synthesizer, c.seed, part.data.classes))
+        alike.setdefault(digest_of(key), []).extend((part, step) for step in steps)
+    for of in alike.values():
+        run(of)
+
+
+def run(of: Sequence[tuple[Run, Synthesize]]) -> None:
+    """Synthesize the images of every codebook, each of its run, on one pool; shards that are published are kept."""
     start = time.time()
-    config, classes = run.config, run.data.classes
-    facts = {step: step.identity(run) for step in steps}
-    todo = [s for s in steps if s.artifact(run.dir).begin(facts[s], overwrite=config.overwrite) != "done"]
-    size = config.synthesizer.shard_images
-    jobs = [job for s in todo for job in image_jobs(run.dir, s.at.root, size, digest_of(facts[s]), s.making(config))]
-    shards = _synthesized(run, jobs, classes) if todo else {}
+    facts = {step: step.identity(run) for run, step in of}
+    todo = [
+        (run, step)
+        for run, step in of
+        if step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite) != "done"
+    ]
+    jobs = {
+        step: image_jobs(
+            run.dir,
+            step.at.root,
+            run.config.synthesizer.shard_images,
+            digest_of(facts[step]),
+            step.making(run.config),
+        )
+        for run, step in todo
+    }
+    shards = _synthesized(todo[0][0], [job for made in jobs.values() for job in made]) if todo else {}
     seconds = time.time() - start
     total = max(1, sum(s["images"] for s in shards.values()))
-    for step in todo:
-        ordered = [shards[j.name] for j in jobs if j.folder == step.at.root]
+    for run, step in todo:
+        ordered = [shards[job.name] for job in jobs[step]]
         share = sum(s["images"] for s in ordered) / total  # the sets share the workers
         _finish(run, step, facts[step], ordered, seconds * share)
 
 
-def _synthesized(run: Run, jobs: Sequence[Job], classes: Sequence[ClassInfo]) -> dict[str, dict[str, Any]]:
+def _synthesized(run: Run, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """The records of all jobs, by their names, once the shards that were not there are made."""
     config, resources = run.config, run.config.cluster.decoder
     shards = published(run.dir, jobs)
-    listed = ray.put(classes)  # once, not with each worker: what an actor was made with stays in the driver
+    listed = ray.put(run.data.classes)  # once, not with each worker: what an actor was made with stays in the driver
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
