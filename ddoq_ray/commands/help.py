@@ -19,7 +19,7 @@ by optimal quantization in a diffusion model's latent space (DDOQ), and measures
 
 Use:  ddoq-ray [command] key=value ...
 
-  ddoq-ray                                    scikit-learn's digits at {RunConfig().ipc} images per class, on this machine
+  ddoq-ray                                    distil scikit-learn's digits at {RunConfig().ipc} images per class
   ddoq-ray ipc=50 quantizer=gram              another size, another quantizer
   ddoq-ray prepare dataset=imagefolder dataset.path=photos run_dir=DIR     any labelled images to shards
   ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR \\
