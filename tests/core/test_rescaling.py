@@ -31,5 +31,6 @@ def test_what_has_no_spread_stays():
     for bad in (np.nan, -1.0):
         with pytest.raises(ValueError, match="expected a distortion"):
             rescaled(np.eye(2), np.ones(2), bad)
-    with pytest.raises(ValueError, match="positive weights"):
-        rescaled(np.eye(2), np.ones(3), 1.0)
+    for weights in (np.ones(3), np.zeros(2)):
+        with pytest.raises(ValueError, match="positive weights"):
+            rescaled(np.eye(2), weights, 1.0)
