@@ -194,7 +194,7 @@ def draw_images(w: World) -> None:
 def plan_images(w: World) -> None:
     jobs = synthesize.image_jobs(w.run, "", w.config.synthesizer.shard_images)
     assert not synthesize.published(w.run, jobs)
-    records = {j.name: shard_record(j.unit.name, len(j.unit.class_ids), b"") for j in jobs}
+    records = {j.name: shard_record(j.unit.name, len(j.unit), b"") for j in jobs}
     digest_of([records[j.name]["sha256"] for j in jobs])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -17,7 +19,7 @@ from ddoq_ray import cli
 from ddoq_ray.commands.help import command_help, keys_of
 from ddoq_ray.commands.sweep import configurations
 from ddoq_ray.commands.table import BY_NAME, COMMANDS, RUN
-from ddoq_ray.config import STAGES
+from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import run_config
 from ddoq_ray.execution.errors import NoWorkers, user_error
@@ -127,6 +129,18 @@ def test_a_commands_help_names_each_of_its_keys_with_words() -> None:
     # Every key of a run is read by a stage, but for those that choose stages or are for a plan.
     assert {k for k, _, _ in keys_of(RUN.keys)} - every == {"stages", "cluster.calibration", "cluster.gpu_gb"}
     assert "soft labels" in command_help(BY_NAME["label"]) and "\n  synthesizer." not in command_help(BY_NAME["label"])
+
+
+def test_help_says_every_word_that_a_key_may_be_and_the_size_that_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"digits at {RunConfig().ipc} images per class" in out
+    for group in dataclasses.fields(RunConfig):
+        kind = get_type_hints(RunConfig)[group.name]
+        for key, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(kind) else ():
+            about = out.split(f" {group.name}.{key} ")[-1].split(f" {group.name}.")[0]
+            for part in (hint, *get_args(hint)):
+                assert all(word in about for word in get_args(part) if get_origin(part) is Literal), (group.name, key)
 
 
 def test_cfg_job_prints_the_composed_yaml(capsys: pytest.CaptureFixture[str]) -> None:

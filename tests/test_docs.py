@@ -14,6 +14,8 @@ from ddoq_ray.commands.table import COMMANDS
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(CHECKOUT / "docs").rglob("*.md"), *CHECKOUT.glob("*.md"), CHECKOUT / "cluster/README.md"])
+FOLDERS = ("ddoq_ray", "tests", "benchmarks", "studies", "docs")
+SOURCES = [path for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*.py")]
 MADE = {"keys.md"}  # by docs/site_hooks.py
 
 
@@ -22,6 +24,15 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target and target not in MADE:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(CHECKOUT).as_posix())
+def test_modules_that_pages_name_are_there(page: Path) -> None:
+    """By the end of their path, such as `storage/layout.py`; capitals stand for a name (`commands/NAME.py`)."""
+    named = set(re.findall(r"`((?:\w+/)+[a-z_0-9]+\.py)\b", page.read_text()))
+    if page.name == "0012-the-rooms.md":
+        named -= {"models/prior.py"}  # of what the rooms replaced
+    assert {name for name in named if not any(path.match(name) for path in SOURCES)} == set()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ddoq_ray.commands.table import COMMANDS, RUN, Command
+from ddoq_ray.config import RunConfig
 from ddoq_ray.config.presets import choices, groups_of
 from ddoq_ray.config.quantizer import QUANTIZERS
 
-_INTRO = """\
+_INTRO = f"""\
 ddoq-ray distils a labelled image dataset into a few weighted synthetic images per class,
 by optimal quantization in a diffusion model's latent space (DDOQ), and measures what they are worth.
 
 Use:  ddoq-ray [command] key=value ...
 
-  ddoq-ray                                    distil scikit-learn's digits at 10 images per class, on this machine
+  ddoq-ray                                    distil scikit-learn's digits at {RunConfig().ipc} images per class
   ddoq-ray ipc=50 quantizer=gram              another size, another quantizer
   ddoq-ray prepare dataset=imagefolder dataset.path=photos run_dir=DIR     any labelled images to shards
   ddoq-ray dataset.path=shards/train dataset.val_path=shards/val prior.path=DIR teacher.path=DIR \\
@@ -71,7 +73,7 @@ def _keys(command: Command) -> list[str]:
         shown = ""
         if isinstance(value, tuple):
             shown = f" [{','.join(map(str, value))}]" if value else " [none]"
-        elif value is not None:
+        elif value not in (None, ""):
             shown = f" [{str(value).lower() if isinstance(value, bool) else value}]"
         lines.append(
             textwrap.fill(
@@ -90,23 +92,34 @@ def _group_line(cls: type, group: str) -> str:
 def keys_of(cls: type) -> list[tuple[str, str, Any]]:
     """(key, words, default) of every key of a configuration, each once; of a quantizer, the keys of every algorithm."""
     found: dict[str, tuple[str, str, Any]] = {}
-    plain = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(get_type_hints(cls)[f.name])]
-    default = cls()
+    hints, default = get_type_hints(cls), cls()
+    plain = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(hints[f.name])]
     for field in sorted(dataclasses.fields(cls), key=lambda f: f not in plain):  # single keys before the groups
-        for key, words, value in _leaves(field, getattr(default, field.name)):
+        for key, words, value in _leaves(field, hints[field.name], getattr(default, field.name)):
             found.setdefault(key, (key, words, value))
         if field.name == "quantizer":
             for algorithm in QUANTIZERS.values():
-                for key, words, value in _leaves(field, algorithm()):
+                for key, words, value in _leaves(field, algorithm, algorithm()):
                     found.setdefault(key, (key, words, value))
     return list(found.values())
 
 
-def _leaves(field: Any, value: Any, above: str = "", said: str = "") -> Iterator[tuple[str, str, Any]]:
+def _leaves(field: Any, kind: Any, value: Any, above: str = "", said: str = "") -> Iterator[tuple[str, str, Any]]:
     """The keys of a field, below a group whose words are needed to tell apart what it holds."""
     key, words = f"{above}{field.name}", f"{said}{field.metadata['help']}"
     if not dataclasses.is_dataclass(value):
-        yield key, words, value
+        known = _known_words(kind)
+        named = all(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", words) for word in known)
+        yield key, words if named else f"{words} ({' | '.join(known)})", value
         return
+    hints = get_type_hints(type(value))
     for inner in dataclasses.fields(value):
-        yield from _leaves(inner, getattr(value, inner.name), f"{key}.", f"{words}: " if above else "")
+        under = f"{words}: " if above else ""
+        yield from _leaves(inner, hints[inner.name], getattr(value, inner.name), f"{key}.", under)
+
+
+def _known_words(kind: Any) -> list[str]:
+    """The words that a key may be; none where it takes others, numbers or text."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    return [word for part in get_args(kind) for word in _known_words(part)]

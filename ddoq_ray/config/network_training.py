@@ -154,7 +154,9 @@ class TeacherTraining:
     """How `train_teacher` trains: a cosine schedule with a short warm-up."""
 
     seed: int = option(0, "of initialisation, batches and views")
-    arch: str = option("resnet18-small-w16", "a small-image network or any torchvision classifier's name")
+    arch: str = option(
+        "resnet18-small-w16", "a small-image network, a torchvision classifier, or package.module:callable"
+    )
     epochs: int = option(60, "passes over the images")
     batch: int = option(64, "images in one step; the last incomplete batch of a pass opens the next one")
     optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum 0.9")

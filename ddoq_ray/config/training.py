@@ -77,7 +77,7 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    arch: str = option("convnet3-w8", "a small-image network or any torchvision classifier's name")
+    arch: str = option("convnet3-w8", "a small-image network, a torchvision classifier, or package.module:callable")
     image_size: int = option(16, "side of the square the student sees, in pixels")
 
     def __post_init__(self) -> None:

@@ -164,17 +164,16 @@ def lloyd(x: npt.ArrayLike, k: int, *, seed: int, class_id: int) -> tuple[F32, I
     return centroids, voronoi_counts(x, centroids)
 
 
-def faiss_kmeans(
-    x: npt.ArrayLike, k: int, *, seed: int, class_id: int, n_iter: int = 25, device: str = "cpu"
-) -> tuple[F32, I64]:
-    """faiss.Kmeans on all samples (its default of 256 samples a centroid is lifted): for very large classes.
+def faiss_kmeans(x: npt.ArrayLike, k: int, *, seed: int, class_id: int, device: str = "cpu") -> tuple[F32, I64]:
+    """faiss.Kmeans, 25 Lloyd passes from a random start, on all samples: for very large classes.
+
+    The library would draw 256 samples a centroid; that bound is lifted.
 
     Args:
         x: float [N, D], N >= k.
         k: number of centroids.
         seed: the run's seed.
         class_id: keys the library's seed together with the seed.
-        n_iter: Lloyd passes from a random start.
         device: "cpu", or "cuda" for the GPUs that this process sees, where faiss was built for them and finds one;
             else the CPU. The samples stay in host memory and pass through the GPU in blocks. Sums are of another order
             there, so the bytes are not those of the CPU. The counts are made on the CPU.
@@ -190,7 +189,7 @@ def faiss_kmeans(
     model = faiss.Kmeans(
         x.shape[1],
         k,
-        niter=n_iter,
+        niter=25,
         seed=_random_state(seed, class_id, "faiss"),
         min_points_per_centroid=1,
         max_points_per_centroid=len(x) // k + 1,

@@ -1,4 +1,4 @@
-"""One random resized crop, from a generator that is given."""
+"""Random resized crops: one, from a generator that is given, and what is taken where none fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-ATTEMPTS = 10
+ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
 RATIO = (3 / 4, 4 / 3)
 
 
@@ -38,9 +38,19 @@ def crop_box(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+    h, w = largest_crop(shape, ratio)
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def largest_crop(shape: tuple[int, int], ratio: tuple[float, float] = RATIO) -> tuple[int, int]:
+    """(height, width) of the largest crop of an allowed aspect: torchvision's fallback. Arguments as of `crop_box`.
+
+    >>> largest_crop((100, 10)), largest_crop((10, 100)), largest_crop((10, 12))
+    ((13, 10), (10, 13), (10, 12))
+    """
+    height, width = shape
+    if width / height < ratio[0]:
+        return min(height, max(1, round(width / ratio[0]))), width
+    if width / height > ratio[1]:
+        return height, min(width, max(1, round(height * ratio[1])))
+    return height, width

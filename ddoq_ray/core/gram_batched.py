@@ -277,7 +277,7 @@ def _partition(group: _Group, k: int, seed: int, settings: KMeansSettings) -> li
         for restart in range(settings.restarts):
             uniforms = seed_uniforms(seed, [group.class_ids[c] for c in some], restart, k).to(gram.device)
             seeds = kmeans_plus_plus(gram, mass, k, uniforms)
-            found = lloyd(gram, mass, start(gram, mass, seeds), k, settings.max_iter)
+            found = lloyd(gram, mass, start(gram, seeds), k, settings.max_iter)
             if settings.hartigan:
                 found, _ = exchange(gram, mass, found, k, k * settings.max_iter)
             if settings.restarts > 1:

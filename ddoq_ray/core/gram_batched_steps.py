@@ -86,7 +86,7 @@ def _draw(pull: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
-def start(gram: Tensor, mass: Tensor, seeds: Tensor) -> Tensor:
+def start(gram: Tensor, seeds: Tensor) -> Tensor:
     """Labels of the nearest seed; each seed has its own, also among near-copies, so that no cell is empty."""
     classes = torch.arange(len(gram), device=gram.device)[:, None]
     rows = gram[classes, seeds].double()

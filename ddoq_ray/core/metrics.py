@@ -137,12 +137,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     return PairedDifference(mean, std, n, wins, losses, t, t_p, _sign_test(wins, losses), low, high)
 
 
-def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's confidence interval of the mean of independent, normal values.
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % confidence interval of the mean of independent, normal values.
 
     Args:
         values: n numbers; of one alone it has no ends (NaN).
-        level: that the true mean lies between the ends.
 
     Raises:
         ValueError: no values.
@@ -155,7 +154,7 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[f
         return math.nan, math.nan
     from scipy.stats import t  # slow to import, and only reports need it
 
-    half = float(t.ppf(0.5 + level / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
     return mean - half, mean + half
 
 

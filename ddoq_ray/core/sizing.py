@@ -27,8 +27,9 @@ def in_bytes(size: float) -> str:
     ('999 B', '7.7 GB')
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        text = f"{size:.0f}" if unit == "B" else f"{size:.1f}"
+        if float(text) < 1000:
+            return f"{text} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
 

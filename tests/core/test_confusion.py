@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from ddoq_ray.core.confusion import swapped_classes
+from ddoq_ray.core.confusion import Mistaken, swapped_classes
 
 
 def teacher(classes: int, images: int, accuracy: float = 0.97, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +70,20 @@ def test_a_weak_teacher_is_only_weak() -> None:
     for seed in range(20):
         truth, output = teacher(100, 10, 0.15, seed)
         assert judged(truth, output, list(range(100))) == []
+
+
+def test_shares_and_borders_by_hand() -> None:
+    """Of class 0 so many images are called 0, 1 and 2; those of class 1 are called 0."""
+
+    def suspects(own: int, other: int, third: int) -> list[Mistaken]:
+        truth = np.repeat([0, 1], [own + other + third, 100])
+        named = np.concatenate([np.repeat([0, 1, 2], [own, other, third]), np.zeros(100, np.int64)])
+        return swapped_classes(truth, named, named, [0, 1, 2])
+
+    swapped = [Mistaken(0, 1, False, 0.76, 0.2, 100), Mistaken(1, 0, False, 1.0, 0.0, 100)]
+    assert suspects(20, 76, 4) == swapped
+    assert [len(suspects(*names)) for names in ((25, 75, 0), (24, 76, 0))] == [0, 2]  # three times, and more
+    assert [len(suspects(*names)) for names in ((0, 50, 50), (0, 51, 49))] == [0, 2]  # half, and more
 
 
 def test_little_evidence_and_one_class_prove_nothing() -> None:

@@ -76,7 +76,7 @@ def test_lloyd_goes_on_in_float64_where_float32_would_go_in_circles_and_ends(mon
     modes = rng.normal(size=(40, 64))
     tight = (modes[rng.integers(40, size=400)] + 3e-4 * rng.normal(size=(400, 64))).astype(np.float32)
     gram, mass = stacked([tight, mixture(300, 64, 9, 0)])
-    start = gs.start(gram, mass, gs.kmeans_plus_plus(gram, mass, 60, gs.seed_uniforms(0, [0, 1], 0, 60)))
+    start = gs.start(gram, gs.kmeans_plus_plus(gram, mass, 60, gs.seed_uniforms(0, [0, 1], 0, 60)))
     passes = []
     exact_sums = gs.exact_sums
     monkeypatch.setattr(gs, "exact_sums", lambda *given: passes.append(given[4]) or exact_sums(*given))

@@ -172,6 +172,9 @@ def test_bad_input_is_refused(batch):
     ids = np.array([0, 0, 1])
     with pytest.raises(ValueError, match="class 0"):
         image_weights(np.array([0.5, 0.4, 1.0]), ids)
+    for shares in (np.array([0.5, 0.5]), np.array([[0.5, 0.5, 1.0]])):
+        with pytest.raises(ValueError, match="expected weights"):
+            image_weights(shares, ids)
     with pytest.raises(ValueError, match="negative"):
         image_weights(np.array([1.5, -0.5, 1.0]), ids)
     with pytest.raises(ValueError, match="scheme"):

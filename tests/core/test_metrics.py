@@ -31,7 +31,7 @@ def test_ties_and_nan():
 
 
 def test_top_pct():
-    assert top_pct(torch.tensor(1), 8) == 12.5
+    assert top_pct(torch.tensor(1), 8) == 12.5 and top_pct(1, 1) == 100
     for correct, total in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError, match="total"):
             top_pct(correct, total)
@@ -80,7 +80,7 @@ def test_bad_input_is_refused():
         topk_correct(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="targets"):
         topk_correct(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one value"):
         mean_std([])
     with pytest.raises(ValueError, match="seed"):
         paired_difference([1.0], [1.0, 2.0])

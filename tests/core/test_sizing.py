@@ -10,7 +10,13 @@ import pytest
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.gram_batched import MAX_BYTES
 from ddoq_ray.core.gram_kmeans import gram_kmeans
-from ddoq_ray.core.sizing import CLASS_OVERHEAD, GIB, clvq_bytes, exact_algorithm, gram_bytes, group_bytes
+from ddoq_ray.core.sizing import CLASS_OVERHEAD, GIB, clvq_bytes, exact_algorithm, gram_bytes, group_bytes, in_bytes
+
+
+@pytest.mark.parametrize(("unit", "size"), [("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)])
+def test_what_is_rounded_up_to_a_thousand_is_one_of_the_next_unit(unit: str, size: float) -> None:
+    assert in_bytes(size) == in_bytes(0.99996 * size) == f"1.0 {unit}"
+    assert in_bytes(0.999 * size) != in_bytes(size)
 
 
 def test_a_class_holds_its_buffer_then_its_centroids() -> None:

@@ -69,9 +69,8 @@ def test_samples_of_the_shipped_prior_look_like_their_classes() -> None:
     classes = [ClassInfo(int(c), DIGIT_NAMES[c], DIGIT_NAMES[c], int(c), int(c)) for c in class_ids]
     made = generate(prior, classes, Sampling(1.0, 10, "noise"), seed=0)
     assert made.shape == (40, 3, 16, 16)
-    assert np.array_equal(made[:7], generate(prior, classes[:7], Sampling(1.0, 10, "noise"), seed=0)) or (
-        np.abs(made[:7].astype(int) - generate(prior, classes[:7], Sampling(1.0, 10, "noise"), seed=0)).max() <= 1
-    )
+    alone = generate(prior, classes[:7], Sampling(1.0, 10, "noise"), seed=0)
+    assert np.abs(made[:7].astype(int) - alone).max() <= 1
     images, _ = some_digits(200)
     facts = judge_samples(made, images, judge, class_ids)
     rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddoq_ray.core.crops import ATTEMPTS, RATIO, largest_crop
 from ddoq_ray.core.rng import philox_key, philox_words, uniform
 
 Float64 = npt.NDArray[np.float64]
@@ -21,8 +22,7 @@ UInt64 = npt.NDArray[np.uint64]
 # Words of a row's stream. The order is part of the format: a change here changes every view of every run.
 _FLIP, _PARTNER, _LAMBDA, _MIX_ROW, _MIX_COLUMN, _CROP_ROW, _CROP_COLUMN = range(7)
 _FIRST_ATTEMPT = 8  # then (area, aspect) for each attempt
-_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
-_BLOCKS = (_FIRST_ATTEMPT + 2 * _ATTEMPTS) // 4  # a Philox block is four 64-bit words
+_BLOCKS = (_FIRST_ATTEMPT + 2 * ATTEMPTS) // 4  # a Philox block is four 64-bit words
 _USUAL_BLOCKS = 3  # hold two attempts, one of which fits nearly always; the others are drawn where neither does
 _COLOURS = 256
 
@@ -55,7 +55,7 @@ class ViewSpec:
     flip: bool = True
     cutmix: bool = True
     cutmix_beta: float = 1.0
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = RATIO
     kind: str = "rrc"
     mixup: float = 0.0
     patches: int = 1
@@ -249,7 +249,7 @@ def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> tuple[Fl
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     pick = (np.arange(len(u)), fits.argmax(axis=1))  # the first attempt that fits
     found = fits[pick]
-    fallback = _largest_crop(spec.ratio, height, width)
+    fallback = largest_crop((height, width), spec.ratio)
     crop_h, crop_w = np.where(found, h[pick], fallback[0]), np.where(found, w[pick], fallback[1])
     top = np.floor(u[:, _CROP_ROW] * (height - crop_h + 1))
     left = np.floor(u[:, _CROP_COLUMN] * (width - crop_w + 1))
@@ -257,15 +257,6 @@ def _crop_boxes(spec: ViewSpec, u: Float64, height: int, width: int) -> tuple[Fl
     boxes[:, 1] = np.where(found, left, (width - fallback[1]) // 2)
     boxes[:, 2], boxes[:, 3] = crop_h, crop_w
     return boxes, found
-
-
-def _largest_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the largest crop of an allowed aspect: torchvision's fallback."""
-    if width / height < ratio[0]:
-        return min(height, max(1, round(width / ratio[0]))), width
-    if width / height > ratio[1]:
-        return height, min(width, max(1, round(height * ratio[1])))
-    return height, width
 
 
 def _mixed(spec: ViewSpec, u: Float64, ids: Int64, num_images: int) -> tuple[Int64, Float64, Int64]:

@@ -194,15 +194,16 @@ def student_curves(run_dir: Folder, trained: Sequence[Cell]) -> list[dict[str, A
     return curves
 
 
-def set_images(run: Run, places: Mapping[str, Place], limit: int = 600) -> list[dict[str, Any]]:
-    """The first `limit` distilled images of each method, for the page."""
+def set_images(run: Run, places: Mapping[str, Place]) -> list[dict[str, Any]]:
+    """The first distilled images of each method, as many as the page takes."""
     from ddoq_ray.data.image_set import read_images
+    from ddoq_ray.page.render import MAX_IMAGES
 
     found = []
     for method, place in places.items():
         images = run.dir / place.images
         for count, item in enumerate(read_images([images.path(n) for n in images.names(layout.IMAGE_SHARDS)])):
-            if count == limit:
+            if count == MAX_IMAGES:
                 break
             width, height = item.picture.size
             found.append(

@@ -39,14 +39,6 @@ class ImageUnit:
         return [(r.class_id, k) for r in self.ranges for k in range(r.first, r.end)]
 
     @property
-    def class_ids(self) -> tuple[int, ...]:
-        return tuple(c for c, _ in self.keys)
-
-    @property
-    def centroid_ids(self) -> tuple[int, ...]:
-        return tuple(k for _, k in self.keys)
-
-    @property
     def name(self) -> str:
         return image_shard(self.index)
 

@@ -11,9 +11,8 @@ from ddoq_ray.stages.cells import Cell
 from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 
-STEP_VIEWS = (
-    10  # what a step costs beside its images: 8 and 20 views of ConvNets of 32 and 8 channels at 16 px, on a CPU
-)
+# What a step costs beside its images: 8 and 20 views of ConvNets of 32 and 8 channels at 16 px, on a CPU.
+STEP_VIEWS = 10
 ANSWER_VIEWS = 1  # what a teacher's answer costs that is not stored: half to twice a view of those two networks
 
 
