@@ -136,7 +136,7 @@ class _Parts:
         return [self.parts.pop(stem) for stem in whole] if whole else self.close()
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def members_of(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """(tar, member) of all tars that lie one behind another in the file.
 
     Raises:
@@ -190,7 +190,7 @@ def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Needed, on_member: OnMe
     position = 0
     parts = _Parts()
     try:
-        for part, info in _members(tar):
+        for part, info in members_of(tar):
             position = info.offset
             name = info.name.rpartition("/")[2]
             if info.isdir() or name.startswith("."):
@@ -316,4 +316,6 @@ def _looks_like(file: IO[bytes]) -> str:
         return "a page of a web server, as a failed download leaves"
     if head.startswith(b"PK"):
         return "a zip archive"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "compressed by zstd, which is not read; decompress it (unzstd)"
     return "its first bytes are no member"

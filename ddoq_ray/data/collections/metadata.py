@@ -65,6 +65,11 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
     out = []
     for row in rows:
         name = str(row.get("file_name") or "")
+        if "\n" in name or "\n" in str(row.get(column) or ""):
+            raise ValueError(
+                f"{table}: a file_name or {column} of several lines, beginning {shown([name.split(chr(10))[0][:60]])}: "
+                "a quote there is opened and not closed, and takes the rows behind it; close or remove it"
+            )
         label = _label(table, name, column, row.get(column))
         out.append(Row(name, label, None if split is None else split_of(str(row[split]))))
     return out
@@ -136,6 +141,7 @@ def metadata_classes(
         raise ValueError(
             f"{where}: training and validation have different classes: only in validation: {shown(sorted(val - train))}"
         )
+    _refuse_joined(train, given, where)
     if all(_NUMBER.fullmatch(label) for label in train) and {c.name for c in given or []} != train:
         if len({int(label) for label in train}) < len(train):
             raise ValueError(f"{where}: labels that are the same number written differently: {shown(sorted(train))}")
@@ -143,6 +149,23 @@ def metadata_classes(
         return classes, {label: int(label) for label in train}
     classes = class_list(sorted(train), given, where)
     return classes, {c.name: c.class_id for c in classes}
+
+
+def _refuse_joined(labels: set[str], given: list[ClassInfo] | None, where: str) -> None:
+    """Refuse several labels of one image, written as one: each combination would be a class.
+
+    Raises:
+        ValueError: With such a label.
+    """
+    named = {c.name for c in given or []}
+    for label in sorted(labels - named):
+        parts = [part.strip() for part in re.split(r"[|;,]", label)]
+        if len(parts) > 1 and all(part in labels for part in parts):
+            raise ValueError(
+                f"{where}: {shown([label])} is several labels of one image, as {shown(parts)} are labels too; an image "
+                "has one: keep one of them, or leave such rows out; where it is a class, name all classes by "
+                "dataset.classes"
+            )
 
 
 def nearly_unique(values: Iterable[object]) -> bool:
@@ -221,7 +244,7 @@ def _rows(table: str) -> list[dict[str, Any]]:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if kind == "csv":
             first = text.partition("\n")[0]
-            mark = max(",;\t", key=first.count)  # spreadsheets of many countries write another than the comma
+            mark = max(",;\t|", key=first.count)  # spreadsheets of many countries write another than the comma
             return [{k: v for k, v in row.items() if k is not None} for row in _csv(text, mark)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{table}: cannot be read as {kind}: {error}; save it as UTF-8") from error
@@ -248,6 +271,7 @@ def _json(line: str) -> Any:
 
 
 def _csv(text: str, mark: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # beside the label may be a caption of any length
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
     if reader.fieldnames is not None:
         reader.fieldnames = [str(name).strip() for name in reader.fieldnames]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ddoq_ray.data.collections.classes import check_class_lists
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import Listing, Survey
 from ddoq_ray.data.samples import read_classes
@@ -23,6 +24,7 @@ class Tars(Containers):
     def __init__(self, path: str, val_path: str | None, classes: str | None) -> None:
         self.path = path
         self.train, self.val = train_and_val(path, val_path)
+        self.given = classes is not None
         self.classes = classes or posixpath.join(posixpath.dirname(self.train[0]), "classes.json")
 
     def containers(self) -> list[str]:
@@ -30,6 +32,8 @@ class Tars(Containers):
 
     def survey(self) -> Survey:
         classes = read_classes(self.classes)
+        if not self.given:
+            check_class_lists(self.containers(), classes)
         train = self._listing(self.train, 0, len(classes))
         if not train.names:
             raise ValueError(

@@ -105,7 +105,7 @@ def run(config: RunConfig, run_dir: Folder, events: Events) -> Data:
     source = open_source(config.dataset)
     packed, plans, survey = None, None, None
     if source is not None:
-        survey = survey_source(source)
+        survey = survey_source(source, f"dataset.path={config.dataset.path}")
         for note in survey.notes:
             say(f"prepare    {note}")
         plans = make_plans(config, survey)
