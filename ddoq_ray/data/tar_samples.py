@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from ddoq_ray.data.picture_kinds import UNREAD, unread_words
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.data.tar_headers import Header, open_tar
 from ddoq_ray.storage.quarantine import Refusal
@@ -253,7 +254,8 @@ def labelled(
             yield group, label
     for group in lacking:
         names = ", ".join(sorted(group.members))
-        lack = f"no image among its members: {names}"
+        unread = [UNREAD[e] for e in sorted(group.members) if e in UNREAD]
+        lack = unread_words(unread[0]) if unread else f"no image among its members: {names}"
         if "cls" not in group.members:
             lack = "no label (.cls)" + (
                 ": a .json is there, but labels are read from .cls" if "json" in group.members else ""

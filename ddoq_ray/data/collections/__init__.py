@@ -39,8 +39,8 @@ def _kind_shown(path: str) -> str:
     if not there or not fs.isdir(root):
         if path.lower().endswith((".parquet", ".arrow")):
             return "parquet"
-        if there:
-            refuse_archive(path, root)
+        if there or "://" in path:
+            refuse_archive(path, root if there else path)
     if (not there and any(ch in path for ch in "*?[{")) or path.endswith(".tar"):
         return "webdataset"
     found = _candidates(path)

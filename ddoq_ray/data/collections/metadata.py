@@ -24,6 +24,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LABELS = ("label", "labels", "class", "class_name", "label_name", "category", "target")
 _SPLITS = ("split", "set", "subset", "partition")
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
+_ROW_NUMBERS = re.compile(r"(Unnamed: [0-9]+)?")  # the name of such a column, as pandas writes and reads it
 _NOTHING = ("", "nan", "<na>", "#n/a", "n/a")  # as tables write a value that is not there
 _NOTHING_AMONG_NUMBERS = (*_NOTHING, "none", "null", "na")
 
@@ -58,7 +59,7 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
             "that column so, or the table if it is none of the images' labels"
         )
     split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
-    others = [c for c in columns if c not in ("file_name", split)]
+    others = [c for c in columns if c not in ("file_name", split) and not _ROW_NUMBERS.fullmatch(str(c))]
     column = label_column or _label_column(table, others, rows)
     if column not in columns:
         raise ValueError(f"{table}: no column dataset.label_column={column} (there: {shown(columns)})")
@@ -243,6 +244,7 @@ def _rows(table: str) -> list[dict[str, Any]]:
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if kind == "csv":
+            text = text.lstrip("\r\n")
             first = text.partition("\n")[0]
             mark = max(",;\t|", key=first.count)  # spreadsheets of many countries write another than the comma
             return [{k: v for k, v in row.items() if k is not None} for row in _csv(text, mark)]

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -103,7 +104,12 @@ def test_patterns_of_folders_and_files_that_are_no_tars(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"names folders without \*.tar, such as {tmp_path}/a;"):
             open_source(DatasetConfig(path=f"{tmp_path}/{pattern}"))
     put(tmp_path / "x.npz", b"PK\3\4" + bytes(60))
-    for path, words in ((tmp_path / "x.npz", "a zip archive; expected class folders"), ("/dev/null", "a device")):
+    fsspec.filesystem("memory").pipe("/odd/photos.zip", b"PK")
+    for path, words in (
+        (tmp_path / "x.npz", "a zip archive; expected class folders"),
+        ("/dev/null", "a device"),
+        ("memory://odd/photos.zip", "is an archive, not shards"),
+    ):
         with pytest.raises(ValueError, match=words):
             open_source(DatasetConfig(path=str(path)))
 
@@ -149,6 +155,8 @@ ROWS = [(f"{i}.png", CLASSES[i % 2]) for i in range(6)]
     [
         ([("{}|{}", r) for r in ROWS], "file_name|label"),
         ([("{},{}," + "x" * 200_000, r) for r in ROWS], "file_name,label,caption"),
+        ([("7,{},{}", r) for r in ROWS], ",file_name,breed"),
+        ([("7,{},{}", r) for r in ROWS], "\r\n\nUnnamed: 0,file_name,breed"),
     ],
 )
 def test_tables_of_other_marks_and_long_captions(tmp_path: Path, rows: list[Any], head: str) -> None:
