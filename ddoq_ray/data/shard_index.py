@@ -4,6 +4,7 @@ itself: which of them are training ones, what a damaged one must have had, wheth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -184,18 +185,32 @@ def each_once(path: str, key: str, told: list[str]) -> list[str]:
     """The shards of a folder or a pattern; hidden files, which Macs leave beside others, are none.
 
     Raises:
-        ValueError: When there are none.
+        ValueError: When there are none, or one is no file: reading a pipe would wait for ever.
     """
     listed = list_shards(path, key=key)
     plain = [s for s in listed if not s.rpartition("/")[2].startswith(".")] or listed
     once: dict[str, str] = {}
     for shard in plain:
         once.setdefault(resolved(shard), shard)
+        if "://" not in shard and os.path.exists(shard) and not os.path.isfile(shard):
+            raise ValueError(f"{key}={path}: {shard} is a folder, a pipe or a device, no shard; move it away")
+    if deeper := _folders_of_tars(path):
+        told.append(f"the folders {shown(deeper)} in {key}={path} hold *.tar of their own, which are not read")
     if len(plain) < len(listed):
         told.append(f"{len(listed) - len(plain)} hidden files of {key}={path} are no shards")
     if len(once) < len(plain):
         told.append(f"{len(plain) - len(once)} shards of {key}={path} are links to others: each is read once")
     return list(once.values())
+
+
+def _folders_of_tars(path: str) -> list[str]:
+    """The folders in a folder of this machine that hold shards; a store is not asked, as that takes a request each."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.scandir(path), key=lambda e: e.name) if os.path.isdir(path) else ():
+            if entry.is_dir() and not entry.name.startswith("."):
+                found += [entry.name] if any(name.endswith(".tar") for name in os.listdir(entry)) else []
+    return found
 
 
 def train_and_val(path: str, val_path: str | None, told: list[str] | None = None) -> tuple[list[str], list[str]]:
