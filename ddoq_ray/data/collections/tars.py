@@ -23,7 +23,8 @@ class Tars(Containers):
 
     def __init__(self, path: str, val_path: str | None, classes: str | None) -> None:
         self.path = path
-        self.train, self.val = train_and_val(path, val_path)
+        self.notes: list[str] = []
+        self.train, self.val = train_and_val(path, val_path, self.notes)
         self.given = classes is not None
         self.classes = classes or posixpath.join(posixpath.dirname(self.train[0]), "classes.json")
 
@@ -39,7 +40,8 @@ class Tars(Containers):
             raise ValueError(
                 f"dataset.path={self.path}: no sample with an image and a label in {len(self.train)} shards"
             )
-        return Survey(classes, train, self._listing(self.val, len(self.train), len(classes)) if self.val else None)
+        val = self._listing(self.val, len(self.train), len(classes)) if self.val else None
+        return Survey(classes, train, val, list(self.notes))
 
     def _listing(self, shards: Sequence[str], offset: int, num_classes: int) -> Listing:
         names: list[str] = []

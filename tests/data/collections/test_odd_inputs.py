@@ -81,6 +81,19 @@ def test_labels_of_a_type_that_is_not_read_are_not_replaced_by_another_column(tm
         assert found(survey(tmp_path, label_column="width", classes=str(listed)))[1] == 4
 
 
+def test_numbers_in_tables_of_two_folders_are_by_one_class_list(tmp_path: Path) -> None:
+    for part, names in (("train", CLASSES), ("val", CLASSES[::-1])):
+        put(tmp_path / part / "classes.json", json.dumps(names).encode())
+        pq.write_table(rows_of([0, 1] * 3), tmp_path / part / "0.parquet")
+    val = str(tmp_path / "val")
+    with pytest.raises(ValueError, match=r"val/classes.json says dog, cat, and .*train/classes.json cat, dog"):
+        survey(tmp_path / "train", val_path=val)
+    assert found(survey(tmp_path / "train", val_path=val, classes=f"{val}/classes.json")) == (["dog", "cat"], 6, 6)
+    pq.write_table(rows_of(list(CLASSES) * 3), tmp_path / "val/0.parquet")
+    pq.write_table(rows_of(list(CLASSES) * 3), tmp_path / "train/0.parquet")  # names are classes by themselves
+    assert found(survey(tmp_path / "train", val_path=val)) == (["cat", "dog"], 6, 6)
+
+
 @pytest.mark.parametrize(
     ("files", "given"),
     [
