@@ -16,7 +16,7 @@ from ddoq_ray.data.collections.table_files import is_table
 from ddoq_ray.data.collections.tree import leftover, top, walk
 from ddoq_ray.data.collections.unread_places import refuse_unread
 
-__all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source", "survey_of"]
+__all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source", "places_of", "survey_of"]
 
 
 def kind_of(dataset: DatasetConfig) -> str:
@@ -29,8 +29,14 @@ def kind_of(dataset: DatasetConfig) -> str:
     """
     if dataset.kind is not None:
         return dataset.kind
-    with looking_at(f"dataset.path={dataset.path}"):
+    with looking_at(places_of(dataset)):
         return _kind_shown(str(dataset.path))
+
+
+def places_of(dataset: DatasetConfig) -> str:
+    """The keys that say where the images are, for an error."""
+    held = "" if dataset.val_path is None else f", dataset.val_path={dataset.val_path}"
+    return f"dataset.path={dataset.path}{held}"
 
 
 def _kind_shown(path: str) -> str:
@@ -112,7 +118,7 @@ def open_source(dataset: DatasetConfig) -> Source | None:
         ValueError: When it is missing, cannot be looked at, or its kind is ambiguous.
     """
     kind = kind_of(dataset)
-    with looking_at(f"dataset.path={dataset.path}"):
+    with looking_at(places_of(dataset)):
         return _opened(kind, dataset)
 
 

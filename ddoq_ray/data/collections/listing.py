@@ -183,6 +183,8 @@ def absolute(path: str) -> str:
             f"{path}: fsspec takes a path with :: for a chain of several; rename the folder, or link to it"
         )
     if "://" in path and not path.lower().startswith(("file://", "local://")):
+        if path.endswith("://"):
+            raise ValueError(f"{path} names no place in the store; expected a bucket and a path in it")
         try:
             fsspec.get_filesystem_class(path.partition("://")[0].partition("::")[0])
         except (ValueError, ImportError) as error:

@@ -15,7 +15,7 @@ import pytest
 from support.collection_trees import found, picture, put, rows_of, survey, table, tree
 
 from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.data.collections import open_source, survey_of
+from ddoq_ray.data.collections import open_source, places_of, survey_of
 from ddoq_ray.data.samples import read_classes
 from ddoq_ray.data.tar_writing import write_tar
 
@@ -27,7 +27,14 @@ def idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["foo://bar/x", "http://127.0.0.1:9/x.tar", "http://127.0.0.1:9/photos", "ftp://no.such.host.invalid/x"]
+    "url",
+    [
+        "foo://bar/x",
+        "memory://",
+        "http://127.0.0.1:9/x.tar",
+        "http://127.0.0.1:9/photos",
+        "ftp://no.such.host.invalid/x",
+    ],
 )
 def test_a_place_that_cannot_be_reached_is_told(url: str) -> None:
     with pytest.raises(ValueError, match=url):
@@ -37,6 +44,14 @@ def test_a_place_that_cannot_be_reached_is_told(url: str) -> None:
             opened = open_source(DatasetConfig(path=url, source=source))
             assert opened is not None
             survey_of(opened, f"dataset.path={url}")
+
+
+def test_validation_images_that_cannot_be_reached_are_told(tmp_path: Path) -> None:
+    dataset = DatasetConfig(path=str(tree(tmp_path, "cat/1.png", "dog/1.png")), val_path="http://127.0.0.1:9/val")
+    opened = open_source(dataset)
+    assert opened is not None
+    with pytest.raises(ValueError, match=r"dataset.val_path=http://127.0.0.1:9/val cannot be looked at: Client"):
+        survey_of(opened, places_of(dataset))
 
 
 def test_a_class_list_of_an_unknown_protocol() -> None:
