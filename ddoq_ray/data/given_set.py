@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.config.dataset import DatasetConfig
-from ddoq_ray.data.collections import open_source
+from ddoq_ray.data.collections import open_source, survey_of
 from ddoq_ray.data.collections.classes import shown
 from ddoq_ray.data.collections.containers import row_names
 from ddoq_ray.data.collections.folders import ImageFolder
@@ -77,7 +77,7 @@ def given_set(path: str, classes: Sequence[ClassInfo], class_list: str) -> Given
     """
     try:
         source = _source(path, class_list)
-        survey = source.survey()
+        survey = survey_of(source, f"images.path={path}")
     except ValueError as error:
         told = str(error).replace("dataset.path", "images.path")
         raise ValueError(told if "images.path" in told else f"images.path={path}: {told}") from error
@@ -169,6 +169,11 @@ def _weights(source: Source, listing: Listing) -> dict[str, float] | None:
         pairs = ()
     there = {name: value for name, value in pairs if value is not None}
     if not there or not any(name in there for name in listing.names):
+        if there and isinstance(source, ImageFolder):
+            raise ValueError(
+                f"{source.root}/{WEIGHTS_FILE} names none of the images: it has {shown(sorted(there), 2)}, and "
+                f"they are {shown(listing.names, 2)}; mend its names, or move it away to weigh all of a class alike"
+            )
         return None
     return {
         name: float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
@@ -205,6 +210,8 @@ def _folder_weights(source: ImageFolder) -> Iterator[tuple[str, Any]]:
         rows = json.loads(read_file(place))
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise ValueError(f"{place} cannot be read: {error.strerror or error}; mend it, or move it away") from None
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}; expected an object of file names and weights") from None
     if not isinstance(rows, dict):

@@ -19,9 +19,10 @@ from typing import IO, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ddoq_ray.data.pictures import RefusedPicture
+from ddoq_ray.data.pictures import IMAGE_EXTENSIONS, RefusedPicture
 from ddoq_ray.data.samples import decode_rgb, encode_png, list_shards, to_square
 from ddoq_ray.data.tar_headers import Header
+from ddoq_ray.data.tar_samples import members_of
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.folder import Folder
@@ -165,36 +166,48 @@ def _samples(shard: str, file: IO[bytes], *, pictures: bool = True) -> Iterator[
     """
     with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
         members: dict[str, bytes] = {}
-        key, start = "", 0
-        for info in tar:
-            stem, _, extension = info.name.partition(".")
-            if stem != key and members:
-                yield _image(shard, key, members), start, info.offset
+        key, start, end = ("", ""), 0, 0
+        for part, info in members_of(tar):
+            folder, _, name = info.name.removeprefix("./").rpartition("/")
+            stem, _, extension = name.partition(".")
+            if not info.isreg() or not stem:  # a folder, or what Macs leave beside each file
+                continue
+            if (folder, stem) != key and members:
+                yield _image(shard, key[1], members), start, end
                 members = {}
             if not members:
                 start = info.offset
-            key = stem
-            member = tar.extractfile(info) if pictures or extension in ("cls", "json") else None
+            key, end = (folder, stem), part.offset
+            extension = extension.lower()
+            member = part.extractfile(info) if pictures or extension in ("cls", "json") else None
             members[extension] = member.read() if member else b""
         if members:
-            yield _image(shard, key, members), start, tar.offset
+            yield _image(shard, key[1], members), start, end
 
 
 def _image(shard: str, key: str, members: dict[str, bytes]) -> DistilledImage:
-    picture = next((members[e] for e in members if e not in ("cls", "json")), None)
+    picture = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
     if picture is None or "json" not in members or "cls" not in members:
         raise ValueError(
             f"{shard}: sample {key} has {sorted(members)}; a distilled sample has an image, a .cls and a .json"
         )
     try:
-        facts, class_id = json.loads(members["json"]), int(members["cls"])
+        facts, class_id = json.loads(members["json"]), int(members["cls"].decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{shard}: the .json or .cls of {key} cannot be read ({error})") from None
     if not isinstance(facts, dict) or "centroid_id" not in facts or "weight" not in facts:
         raise ValueError(f"{shard}: {key}.json has {sorted(facts)}; a distilled sample has centroid_id and weight")
-    number, weight = int(facts["centroid_id"]), float(facts["weight"])
+    try:
+        number, weight = int(facts["centroid_id"]), float(facts["weight"])
+    except (ValueError, TypeError):
+        number, weight = 0, float("nan")
+    if class_id < 0:
+        raise ValueError(f"{shard}: {key}.cls is {class_id}; expected the number of a class, 0 or more")
     if not 0 <= weight <= 1:  # false for NaN too
-        raise ValueError(f"{shard}: {key}.json has weight {weight}; expected the mass of a Voronoi cell, 0 to 1")
+        raise ValueError(
+            f"{shard}: {key}.json has centroid_id {facts['centroid_id']!r} and weight {facts['weight']!r}; expected a "
+            "number, and the mass of a Voronoi cell, 0 to 1"
+        )
     return DistilledImage(
         key, class_id, number, weight, facts.get("prompt", ""), picture, shard, facts.get("attempt", 0)
     )
@@ -298,6 +311,8 @@ class DistilledDataset:
                 for image, start, end in _samples(shard, f, pictures=False):
                     for column, value in zip(columns, (image.class_id, image.weight, number, start, end), strict=True):
                         column.append(value)
+        if not columns[0]:
+            raise ValueError(f"no image in {shards[:3]}; expected image shards made by synthesize")
         self.class_ids, self.weights, self._number, self._start, self._end = map(np.array, columns)
         found, counts = np.unique(self.class_ids, return_counts=True)
         self.ipc: dict[int, int] = dict(zip(found.tolist(), counts.tolist(), strict=True))
@@ -342,4 +357,7 @@ def image_tars(path: str) -> list[str]:
     folder = Folder(path)
     if folder.names("images/*.tar"):
         path = folder.path("images")
-    return list_shards(path, key="path")
+    listed = [s for s in list_shards(path, key="path") if not s.rpartition("/")[2].startswith(".")]
+    if not listed:
+        raise ValueError(f"path={path}: only hidden files; expected image shards made by synthesize")
+    return listed

@@ -11,7 +11,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -44,22 +44,7 @@ def read_classes(path: str) -> list[ClassInfo]:
     Raises:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
     """
-    try:
-        rows = json.loads(read_file(path))
-    except FileNotFoundError:
-        raise ValueError(
-            f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
-            '(or of objects with "class_id", "name", "prompt", "teacher_index", "prior_label"); '
-            "set dataset.classes to yours"
-        ) from None
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"cannot read the class list {path}: {why}; set dataset.classes to a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
-    if not isinstance(rows, list) or not rows:
-        came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
-        raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
+    rows = _rows(path)
     classes = []
     for i, row in enumerate(rows):
         if isinstance(row, str):
@@ -97,6 +82,33 @@ def read_classes(path: str) -> list[ClassInfo]:
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         raise ValueError(f"{path}: expected class_id 0 to {len(ids) - 1} in order, got {shown}; mend the list")
     return classes
+
+
+def _rows(path: str) -> list[Any]:
+    """The JSON list in a file.
+
+    Raises:
+        ValueError: When the file cannot be read, or holds something else.
+    """
+    try:
+        rows = json.loads(read_file(path))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
+            '(or of objects with "class_id", "name", "prompt", "teacher_index", "prior_label"); '
+            "set dataset.classes to yours"
+        ) from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"cannot read the class list {path}: {why}; set dataset.classes to a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
+    except (ValueError, ImportError) as error:  # a protocol that nobody knows, a library to install, a store
+        raise ValueError(f"cannot read the class list {path}: {error}; set dataset.classes to a file") from None
+    if not isinstance(rows, list) or not rows:
+        came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
+        raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
+    return rows
 
 
 def read_samples(shard: str, num_classes: int, on_bad: OnBad, sha256: str = "") -> Iterator[Sample]:

@@ -4,6 +4,7 @@ itself: which of them are training ones, what a damaged one must have had, wheth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ import fsspec
 
 from ddoq_ray.config.split_words import SPLIT_WORDS, tokens
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
-from ddoq_ray.data.tar_samples import DAMAGE, labelled, open_samples
+from ddoq_ray.data.tar_samples import DAMAGE, OnBad, labelled, open_samples
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassCounts, LabelsOutside, ShardInfo
 from ddoq_ray.storage.transport import list_shards, open_shard
@@ -68,13 +69,16 @@ def picture_digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
-def index_shard(shard: str, num_classes: int, pictures: Pictures | None = None) -> ShardInfo:
+def index_shard(
+    shard: str, num_classes: int, pictures: Pictures | None = None, refused: OnBad = lambda bad: None
+) -> ShardInfo:
     """Count a shard's labelled images from its member table and labels; pictures are not decoded.
 
     Labels outside the class list and damage are counted apart, not as images.
 
     Args:
         pictures: Collects, or compares with those collected before.
+        refused: Called for each sample that cannot be used, but for its label's number or its picture's content.
 
     Raises:
         ValueError: When the shard cannot be read.
@@ -91,6 +95,8 @@ def index_shard(shard: str, num_classes: int, pictures: Pictures | None = None) 
         digest.update(repr((bad.name, bad.offset, bad.reason)).encode())
         if bad.reason.startswith(DAMAGE):
             damage.append(bad)
+        else:
+            refused(bad)
 
     def needed(extension: str, size: int) -> bool:
         return extension == "cls" if pictures is None else pictures.needed(extension, size)
@@ -164,14 +170,47 @@ def apart(shards: Sequence[str]) -> dict[str, list[str]]:
 
 def in_both(train: Collection[str], val: Collection[str]) -> list[str]:
     """Shards that both lists name, by whatever path."""
-    real = {_real(s) for s in val}
-    return [s for s in train if _real(s) in real]
+    real = {resolved(s) for s in val}
+    return [s for s in train if resolved(s) in real]
 
 
-def _real(shard: str) -> str:
+def resolved(shard: str) -> str:
+    """One name for a file, by whatever path or link it is asked for."""
     if "://" in shard and not shard.startswith("file:"):
         return shard
     return os.path.realpath(str(fsspec.core.url_to_fs(shard)[1]))
+
+
+def each_once(path: str, key: str, told: list[str]) -> list[str]:
+    """The shards of a folder or a pattern; hidden files, which Macs leave beside others, are none.
+
+    Raises:
+        ValueError: When there are none, or one is no file: reading a pipe would wait for ever.
+    """
+    listed = list_shards(path, key=key)
+    plain = [s for s in listed if not s.rpartition("/")[2].startswith(".")] or listed
+    once: dict[str, str] = {}
+    for shard in plain:
+        once.setdefault(resolved(shard), shard)
+        if "://" not in shard and os.path.exists(shard) and not os.path.isfile(shard):
+            raise ValueError(f"{key}={path}: {shard} is a folder, a pipe or a device, no shard; move it away")
+    if deeper := _folders_of_tars(path):
+        told.append(f"the folders {shown(deeper)} in {key}={path} hold *.tar of their own, which are not read")
+    if len(plain) < len(listed):
+        told.append(f"{len(listed) - len(plain)} hidden files of {key}={path} are no shards")
+    if len(once) < len(plain):
+        told.append(f"{len(plain) - len(once)} shards of {key}={path} are links to others: each is read once")
+    return list(once.values())
+
+
+def _folders_of_tars(path: str) -> list[str]:
+    """The folders in a folder of this machine that hold shards; a store is not asked, as that takes a request each."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.scandir(path), key=lambda e: e.name) if os.path.isdir(path) else ():
+            if entry.is_dir() and not entry.name.startswith("."):
+                found += [entry.name] if any(name.endswith(".tar") for name in os.listdir(entry)) else []
+    return found
 
 
 def train_and_val(path: str, val_path: str | None, told: list[str] | None = None) -> tuple[list[str], list[str]]:
@@ -183,7 +222,7 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
         ValueError: When a list is empty, or both lists hold the same shard.
     """
     told = [] if told is None else told
-    shards = list_shards(path, key="dataset.path")
+    shards = each_once(path, "dataset.path", told)
     named = apart(shards)
     train, held = named["train"], named["val"] or named["test"]
     if not train:  # all of one word: that is what was asked for
@@ -200,7 +239,7 @@ def train_and_val(path: str, val_path: str | None, told: list[str] | None = None
         left = [s for s in left if s not in taken]
         val = held
     else:
-        val = list_shards(val_path, key="dataset.val_path")
+        val = each_once(val_path, "dataset.val_path", told)
         same = in_both(train, val)
         if same:
             raise ValueError(

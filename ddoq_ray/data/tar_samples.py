@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from ddoq_ray.data.picture_kinds import UNREAD, unread_words
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
 from ddoq_ray.data.tar_headers import Header, open_tar
 from ddoq_ray.storage.quarantine import Refusal
@@ -136,7 +137,7 @@ class _Parts:
         return [self.parts.pop(stem) for stem in whole] if whole else self.close()
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def members_of(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """(tar, member) of all tars that lie one behind another in the file.
 
     Raises:
@@ -190,7 +191,7 @@ def _groups(tar: tarfile.TarFile, on_bad: OnBad, needed: Needed, on_member: OnMe
     position = 0
     parts = _Parts()
     try:
-        for part, info in _members(tar):
+        for part, info in members_of(tar):
             position = info.offset
             name = info.name.rpartition("/")[2]
             if info.isdir() or name.startswith("."):
@@ -253,7 +254,8 @@ def labelled(
             yield group, label
     for group in lacking:
         names = ", ".join(sorted(group.members))
-        lack = f"no image among its members: {names}"
+        unread = [UNREAD[e] for e in sorted(group.members) if e in UNREAD]
+        lack = unread_words(unread[0]) if unread else f"no image among its members: {names}"
         if "cls" not in group.members:
             lack = "no label (.cls)" + (
                 ": a .json is there, but labels are read from .cls" if "json" in group.members else ""
@@ -316,4 +318,6 @@ def _looks_like(file: IO[bytes]) -> str:
         return "a page of a web server, as a failed download leaves"
     if head.startswith(b"PK"):
         return "a zip archive"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "compressed by zstd, which is not read; decompress it (unzstd)"
     return "its first bytes are no member"

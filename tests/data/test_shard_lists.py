@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,24 @@ def test_held_out_shards_are_known_by_joined_words(tmp_path: Path, name: str) ->
         put(tmp_path / shard, b"x")
     train, val = train_and_val(str(tmp_path), None)
     assert [Path(s).name for s in train] == ["train-0.tar", "valley-0.tar"] and [Path(s).name for s in val] == [name]
+
+
+def test_hidden_files_and_links_to_a_shard_are_no_shards(tmp_path: Path) -> None:
+    for name in ("s-0.tar", "s-1.tar", "._s-0.tar", ".s-2.tar"):
+        put(tmp_path / name, b"x")
+    (tmp_path / "s-3.tar").symlink_to("s-0.tar")
+    told: list[str] = []
+    assert [Path(s).name for s in train_and_val(str(tmp_path), None, told)[0]] == ["s-0.tar", "s-1.tar"]
+    assert ["2 hidden files" in told[0], "1 shards" in told[1], len(told)] == [True, True, 2]
+    assert train_and_val(f"{tmp_path}/.s-2.tar", None)[0] == [f"{tmp_path}/.s-2.tar"]  # asked for by its name
+
+
+def test_folders_of_shards_beside_shards_are_told_and_pipes_refused(tmp_path: Path) -> None:
+    for name in ("s-0.tar", "val/v-0.tar", "notes/a.txt"):
+        put(tmp_path / name, b"x")
+    told: list[str] = []
+    assert len(train_and_val(str(tmp_path), None, told)[0]) == 1
+    assert len(told) == 1 and told[0].startswith("the folders val in dataset.path=")
+    os.mkfifo(tmp_path / "s-1.tar")
+    with pytest.raises(ValueError, match=r"s-1.tar is a folder, a pipe or a device"):
+        train_and_val(str(tmp_path), None)

@@ -10,13 +10,13 @@ from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.data.collections.archives import refuse_archive
 from ddoq_ray.data.collections.contents import not_images
 from ddoq_ray.data.collections.digits import DIGIT_NAMES, DIGIT_SPLITS, digits
-from ddoq_ray.data.collections.listing import Source, absolute, image_extension
+from ddoq_ray.data.collections.listing import Source, Survey, absolute, image_extension, looking_at
 from ddoq_ray.data.collections.metadata import is_metadata
 from ddoq_ray.data.collections.table_files import is_table
 from ddoq_ray.data.collections.tree import leftover, top, walk
 from ddoq_ray.data.collections.unread_places import refuse_unread
 
-__all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source"]
+__all__ = ["DIGIT_NAMES", "DIGIT_SPLITS", "digits", "kind_of", "open_source", "places_of", "survey_of"]
 
 
 def kind_of(dataset: DatasetConfig) -> str:
@@ -25,18 +25,28 @@ def kind_of(dataset: DatasetConfig) -> str:
     A path that is missing or shows nothing is taken for shards, whose reader says what it expected.
 
     Raises:
-        ValueError: When the path could be read as several kinds; names them.
+        ValueError: When it cannot be looked at, or could be read as several kinds; names them.
     """
     if dataset.kind is not None:
         return dataset.kind
-    path = str(dataset.path)
+    with looking_at(places_of(dataset)):
+        return _kind_shown(str(dataset.path))
+
+
+def places_of(dataset: DatasetConfig) -> str:
+    """The keys that say where the images are, for an error."""
+    held = "" if dataset.val_path is None else f", dataset.val_path={dataset.val_path}"
+    return f"dataset.path={dataset.path}{held}"
+
+
+def _kind_shown(path: str) -> str:
     fs, root = fsspec.core.url_to_fs(absolute(path))
     there = "://" not in absolute(path) and fs.exists(root)  # brackets and braces may be part of a name
     if not there or not fs.isdir(root):
         if path.lower().endswith((".parquet", ".arrow")):
             return "parquet"
-        if there:
-            refuse_archive(path, root)
+        if there or "://" in path:
+            refuse_archive(path, root if there else path)
     if (not there and any(ch in path for ch in "*?[{")) or path.endswith(".tar"):
         return "webdataset"
     found = _candidates(path)
@@ -48,7 +58,7 @@ def kind_of(dataset: DatasetConfig) -> str:
 
 def _candidates(path: str) -> dict[str, str]:
     """kind -> what speaks for it: names of files and folders."""
-    from ddoq_ray.data.collections.idx import FILES
+    from ddoq_ray.data.collections.idx import is_training_idx
     from ddoq_ray.data.collections.torchvision_sets import found_there
 
     path = absolute(path)
@@ -68,7 +78,7 @@ def _candidates(path: str) -> dict[str, str]:
     if parquet:
         found["parquet"] = f"{len(parquet)} {'*.arrow' if parquet[0].endswith('.arrow') else '*.parquet'}, such as "
         found["parquet"] += parquet[0]
-    idx = [f for f in files if f.removesuffix(".gz") == FILES["train"][0]]
+    idx = [name for name in (*files, *folders) if is_training_idx(name)]
     if idx:
         found["idx"] = idx[0]
     sets = found_there(folders)
@@ -105,9 +115,27 @@ def open_source(dataset: DatasetConfig) -> Source | None:
     """The collection to pack; None for digits, and for shards that are read where they are.
 
     Raises:
-        ValueError: When it is missing or its kind is ambiguous.
+        ValueError: When it is missing, cannot be looked at, or its kind is ambiguous.
     """
     kind = kind_of(dataset)
+    with looking_at(places_of(dataset)):
+        return _opened(kind, dataset)
+
+
+def survey_of(source: Source, asked: str) -> Survey:
+    """The survey of a collection.
+
+    Args:
+        asked: The key and the place, for the error.
+
+    Raises:
+        ValueError: When it is missing, empty or ambiguous, or cannot be looked at.
+    """
+    with looking_at(asked):
+        return source.survey()
+
+
+def _opened(kind: str, dataset: DatasetConfig) -> Source | None:
     path = str(dataset.path)
     if kind == "imagefolder":
         from ddoq_ray.data.collections.folders import ImageFolder

@@ -9,7 +9,7 @@ import tarfile
 from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
 
 _ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".gz", ".xz")
-_TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # as tarfile opens them
 _LOOKED_AT = 200  # members
 
 
@@ -23,7 +23,7 @@ def refuse_archive(path: str, local: str) -> None:
     Raises:
         ValueError: With the way out.
     """
-    if local.lower().endswith(_TARS):
+    if local.lower().endswith(TARS):
         if "://" in local or _has_labels(local):
             return
     elif not is_archive(local):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import fsspec
 
@@ -58,6 +61,28 @@ def given_classes(path: str | None, beside: str | None) -> list[ClassInfo] | Non
         if fs.exists(root):
             return read_classes(beside)
     return None
+
+
+def check_class_lists(files: Iterable[str], classes: Sequence[ClassInfo]) -> None:
+    """Refuse files of several folders whose class lists number their classes otherwise.
+
+    Args:
+        files: Whose labels are numbers; the list of the first one's folder is `classes`.
+
+    Raises:
+        ValueError: Shows both lists.
+    """
+    folders = list(dict.fromkeys(posixpath.dirname(file) for file in files))
+    names = [c.name for c in classes]
+    lists = [posixpath.join(folder, "classes.json") for folder in folders]
+    with ThreadPoolExecutor(32) as threads:  # each is a request to a store
+        found = list(threads.map(partial(given_classes, None), lists))
+    for path, other in zip(lists, found, strict=True):
+        if other is not None and [c.name for c in other] != names:
+            raise ValueError(
+                f"{path} says {shown([c.name for c in other])}, and {lists[0]} {shown(names)}: the same label would be "
+                "two classes. Write the labels of both by one list, or say which list holds for all by dataset.classes"
+            )
 
 
 def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) -> list[ClassInfo]:

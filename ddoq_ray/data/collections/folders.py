@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import fsspec
@@ -11,6 +13,7 @@ from ddoq_ray.data.collections.classes import class_list, escaped, given_classes
 from ddoq_ray.data.collections.contents import not_images, unread_notes
 from ddoq_ray.data.collections.layout import Layout, check_depth, check_order, check_shelf, find_layout, no_class_folder
 from ddoq_ray.data.collections.listing import (
+    LEFTOVER,
     NO_CLASS_IMAGE,
     NO_LABEL,
     Listing,
@@ -24,7 +27,7 @@ from ddoq_ray.data.collections.listing import (
 from ddoq_ray.data.collections.metadata import is_metadata
 from ddoq_ray.data.collections.table_labels import Tree, survey_tables
 from ddoq_ray.data.collections.tree import Entry, top, walk
-from ddoq_ray.data.collections.unread_places import table_hint
+from ddoq_ray.data.collections.unread_places import table_hint, there_in
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
@@ -68,8 +71,12 @@ class ImageFolder(Source):
             raise ValueError(f"dataset.path={root}: {no_class_folder(trees['train'].files, hint)}")
         usable = {split: _usable(tree, by_class[split][0]) for split, tree in trees.items()}
         if not usable["train"]:
-            raise ValueError(f"dataset.path={root}: no image file in {len(train)} class folders")
+            raise ValueError(
+                f"dataset.path={root}: no image file in {len(train)} class folders{_why_none(trees['train'])}"
+            )
         filled = sorted(usable["train"])
+        for split, tree in trees.items():
+            _refuse_one_folder_twice(tree.root, sorted(usable[split]))
         for split, tree in trees.items():
             names = [n for files in usable[split].values() for n in files]
             if len(usable[split]) == 1 and (given is None or text_of(filled[0]) not in {c.name for c in given}):
@@ -84,6 +91,8 @@ class ImageFolder(Source):
             empty = sorted(set(by_class[split][0]) - set(usable[split]))
             if empty:
                 notes.append(f"{len(empty):,} class folders of {tree.root} hold no image: {shown(empty)}")
+        if given is None:
+            notes += _nested(root, usable["train"])
         odd = [escaped(n) for n in filled if escaped(n) != n]
         if odd:
             notes.append(f"{len(odd):,} class folders have names that are no UTF-8; they are written {shown(odd)}")
@@ -133,6 +142,12 @@ def _tree(root: str) -> Tree:
     return Tree(root, dict(others), folders, not_images(root, others), tables)
 
 
+def _why_none(tree: Tree) -> str:
+    """What the files of a tree are, of which none is an image that is read."""
+    counts = Counter(why for name, why in tree.no_image.items() if why != LEFTOVER)
+    return ": " + "; ".join(f"{n:,} files: {why}" for why, n in counts.most_common(3)) if counts else ""
+
+
 def _by_class(tree: Tree) -> tuple[dict[str, list[Entry]], list[Entry]]:
     """(class folder -> its files, files in no class folder); a folder named -1 holds images without a label."""
     names = {f.split("/")[0] for f in tree.folders}
@@ -151,6 +166,36 @@ def _usable(tree: Tree, folders: dict[str, list[Entry]]) -> dict[str, list[str]]
     """Class folder -> its images, of those that have any."""
     images = {f: [n for n, _ in files if n not in tree.no_image] for f, files in folders.items()}
     return {f: names for f, names in images.items() if names}
+
+
+def _refuse_one_folder_twice(root: str, folders: Sequence[str]) -> None:
+    """Refuse class folders of which one is a link to another: each image would be of two classes.
+
+    Raises:
+        ValueError: With both names.
+    """
+    if "://" in root:
+        return
+    real: dict[str, str] = {}
+    for folder in folders:
+        other = real.setdefault(os.path.realpath(os.path.join(root, folder)), folder)
+        if other != folder:
+            raise ValueError(
+                f"{root}: the class folders {escaped(other)} and {escaped(folder)} are one folder, by a link: its "
+                "images would be of two classes; remove the name that is not meant"
+            )
+
+
+def _nested(root: str, usable: dict[str, list[str]]) -> list[str]:
+    """A note where all images lie in folders of class folders that are the same in each: these may be the classes."""
+    inner = [{name.split("/")[1] for name in names if name.count("/") > 1} for names in usable.values()]
+    deep = all(name.count("/") > 1 for names in usable.values() for name in names)
+    if not deep or len(inner) < 2 or any(heads != inner[0] for heads in inner) or len(inner[0]) < 2:
+        return []
+    return [
+        f"the classes are the folders of {root} ({shown(sorted(usable), 4)}); each holds {shown(sorted(inner[0]), 4)}: "
+        "where these are the classes, put the images of each together in one folder of its name"
+    ]
 
 
 def _one_form(folders: list[str], root: str, notes: list[str]) -> list[str]:
@@ -203,8 +248,9 @@ def _same_classes(trees: dict[str, Tree], usable: dict[str, dict[str, list[str]]
         )
     if not filled["val"]:
         raise ValueError(
-            f"{val} holds no image ({len(folders['val'])} class folders): fill it, or move it away and hold some "
-            "training images out (dataset.heldout=0.1), or give another dataset.val_path"
+            f"{val} holds no image in {len(folders['val'])} class folders ({there_in(val)}), and {train} holds images "
+            "in class folders: fill it, or move it away and hold some training images out (dataset.heldout=0.1), or "
+            "give another dataset.val_path"
         )
     only_train = sorted(filled["train"] - folders["val"])
     only_val = sorted((filled["val"] | folders["val"] - folders["train"]) - filled["train"])

@@ -23,6 +23,12 @@ FILES = {
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 
+
+def is_training_idx(name: str) -> bool:
+    """Whether a file is the training images, or a folder in which some archives have that file."""
+    return name.removesuffix(".gz").replace(".idx", "-idx") == FILES["train"][0]
+
+
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4"}
 
 
@@ -70,9 +76,13 @@ class Idx(Source):
         return self._array(FILES[split][0], 3)
 
     def _find(self, name: str) -> str | None:
+        """The file, with a dot in the place of its second dash as some archives have it, or in a folder of its name."""
         fs, root = fsspec.core.url_to_fs(self.root)
-        there = [n for n in (name, f"{name}.gz") if fs.exists(posixpath.join(root, n))]
-        return there[0] if there else None
+        for file in (name, name.replace("-idx", ".idx")):
+            for there in (file, f"{file}.gz", f"{file}/{file}"):
+                if fs.isfile(posixpath.join(root, there)):
+                    return there
+        return None
 
     def _array(self, name: str, dims: int) -> np.ndarray:
         found = self._find(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -149,13 +150,47 @@ def image_extension(name: str) -> str | None:
     return extension if dot and stem and extension.lower() in IMAGE_EXTENSIONS else None
 
 
+@contextlib.contextmanager
+def looking_at(asked: str) -> Iterator[None]:
+    """What a disk, a network or a store's library says of a place becomes the user's to mend.
+
+    Args:
+        asked: The key and the place, for the error.
+
+    Raises:
+        ValueError: With its words.
+    """
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0] not in ("builtins", "ddoq_ray")
+        if not isinstance(error, OSError) and not ("://" in asked and library):
+            raise
+        raise ValueError(
+            f"{asked} cannot be looked at: {type(error).__name__}: {error}; check the address and its permissions, or "
+            "copy what is there to a disk"
+        ) from error
+
+
 def absolute(path: str) -> str:
-    """A path that means the same in every process of this machine; URLs are kept."""
+    """A path that means the same in every process of this machine; URLs are kept.
+
+    Raises:
+        ValueError: For a URL whose protocol nobody knows, or needs a library that is not there.
+    """
     if "::" in path and "://" not in path:
         raise ValueError(
             f"{path}: fsspec takes a path with :: for a chain of several; rename the folder, or link to it"
         )
     if "://" in path and not path.lower().startswith(("file://", "local://")):
+        if path.endswith("://"):
+            raise ValueError(f"{path} names no place in the store; expected a bucket and a path in it")
+        try:
+            fsspec.get_filesystem_class(path.partition("://")[0].partition("::")[0])
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"{path}: {error}; expected a local path, or a URL such as s3://, gs:// or https://"
+            ) from None
         return path.rstrip("/")
     place = str(fsspec.core.url_to_fs(path)[1])
     if "://" in path and not os.path.exists(place):

@@ -24,6 +24,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LABELS = ("label", "labels", "class", "class_name", "label_name", "category", "target")
 _SPLITS = ("split", "set", "subset", "partition")
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
+_ROW_NUMBERS = re.compile(r"(Unnamed: [0-9]+)?")  # the name of such a column, as pandas writes and reads it
 _NOTHING = ("", "nan", "<na>", "#n/a", "n/a")  # as tables write a value that is not there
 _NOTHING_AMONG_NUMBERS = (*_NOTHING, "none", "null", "na")
 
@@ -58,13 +59,18 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
             "that column so, or the table if it is none of the images' labels"
         )
     split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
-    others = [c for c in columns if c not in ("file_name", split)]
+    others = [c for c in columns if c not in ("file_name", split) and not _ROW_NUMBERS.fullmatch(str(c))]
     column = label_column or _label_column(table, others, rows)
     if column not in columns:
         raise ValueError(f"{table}: no column dataset.label_column={column} (there: {shown(columns)})")
     out = []
     for row in rows:
         name = str(row.get("file_name") or "")
+        if "\n" in name or "\n" in str(row.get(column) or ""):
+            raise ValueError(
+                f"{table}: a file_name or {column} of several lines, beginning {shown([name.split(chr(10))[0][:60]])}: "
+                "a quote there is opened and not closed, and takes the rows behind it; close or remove it"
+            )
         label = _label(table, name, column, row.get(column))
         out.append(Row(name, label, None if split is None else split_of(str(row[split]))))
     return out
@@ -136,6 +142,7 @@ def metadata_classes(
         raise ValueError(
             f"{where}: training and validation have different classes: only in validation: {shown(sorted(val - train))}"
         )
+    _refuse_joined(train, given, where)
     if all(_NUMBER.fullmatch(label) for label in train) and {c.name for c in given or []} != train:
         if len({int(label) for label in train}) < len(train):
             raise ValueError(f"{where}: labels that are the same number written differently: {shown(sorted(train))}")
@@ -143,6 +150,23 @@ def metadata_classes(
         return classes, {label: int(label) for label in train}
     classes = class_list(sorted(train), given, where)
     return classes, {c.name: c.class_id for c in classes}
+
+
+def _refuse_joined(labels: set[str], given: list[ClassInfo] | None, where: str) -> None:
+    """Refuse several labels of one image, written as one: each combination would be a class.
+
+    Raises:
+        ValueError: With such a label.
+    """
+    named = {c.name for c in given or []}
+    for label in sorted(labels - named):
+        parts = [part.strip() for part in re.split(r"[|;,]", label)]
+        if len(parts) > 1 and all(part in labels for part in parts):
+            raise ValueError(
+                f"{where}: {shown([label])} is several labels of one image, as {shown(parts)} are labels too; an image "
+                "has one: keep one of them, or leave such rows out; where it is a class, name all classes by "
+                "dataset.classes"
+            )
 
 
 def nearly_unique(values: Iterable[object]) -> bool:
@@ -220,8 +244,9 @@ def _rows(table: str) -> list[dict[str, Any]]:
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if kind == "csv":
+            text = text.lstrip("\r\n")
             first = text.partition("\n")[0]
-            mark = max(",;\t", key=first.count)  # spreadsheets of many countries write another than the comma
+            mark = max(",;\t|", key=first.count)  # spreadsheets of many countries write another than the comma
             return [{k: v for k, v in row.items() if k is not None} for row in _csv(text, mark)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{table}: cannot be read as {kind}: {error}; save it as UTF-8") from error
@@ -248,6 +273,7 @@ def _json(line: str) -> Any:
 
 
 def _csv(text: str, mark: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # beside the label may be a caption of any length
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
     if reader.fieldnames is not None:
         reader.fieldnames = [str(name).strip() for name in reader.fieldnames]

@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from ddoq_ray.data.collections.classes import given_classes, numbered_classes, shown
+from ddoq_ray.data.collections.classes import check_class_lists, given_classes, numbered_classes, shown
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Survey, harmless, image_extension
 from ddoq_ray.data.collections.metadata import metadata_classes, usable_labels
@@ -106,6 +106,8 @@ class Parquet(Containers):
         if all(isinstance(label, int) for label in every):
             numbers = {int(label) for label in every if label is not None}
             names = columns.names
+            if names is None and given is not None and self.classes is None:
+                check_class_lists(self.containers(), given)
             count = len(names) if names is not None else len(given) if given is not None else None
             inside = {n for n in numbers if n >= 0 and (count is None or n < count)}
             classes = numbered_classes(inside, names, given, self.path)

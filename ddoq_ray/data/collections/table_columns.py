@@ -110,7 +110,10 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
         )
     able = [n for n, kind in fields.items() if _may_be_label(kind) and not n.startswith("__")]
     labels = [n for n in fields if kinds.get(n) == "ClassLabel"]
-    for choice in (["label"], _LABELS, [n for n in able if not pa.types.is_floating(fields[n])], able):
+    others = [[n for n in able if not pa.types.is_floating(fields[n])], able]
+    if any(n.lower() in _LABELS for n in fields if n not in (*able, images[0])):
+        others = []  # the labels are there, of a type that is not read: no other column stands for them
+    for choice in (["label"], _LABELS, *others):
         labels = labels or [n for n in able if n.lower() in choice or n in choice]
     if label_column is not None and not (unlabelled and label_column not in fields):
         if label_column not in able:
@@ -123,8 +126,9 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
         return Columns(images[0], None, None)
     if len(labels) != 1:
         raise ValueError(
-            f"{file}: which column is the label? Candidates: {shown(labels) or 'none'} (numbers or names); say so by "
-            "dataset.label_column=NAME"
+            f"{file}: which column is the label? Candidates: {shown(labels) or 'none'} (numbers or names; there: "
+            f"{shown([f'{name} of {kind}' for name, kind in fields.items() if name != images[0]]) or 'no other'}); say "
+            "so by dataset.label_column=NAME"
         )
     names = features[labels[0]].get("names") if labels[0] in kinds else None
     return Columns(images[0], labels[0], tuple(map(text_of, map(str, names))) if names else None)

@@ -14,6 +14,7 @@ from ddoq_ray.data.collections.classes import shown
 from ddoq_ray.data.collections.listing import absolute
 from ddoq_ray.data.collections.splits import split_in_file, split_of
 from ddoq_ray.data.collections.tree import walk
+from ddoq_ray.data.shard_index import resolved
 from ddoq_ray.storage.transport import read_file
 
 ENDINGS = (".parquet", ".arrow")
@@ -112,7 +113,9 @@ def list_tables(path: str, key: str) -> tuple[list[str], list[str]]:
         if not names:
             raise ValueError(f"{key}={path}: {where} holds no parquet file; expected *.parquet or *.arrow")
         found += [(str(fs.unstrip_protocol(n)) if "://" in where else str(n), below) for n, below in names]
-    return [file for file, _ in found], [below for _, below in found]
+    once = {resolved(file): (file, below) for file, below in reversed(found)}  # patterns may meet, links lead to one
+    files = sorted(once.values(), key=found.index)
+    return [file for file, _ in files], [below for _, below in files]
 
 
 def _one_configuration(root: str, names: Sequence[str], key: str) -> None:

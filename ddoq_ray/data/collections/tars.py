@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ddoq_ray.data.collections.classes import check_class_lists
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import Listing, Survey
 from ddoq_ray.data.samples import read_classes
@@ -22,7 +23,9 @@ class Tars(Containers):
 
     def __init__(self, path: str, val_path: str | None, classes: str | None) -> None:
         self.path = path
-        self.train, self.val = train_and_val(path, val_path)
+        self.notes: list[str] = []
+        self.train, self.val = train_and_val(path, val_path, self.notes)
+        self.given = classes is not None
         self.classes = classes or posixpath.join(posixpath.dirname(self.train[0]), "classes.json")
 
     def containers(self) -> list[str]:
@@ -30,12 +33,15 @@ class Tars(Containers):
 
     def survey(self) -> Survey:
         classes = read_classes(self.classes)
+        if not self.given:
+            check_class_lists(self.containers(), classes)
         train = self._listing(self.train, 0, len(classes))
         if not train.names:
             raise ValueError(
                 f"dataset.path={self.path}: no sample with an image and a label in {len(self.train)} shards"
             )
-        return Survey(classes, train, self._listing(self.val, len(self.train), len(classes)) if self.val else None)
+        val = self._listing(self.val, len(self.train), len(classes)) if self.val else None
+        return Survey(classes, train, val, list(self.notes))
 
     def _listing(self, shards: Sequence[str], offset: int, num_classes: int) -> Listing:
         names: list[str] = []

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import posixpath
+from collections.abc import Sequence
 
+import braceexpand
 import fsspec
 
-from ddoq_ray.data.collections.archives import is_archive
+from ddoq_ray.data.collections.archives import TARS, is_archive
 from ddoq_ray.data.collections.classes import shown
 from ddoq_ray.data.collections.contents import not_images
+from ddoq_ray.data.collections.idx import is_training_idx
 from ddoq_ray.data.collections.listing import absolute, image_extension
+from ddoq_ray.data.collections.splits import split_of
 from ddoq_ray.data.collections.tree import leftover, top, walk
+from ddoq_ray.data.tar_samples import open_samples
+from ddoq_ray.storage.quarantine import Refusal
+from ddoq_ray.storage.transport import open_shard
 
 EXPECTED = (
     "expected class folders of images (<class>/<image files>, or train/ and val/ of such), a metadata.csv with "
-    "file_name and label, WebDataset shards (*.tar), or *.parquet or *.arrow files"
+    "file_name and label, WebDataset shards (*.tar), *.parquet or *.arrow files, or MNIST's IDX files "
+    "(train-images-idx3-ubyte and its labels)"
 )
 _LISTS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".xlsx")
 
@@ -31,11 +41,50 @@ def refuse_unread(path: str) -> None:
         if not any(name.endswith(".tar") for name in top(place)[1]):
             _refuse_folder(path, place)
     elif "://" not in place and fs.exists(root):
-        _refuse_file(path)
+        _refuse_file(path, root)
+    elif "://" not in place and any(ch in path for ch in "*?[{"):
+        _refuse_folders(path)
 
 
-def _refuse_file(path: str) -> None:
-    """Refuse a single file that is an image, or a list of images.
+def _refuse_folders(path: str) -> None:
+    """Refuse a pattern that names folders of anything but shards.
+
+    Raises:
+        ValueError: With one of them.
+    """
+    for pattern in braceexpand.braceexpand(path) if path.count("{") == path.count("}") else [path]:
+        for place in sorted(glob.glob(pattern)):
+            if os.path.isdir(place) and not any(name.endswith(".tar") for name in top(place)[1]):
+                raise ValueError(
+                    f"dataset.path={path} names folders without *.tar, such as {place}; a pattern names shards or "
+                    "tables (*.tar, *.parquet). Of folders of images give one: make one that holds links to the class "
+                    "folders of all"
+                )
+
+
+def refuse_other_kind(key: str, path: str) -> None:
+    """Refuse a place of validation images that holds no shards where the training images are in shards.
+
+    Raises:
+        ValueError: With what is there.
+    """
+    place = absolute(path)
+    fs, root = fsspec.core.url_to_fs(place)
+    if fs.isdir(root) and not any(name.endswith(".tar") for name in top(place)[1]):
+        raise ValueError(
+            f"{key}={path} holds no *.tar ({there_in(place)}), but dataset.path holds shards: give validation images "
+            "of the same kind (`ddoq-ray prepare` makes shards of any collection)"
+        )
+
+
+def there_in(place: str) -> str:
+    """What is directly in a folder, in words."""
+    folders, files = top(place)
+    return f"there: {shown([*(f'{name}/' for name in folders), *files]) or 'nothing'}"
+
+
+def _refuse_file(path: str, place: str) -> None:
+    """Refuse a single file that is an image, a list of images, or anything but a tar.
 
     Raises:
         ValueError: With the way out.
@@ -47,6 +96,12 @@ def _refuse_file(path: str) -> None:
             f"dataset.path={path} is a table or a list: name it metadata.csv (or .jsonl), with file_name and label, "
             "and give the folder that it lies in"
         )
+    if not os.path.isfile(place):
+        raise ValueError(f"dataset.path={path} is a device or a pipe; {EXPECTED}")
+    bad: list[Refusal] = []
+    with open_shard(place) as f:
+        if open_samples(f, bad.append) is None:
+            raise ValueError(f"dataset.path={path} is {bad[0].reason}; {EXPECTED}")
 
 
 def _refuse_folder(path: str, place: str) -> None:
@@ -55,7 +110,7 @@ def _refuse_folder(path: str, place: str) -> None:
     Raises:
         ValueError: With what is there, and the way out.
     """
-    _, folders, files = next(walk(place))
+    _, _, files = next(walk(place))
     there = [(name, size) for name, size in files if not leftover(name)]
     none = not_images(place, there)
     images = [name for name, _ in there if name not in none]
@@ -65,20 +120,44 @@ def _refuse_folder(path: str, place: str) -> None:
             "says which class each is of: expected a folder for each class, or a metadata.csv with file_name and label "
             f"beside them{table_hint(place)}"
         )
-    archives = sorted(
-        posixpath.join(here, name)
-        for here, _, inside in walk(place)
-        for name, _ in inside
-        if not leftover(name) and (is_archive(name) or (here and name.endswith(".tar")))
+    inside = sorted(
+        posixpath.join(here, name) for here, _, inside in walk(place) for name, _ in inside if not leftover(name)
     )
+    _refuse_shards_below(path, [name for name in inside if name.lower().endswith(TARS)])
+    idx = [name for name in inside if is_training_idx(posixpath.basename(name))]
+    if idx:
+        raise ValueError(
+            f"dataset.path={path} holds IDX files further down: give dataset.path="
+            f"{posixpath.join(path, posixpath.dirname(idx[0]))}"
+        )
+    archives = [name for name in inside if is_archive(name)]
     if archives:
         raise ValueError(
             f"dataset.path={path} holds archives ({shown(archives, 3)}) and no images beside them: unpack them where "
-            "they are, and give the folder again; where they are shards, give the folder that holds them"
+            "they are, and give the folder again"
         )
-    names = [*(f"{name}/" for name in folders), *(name for name, _ in there)]
+    raise ValueError(f"dataset.path={path} holds no *.tar and no images ({there_in(place)}); {EXPECTED}")
+
+
+def _refuse_shards_below(path: str, tars: Sequence[str]) -> None:
+    """Refuse a folder whose tars lie in folders of it, or are named otherwise than shards are looked for.
+
+    Raises:
+        ValueError: With how to give them if they are shards.
+    """
+    if not tars:
+        return
+    folders = {split_of(f) or f: posixpath.join(path, f) for f in sorted({posixpath.dirname(t) for t in tars})}
+    place = folders.get("train", posixpath.join(path, posixpath.dirname(tars[0])))
+    held = folders.get("val", folders.get("test"))
+    ending = tars[0][-len(next(end for end in TARS if tars[0].lower().endswith(end))) :]
+    pattern = "" if ending == ".tar" else f"/*{ending}"
+    given = f"dataset.path='{place.rstrip('/')}{pattern}'"
+    given += f" dataset.val_path='{held}{pattern}'" if held is not None and "train" in folders else ""
     raise ValueError(
-        f"dataset.path={path} holds no *.tar and no images (there: {shown(names) or 'nothing'}); {EXPECTED}"
+        f"dataset.path={path} holds tars ({shown(tars, 3)}), and no *.tar or images of its own: where they are shards "
+        f"(<key>.jpg and <key>.cls), give {given}; where they are archives of images, unpack them where they are, and "
+        "give the folder again"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.ineffective import WRITTEN
+from ddoq_ray.data.collections.classes import check_class_lists
+from ddoq_ray.data.collections.unread_places import refuse_other_kind
 from ddoq_ray.data.shard_index import Pictures, index_shard, shown, train_and_val, with_losses
 from ddoq_ray.execution.workers import Progress, in_tasks
 from ddoq_ray.storage.folder import Folder
@@ -42,26 +45,37 @@ def survey_shards(config: RunConfig, classes: Sequence[ClassInfo]) -> Packed:
                 "dataset.resort=true to write them anew"
             )
     words: list[str] = []
+    if d.val_path is not None:
+        refuse_other_kind("dataset.val_path", d.val_path)
     train_urls, val_urls = train_and_val(str(d.path), d.val_path, words)
+    if d.classes is None:
+        check_class_lists([*train_urls, *val_urls], classes)
     told = [f"prepare    {line}" for line in words]
     seen: list[tuple[int, bytes]] = []
-    val = with_losses(index_all(val_urls, len(classes), collected=seen))
+    unusable: dict[str, list[Unusable]] = {"path": [], "val_path": []}
+    val = with_losses(index_all(val_urls, len(classes), collected=seen, unusable=unusable["val_path"]))
     same: list[str] = []
     known: dict[int, set[bytes]] = {}
     for size, digest in seen[:COMPARED]:
         known.setdefault(size, set()).add(digest)
-    train = with_losses(index_all(train_urls, len(classes), known=known or None, same=same))
+    train = index_all(train_urls, len(classes), known=known or None, same=same, unusable=unusable["path"])
+    train = with_losses(train)
     for key, path, found in (("path", d.path, train), ("val_path", d.val_path, val)):
         if path is not None and found and not sum(s.samples for s in found):
             _check_labels(f"dataset.{key}={path}", found, len(classes), 0.0)
             damaged = [s for s in found if s.damage]
-            why = f" ({shown([s.path for s in damaged])}: {damaged[0].damage})" if damaged else ""
+            why = [f"{shown([s.path for s in damaged])}: {damaged[0].damage}"] if damaged else []
+            why += _in_words(unusable[key])
+            came = f" ({'; '.join(why)})" if why else ""
             raise ValueError(
-                f"dataset.{key}={path}: no sample with an image and a label in {len(found)} shards{why}; expected "
+                f"dataset.{key}={path}: no sample with an image and a label in {len(found)} shards{came}; expected "
                 "members <key>.png (or jpg, ...) and <key>.cls with the label as a number"
             )
         _check_labels(f"dataset.{key}={path}", found, len(classes), config.max_bad_fraction)
         told += _check_damage(f"dataset.{key}={path}", found, config.max_bad_fraction)
+        if unusable[key]:
+            told.append(f"prepare    not usable: {'; '.join(_in_words(unusable[key]))}")
+        told += _copies(found)
     packed = Packed(list(classes), train, val, told=told)
     packed.same = same_images(same, sum(s.samples for s in val), sum(s.samples for s in train))
     return packed
@@ -83,6 +97,39 @@ def same_images(keys: Sequence[str], val: int, train: int) -> dict[str, Any]:
     return {"images": len(keys), "of_training": train, "of_validation": val, "examples": sorted(keys)[:5]}
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """Samples of one shard that cannot be used for one reason; `first` is one of them."""
+
+    shard: str
+    count: int
+    first: Refusal
+
+
+def _in_words(unusable: Sequence[Unusable]) -> list[str]:
+    """For each reason, the commonest first: how many samples, and which one of them."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for u in unusable:
+        counts[u.first.kind] += u.count
+        first.setdefault(u.first.kind, f"{u.first.name} of {shown([u.shard])}, {u.first.reason}")
+    return [f"{n:,} samples, such as {first[kind]}" for kind, n in counts.most_common(4)]
+
+
+def _copies(shards: Sequence[ShardInfo]) -> list[str]:
+    """A line where shards have the same members and labels: sizes, times and names."""
+    by_digest: dict[tuple[str, int], list[str]] = {}
+    for s in shards:
+        if s.samples:
+            by_digest.setdefault((s.digest, s.bytes), []).append(s.path)
+    alike = [paths for paths in by_digest.values() if len(paths) > 1]
+    return [
+        f"prepare    warning: {shown(paths)} look like copies of one shard: if they are, their images count "
+        f"{len(paths)} times; keep one of them"
+        for paths in alike[:4]
+    ]
+
+
 def index_all(
     urls: Sequence[str],
     num_classes: int,
@@ -90,36 +137,49 @@ def index_all(
     collected: list[tuple[int, bytes]] | None = None,
     known: dict[int, set[bytes]] | None = None,
     same: list[str] | None = None,
+    unusable: list[Unusable] | None = None,
 ) -> list[ShardInfo]:
     """What each shard holds, in order.
 
     Args:
         collected: Takes (size, digest) of every picture.
         known: Such pictures by size; the keys of those that come again go to `same`.
+        unusable: Takes what cannot be used, but for damage and labels outside the class list.
     """
     if not urls:
         return []
     shared = ray.put(known)
     jobs = [partial(_index.remote, url, num_classes, collected is not None, shared) for url in urls]
     found: dict[int, ShardInfo] = {}
+    left_out: dict[int, list[Unusable]] = {}
     with Progress("prepare", len(jobs), "shards") as progress:
-        for number, (info, pictures, again) in in_tasks(jobs, INDEXED_AT_ONCE):
+        for number, (info, pictures, again, left_out[number]) in in_tasks(jobs, INDEXED_AT_ONCE):
             found[number] = info
             if collected is not None:
                 collected += pictures
             if same is not None:
                 same += again
             progress.advance()
+    if unusable is not None:
+        unusable += [u for i in range(len(jobs)) for u in left_out[i]]
     return [found[i] for i in range(len(jobs))]
 
 
 @ray.remote(num_cpus=0.5)
 def _index(
     url: str, num_classes: int, collect: bool, known: dict[int, set[bytes]] | None
-) -> tuple[ShardInfo, list[tuple[int, bytes]], list[str]]:
+) -> tuple[ShardInfo, list[tuple[int, bytes]], list[str], list[Unusable]]:
     pictures = Pictures(known) if collect or known is not None else None
-    info = index_shard(url, num_classes, pictures)
-    return info, pictures.found if pictures else [], pictures.same if pictures else []
+    first: dict[str, Refusal] = {}
+    counts: Counter[str] = Counter()
+
+    def refused(bad: Refusal) -> None:
+        counts[bad.kind] += 1
+        first.setdefault(bad.kind, bad)
+
+    info = index_shard(url, num_classes, pictures, refused)
+    left_out = [Unusable(url, n, first[kind]) for kind, n in counts.items()]
+    return info, pictures.found if pictures else [], pictures.same if pictures else [], left_out
 
 
 def _check_labels(asked: str, shards: Sequence[ShardInfo], num_classes: int, allowed: float) -> None:

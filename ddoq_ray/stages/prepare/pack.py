@@ -24,6 +24,7 @@ import ray
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
+from ddoq_ray.data.collections import survey_of
 from ddoq_ray.data.collections.listing import HARMLESS, Listing, Source, Survey, extension_of, no_image
 from ddoq_ray.data.shard_index import index_shard, picture_digest
 from ddoq_ray.data.tar_writing import add_member, tar_to
@@ -146,13 +147,16 @@ def make_plans(config: RunConfig, survey: Survey) -> list[Plan]:
     return [Plan("train", "train", survey.train, cut_up(order, survey.train)), *plans]
 
 
-def survey_source(source: Source) -> Survey:
+def survey_source(source: Source, asked: str) -> Survey:
     """The survey, made by a worker: some libraries cannot list a collection without reading it.
+
+    Args:
+        asked: The key and the place, for an error.
 
     Raises:
         ValueError: When the collection is missing, empty or ambiguous.
     """
-    return next(in_tasks([lambda: _survey.remote(source)], 1))[1]
+    return next(in_tasks([lambda: _survey.remote(source, asked)], 1))[1]
 
 
 def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan], run: Folder) -> Packed:
@@ -333,8 +337,8 @@ def _check_refused(config: RunConfig, packed: Packed, data: Folder) -> None:
 
 
 @ray.remote(num_cpus=1)
-def _survey(source: Source) -> Survey:
-    return source.survey()
+def _survey(source: Source, asked: str) -> Survey:
+    return survey_of(source, asked)
 
 
 @ray.remote(num_cpus=1)

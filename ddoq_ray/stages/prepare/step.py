@@ -19,7 +19,7 @@ import numpy as np
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.core.rng import philox
-from ddoq_ray.data.collections import DIGIT_NAMES, digits, kind_of, open_source
+from ddoq_ray.data.collections import DIGIT_NAMES, digits, kind_of, open_source, places_of
 from ddoq_ray.data.samples import encode_png, list_shards, read_classes
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.execution.workers import Events, say
@@ -105,7 +105,7 @@ def run(config: RunConfig, run_dir: Folder, events: Events) -> Data:
     source = open_source(config.dataset)
     packed, plans, survey = None, None, None
     if source is not None:
-        survey = survey_source(source)
+        survey = survey_source(source, places_of(config.dataset))
         for note in survey.notes:
             say(f"prepare    {note}")
         plans = make_plans(config, survey)
