@@ -59,9 +59,10 @@ def test_what_cannot_be_used_of_some_is_told_with_the_rest(tmp_path: Path, ray_h
 
 
 def test_a_copy_of_a_shard_is_noticed(tmp_path: Path, ray_here: None) -> None:
-    shutil.copy(shards(tmp_path) / "s-0.tar", tmp_path / "s-0 (1).tar")
-    put(tmp_path / "s-1.tar", (shards(tmp_path / "other", first=6) / "s-0.tar").read_bytes())
-    (line,) = surveyed(tmp_path).told
+    root = shards(tmp_path / "root")
+    shutil.copy(root / "s-0.tar", root / "s-0 (1).tar")
+    shutil.copy(shards(tmp_path / "other", first=6) / "s-0.tar", root / "s-1.tar")
+    (line,) = surveyed(root).told
     assert "s-0 (1).tar, s-0.tar look like copies of one shard" in line and "count 2 times" in line
 
 
