@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
-from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
+from ddoq_ray.models.classifiers import Classifier, build_classifier, check_answers, load_classifier
 from ddoq_ray.models.ensemble import Teacher, feature_dim, first_of, load_teacher
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
@@ -128,10 +128,10 @@ def check_judge(judge: Classifier, teacher: Teacher | None) -> None:
 
 def check_teacher(teacher: Teacher) -> None:
     """Whether the teacher answers an image of its size."""
-    with torch.inference_mode():
-        logits = teacher(torch.full((1, 3, teacher.image_size, teacher.image_size), 0.5))
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("the teacher answers a grey image with NaN or infinite logits; check teacher.path")
+    try:
+        check_answers(teacher, teacher.arch, teacher.image_size)
+    except ValueError as error:
+        raise ValueError(f"the teacher {error}; check teacher.path") from error
 
 
 def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, int]:
