@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from ddoq_ray.models.folders import content_digest, read_json, resolve_folder
+from ddoq_ray.models.folders import content_digest, first_line, read_json, resolve_folder
 from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -243,8 +243,7 @@ def load_network(network_class: Any, folder: Path, part: str | None) -> Any:
             use_safetensors=any(place.glob("*.safetensors")),
         )  # fmt: skip
     except Exception as error:  # a config or a file of others, and whatever diffusers raises of it
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {first}") from error
+        raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {first_line(error)}") from error
     absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if absent:
         raise ValueError(f"prior: {place} lacks {len(absent)} tensors, such as {absent[:3]}")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddoq_ray.models.architectures import build_trunk, head_of, is_import_path, torchvision_model, without_head
-from ddoq_ray.models.folders import content_digest, published_folder, read_json, resolve_folder, write_json
+from ddoq_ray.models.folders import content_digest, first_line, published_folder, read_json, resolve_folder, write_json
 from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_pointers, fit_names, read_tensors
 
 CONFIG_JSON = "config.json"
@@ -243,8 +243,7 @@ def check_answers(model: nn.Module, arch: str, image_size: int) -> None:
         with torch.inference_mode():
             logits = model(torch.full((1, 3, image_size, image_size), 0.5, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{arch} does not take images of image_size={image_size} px ({first})") from error
+        raise ValueError(f"{arch} does not take images of image_size={image_size} px ({first_line(error)})") from error
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(f"{arch} answers a grey image with NaN or infinite logits")
 

@@ -17,6 +17,7 @@ from torch import nn
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
 from ddoq_ray.models.classifiers import Classifier, build_classifier, check_answers, load_classifier
 from ddoq_ray.models.ensemble import Teacher, feature_dim, first_of, load_teacher
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.provenance import environment
@@ -147,11 +148,10 @@ def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, i
     nbytes = sum(tensor.nbytes for tensor in student.state_dict().values())
     try:
         _step(student, 2, image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a network may be the user's own
         raise ValueError(
-            f"student.arch={arch} does not take images of student.image_size={image_size} ({first}); choose the "
-            "size that it is made for (224 for most of torchvision's), or a student for small images such as "
+            f"student.arch={arch} does not take images of student.image_size={image_size} ({first_line(error)}); "
+            "choose the size that it is made for (224 for most of torchvision's), or a student for small images such as "
             "resnet18-small or convnet3"
         ) from error
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddoq_ray.models.folders import first_line
+
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 # Averaged weights first: what a trainer that keeps them evaluates and publishes.
 _WRAPPERS = ("ema_state_dict", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -85,7 +87,7 @@ def _told(error: Exception) -> str:
         found = _GLOBAL.search(text)
         kind = f", such as {found[1] or found[2]}" if found else ""
         return f"it holds objects beside tensors{kind}, and code in a file of weights is never run"
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _inside(value: Any) -> Any:

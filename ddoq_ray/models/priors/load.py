@@ -51,8 +51,8 @@ def _check_whole(folder: Path) -> None:
         return
     kind = read_json(folder / "config.json", "prior").get("_class_name")
     raise ValueError(
-        f"prior: {folder} holds a {kind} alone; expected a folder of model_index.json, vae/, unet/ or transformer/ and "
-        f"scheduler/, as diffusers' pipelines save, or one of {', '.join(sorted(KINDS))} alone"
+        f"prior: expected the file model_index.json in {folder}, and vae/, unet/ or transformer/ and scheduler/ by it "
+        f"as diffusers' pipelines save, or one of {', '.join(sorted(KINDS))} alone; found a {kind} alone"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
 
 KEPT = 256  # embeddings: 0.25 MB each of SD 1.5; shards are sorted by class, so few are asked for at a time
@@ -62,9 +63,8 @@ class Prompts:
             )  # fmt: skip
             encoder, report = loaded
         except Exception as error:  # whatever the readers of a dozen formats raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"prior: the tokenizer/ and text_encoder/ of {folder} do not load as CLIP's: {first}"
+                f"prior: the tokenizer/ and text_encoder/ of {folder} do not load as CLIP's: {first_line(error)}"
             ) from error
         finally:
             if bars:

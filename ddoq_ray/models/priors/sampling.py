@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.priors.base import STARTS, Prior, Sampling
 from ddoq_ray.models.priors.schedulers import LEARNED
 
@@ -91,10 +92,9 @@ class Sampler:
                 scheduler.scale_model_input(z, t)
                 z = scheduler.step(one.expand(1, channels, 1, 1), t, z, **step_noise(scheduler, None)).prev_sample
         except Exception as error:  # each of diffusers' schedulers has its own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"prior: {type(self.scheduler).__name__} cannot run synthesizer.steps={how.steps} ({first}); take "
-                "prior.scheduler=ddim, or mend scheduler/scheduler_config.json"
+                f"prior: {type(self.scheduler).__name__} cannot run synthesizer.steps={how.steps} ({first_line(error)})"
+                "; take prior.scheduler=ddim, or mend scheduler/scheduler_config.json"
             ) from error
         return run
 

@@ -12,6 +12,8 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
+from ddoq_ray.models.folders import first_line
+
 FOLDER = "folder"
 LEARNED = ("learned", "learned_range")  # variance types that a network predicts
 _ZERO_SNR = "rescale_betas_zero_snr"
@@ -45,7 +47,8 @@ def make_scheduler(config: dict[str, Any], choice: str = FOLDER) -> Any:
         if own is None or not hasattr(own, "from_config"):
             raise ValueError(f"prior: diffusers has no scheduler {name!r}; mend scheduler/scheduler_config.json")
         # A config that was DDPM's keeps its variance_type under every solver it is handed on to.
-        return _made(own, config if _takes_variance(own) else config | {"variance_type": None})
+        unused = config.get("variance_type") in LEARNED and not _takes_variance(own)
+        return _made(own, config | {"variance_type": None} if unused else config)
     if choice not in SCHEDULERS:
         raise ValueError(f"prior.scheduler={choice}: expected one of {FOLDER}, {', '.join(SCHEDULERS)}")
     if not {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} <= set(config):
@@ -77,8 +80,9 @@ def _made(scheduler: Any, config: dict[str, Any]) -> Any:
     try:
         return scheduler.from_config(config)
     except Exception as error:  # each of diffusers' schedulers has its own for a value that it cannot use
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"prior: scheduler/scheduler_config.json gives no {scheduler.__name__}: {first}") from error
+        raise ValueError(
+            f"prior: scheduler/scheduler_config.json gives no {scheduler.__name__}: {first_line(error)}"
+        ) from error
 
 
 def _takes_variance(scheduler: Any) -> bool:
