@@ -151,8 +151,8 @@ def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, i
     except Exception as error:  # a network may be the user's own
         raise ValueError(
             f"student.arch={arch} does not take images of student.image_size={image_size} ({first_line(error)}); "
-            "choose the size that it is made for (224 for most of torchvision's), or a student for small images such as "
-            "resnet18-small or convnet3"
+            "choose the size that it is made for (224 for most of torchvision's), or a student for small images such "
+            "as resnet18-small or convnet3"
         ) from error
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
         return True, nbytes
