@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
+from ddoq_ray.models.compiling import check_compiler
 from ddoq_ray.models.folders import content_digest, first_line, read_json, resolve_folder
 from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
 
@@ -86,6 +87,7 @@ class Autoencoder:
         if channels_last:
             torch.nn.Module.to(self.network, memory_format=torch.channels_last)
         if compile:
+            check_compiler("encoder.compile")
             self.network.encoder.compile(dynamic=False)
 
     def check_posterior(self, posterior: str) -> None:
