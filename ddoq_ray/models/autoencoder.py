@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddoq_ray.models.compiling import check_compiler
 from ddoq_ray.models.folders import content_digest, first_line, read_json, resolve_folder
-from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
+from ddoq_ray.models.weights_files import check_finite, check_not_pointers, is_safetensors, variant_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -236,13 +236,14 @@ def load_network(network_class: Any, folder: Path, part: str | None) -> Any:
     """
     place = folder / (part or "")
     check_not_pointers(place, "prior")
+    variant = variant_of(place)
     try:
         # Without low_cpu_mem_usage no accelerate is needed; random values must not stand in for tensors
         # that are absent or of a wrong shape, so the report of what was missing is asked for and read.
         network, report = network_class.from_pretrained(
             os.fspath(folder), subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False,
-            output_loading_info=True, local_files_only=True, variant=variant_of(place),
-            use_safetensors=any(place.glob("*.safetensors")),
+            output_loading_info=True, local_files_only=True, variant=variant,
+            use_safetensors=is_safetensors(place, variant),
         )  # fmt: skip
     except Exception as error:  # a config or a file of others, and whatever diffusers raises of it
         raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {first_line(error)}") from error

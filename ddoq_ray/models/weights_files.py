@@ -40,11 +40,20 @@ def variant_of(folder: Path) -> str | None:
 
     Where it holds several and none plain, that of a known precision comes first, then the first by name.
     """
-    names = [p.stem for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
-    found = {_SHARD.sub("", name).partition(".")[2] for name in names}
+    found = {_variant(p) for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")}
     if not found or "" in found:
         return None
     return next((v for v in ("fp16", "bf16") if v in found), min(found))
+
+
+def is_safetensors(folder: Path, variant: str | None) -> bool:
+    """Whether that variant of a folder's weights is there as safetensors; else as .bin."""
+    return any(_variant(path) == (variant or "") for path in folder.glob("*.safetensors"))
+
+
+def _variant(path: Path) -> str:
+    """ "fp16" of model-00001-of-00002.fp16.safetensors; "" of model.bin."""
+    return _SHARD.sub("", path.stem).partition(".")[2]
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

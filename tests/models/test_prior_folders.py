@@ -177,6 +177,16 @@ def test_weights_in_every_form_that_diffusers_writes(tmp_path: Path, form: dict[
     assert "error" not in capfd.readouterr().err.lower()
 
 
+def test_plain_weights_come_before_a_variant_of_another_form(tmp_path: Path) -> None:
+    """As repositories have it that kept the .bin of float32 and added safetensors of half precision."""
+    folder = save_parts(tmp_path / "p", "unet", tiny_unet(), None, EXTRA)
+    expected, plain = made(folder), load_prior(folder).denoiser
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    plain.save_pretrained(folder / "unet", safe_serialization=False)
+    tiny_unet().save_pretrained(folder / "unet", variant="fp16")
+    assert torch.equal(made(folder), expected)
+
+
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
 def test_a_text_encoder_of_a_variant_alone(tmp_path: Path, variant: str) -> None:
     folder = save_stable_diffusion(tmp_path / "sd")
