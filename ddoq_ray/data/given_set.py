@@ -80,6 +80,8 @@ def given_set(path: str, classes: Sequence[ClassInfo], class_list: str) -> Given
         survey = survey_of(source, f"images.path={path}")
     except ValueError as error:
         told = str(error).replace("dataset.path", "images.path")
+        if "dataset." in told:  # as of the data, whose keys say nothing of this set
+            told += "; but dataset's keys are the data's: name the set's own columns or classes so that they are known"
         raise ValueError(told if "images.path" in told else f"images.path={path}: {told}") from error
     if survey.val is not None and survey.val.names:
         raise ValueError(
@@ -146,14 +148,17 @@ def _normalised(
         raw = np.ones(len(ids))
     bad = np.flatnonzero(~(np.isfinite(raw) & (raw >= 0)))
     if len(bad):
-        what = "none" if np.isnan(raw[bad[0]]) else f"{raw[bad[0]]}"
+        what = "none that is a number" if np.isnan(raw[bad[0]]) else f"{raw[bad[0]]}"
         raise ValueError(
             f"images.path={path}: {len(bad):,} of {len(raw):,} images have no usable weight; the first is "
             f"{names[int(bad[0])]}, with {what}: expected a number, 0 or more, for each image, or for none"
         )
     totals = np.bincount(ids, raw)
-    if (totals[np.unique(ids)] <= 0).any():
-        raise ValueError(f"images.path={path}: a class has weights of 0 alone; expected one above 0 in each class")
+    if not ((totals[np.unique(ids)] > 0) & np.isfinite(totals[np.unique(ids)])).all():
+        raise ValueError(
+            f"images.path={path}: the weights of a class are 0 alone, or their sum is infinite; expected one above 0 "
+            "in each class"
+        )
     return np.asarray(raw / totals[ids])
 
 
@@ -168,17 +173,22 @@ def _weights(source: Source, listing: Listing) -> dict[str, float] | None:
     else:
         pairs = ()
     there = {name: value for name, value in pairs if value is not None}
-    if not there or not any(name in there for name in listing.names):
-        if there and isinstance(source, ImageFolder):
-            raise ValueError(
-                f"{source.root}/{WEIGHTS_FILE} names none of the images: it has {shown(sorted(there), 2)}, and "
-                f"they are {shown(listing.names, 2)}; mend its names, or move it away to weigh all of a class alike"
-            )
+    if not there:
         return None
-    return {
-        name: float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-        for name, value in there.items()
-    }
+    if not any(name in there for name in listing.names):
+        raise ValueError(
+            f"images.path: {WEIGHTS_FILE} names none of the set's images: it has {shown(list(there))}, and they are "
+            f"called {shown(listing.names)}; name them so, or take the file away for equal weights"
+        )
+    return {name: _number(value) for name, value in there.items()}
+
+
+def _number(value: Any) -> float:
+    """A weight as it is given; NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
 
 
 def _facts(extension: str, size: int) -> bool:

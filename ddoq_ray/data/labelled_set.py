@@ -27,6 +27,8 @@ Index = npt.NDArray[np.int64]
 class LabelledDataset:
     """A torch map-style dataset of (view, soft label, weight) at an epoch, for any number of DataLoader's workers.
 
+    The epoch lies in memory that the workers share, so that those of `persistent_workers=True` follow it, too.
+
     `view` is float32 [3, S, S] in [0, 1], exactly the pixels that the teacher saw; `soft label` float32 [C], its logits
     (of an ensemble T log of the mean probability); `weight` K times the mass of the image's Voronoi cell: mean 1 in a
     class. Images are decoded once, in memory: 3 H W bytes each.
@@ -37,7 +39,7 @@ class LabelledDataset:
         weights: float64 [N].
         teacher_index: int64, the output of the teacher that means each class_id.
         epochs: How many have labels; a longer training begins again with the first.
-        epoch: The one that items are of.
+        epoch: The one that items are of; see `set_epoch`.
     """
 
     def __init__(self, folder: Folder, name: str | None = None) -> None:
@@ -47,6 +49,8 @@ class LabelledDataset:
             ValueError: There are none, or several; they are of other images than those beside them, or of other views
                 than are drawn now.
         """
+        import torch
+
         self.folder = folder / f"labels/{name or _only(folder)}"
         store = LabelStore(self.folder)
         manifest = (folder / "images").read_json(layout.MANIFEST)
@@ -62,18 +66,24 @@ class LabelledDataset:
         if self.stored != stored:
             raise ValueError(f"{folder.path('images')} has images {self.stored} (N, H, W), and labels are of {stored}")
         self.teacher_index = np.asarray(store.manifest["teacher_index"])
-        self.epochs, self.epoch = store.grid.epochs, 0
+        self.epochs, self._epoch = store.grid.epochs, torch.zeros(1, dtype=torch.int64).share_memory_()
         self._soft: tuple[int, SoftLabels] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Items are of this epoch from now on; before a DataLoader is begun."""
-        self.epoch = epoch % self.epochs
+        """Items are of this epoch from now on; before an iteration of a DataLoader is begun."""
+        self._epoch[0] = epoch % self.epochs
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that items are of."""
+        return int(self._epoch[0])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, float]:
-        views, labels, weights = self.batch(np.array([index]))
+        # As a list's, so that iteration ends: negative from the end, an IndexError beyond.
+        views, labels, weights = self.batch(np.array([range(len(self))[index]]))
         return views[0], labels[0], float(weights[0])
 
     def batch(self, index: Index) -> tuple[Tensor, Tensor, npt.NDArray[np.float64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -12,18 +13,18 @@ from ddoq_ray.storage.folder import Folder
 
 @overload
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     transform: Callable[[Any], Any] | None = None,
-    cache: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     *,
     labels: Literal[False] = False,
 ) -> DistilledDataset: ...
 @overload
-def load(path: str, *, labels: Literal[True] | str) -> LabelledDataset: ...
+def load(path: str | os.PathLike[str], *, labels: Literal[True] | str) -> LabelledDataset: ...
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     transform: Callable[[Any], Any] | None = None,
-    cache: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     *,
     labels: bool | str = False,
 ) -> DistilledDataset | LabelledDataset:
@@ -41,8 +42,9 @@ def load(
     Raises:
         ValueError: When there are no image shards or no labels, or labels of something else.
     """
+    path = os.fspath(path)
     if labels is False:
-        return DistilledDataset(image_tars(path), transform, cache)
+        return DistilledDataset(image_tars(path), transform, None if cache is None else os.fspath(cache))
     if transform is not None or cache is not None:
         raise ValueError("load(labels=True) gives views as they were labelled: leave transform and cache out")
     return LabelledDataset(Folder(path), None if labels is True else labels)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddoq_ray.models.cifar_resnet import WIDTHS, CifarResNet
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.small_networks import NORMS, ConvNet, ResNetAP10, SmallResNet18, norm_of
 
 # torchvision families whose last linear layer is the head and whose output is one tensor.
@@ -167,12 +168,14 @@ def _imported(path: str, num_classes: int, image_size: int) -> Trunk:
         ) from error
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{where}: expected MODULE:NAME of a callable, and found none there ({error})") from error
+    except (Exception, SystemExit) as error:  # what the user's own file does when it is run
+        raise ValueError(f"{where}: importing {module} failed: {type(error).__name__}: {first_line(error)}") from error
     if not callable(made):
         raise ValueError(f"{where}: expected a callable that takes the number of classes, got {type(made).__name__}")
     try:
         network = made(num_classes)
-    except Exception as error:  # whatever the user's own code raises
-        raise ValueError(f"{where}({num_classes}) failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise ValueError(f"{where}({num_classes}) failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{where}({num_classes}): expected a torch.nn.Module, got {type(network).__name__}")
     return _checked(where, network, num_classes, image_size)
@@ -187,14 +190,19 @@ def _checked(where: str, network: nn.Module, num_classes: int, image_size: int) 
             logits: Tensor = network.eval()(images)
             trunk, features = without_head(network)
             again = head(trunk(images))
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # the user's own code again
         raise ValueError(
             f"{where}: it does not take images [B, 3, {image_size}, {image_size}] to logits by a last torch.nn.Linear "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"({first_line(error)})"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes) or head.out_features != num_classes:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{where}: expected logits [2, {num_classes}] of two images, got {got}")
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"{where}: its last layer is a {type(head).__name__}; expected a plain torch.nn.Linear, which is made anew "
+            "for the run's classes"
+        )
     if again.shape != logits.shape or not torch.allclose(again, logits, atol=1e-4, rtol=1e-4, equal_nan=True):
         raise ValueError(f"{where}: its last torch.nn.Linear is not its last layer, which a classifier's head must be")
     return trunk.train(), features

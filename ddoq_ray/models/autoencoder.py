@@ -11,6 +11,7 @@ Shape suffixes: B batch, C latent channels, h w latent size, H W image size.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from ddoq_ray.models.folders import content_digest, read_json, resolve_folder
-from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
+from ddoq_ray.models.compiling import check_compiler
+from ddoq_ray.models.folders import content_digest, first_line, read_json, resolve_folder
+from ddoq_ray.models.weights_files import check_finite, check_not_pointers, is_safetensors, variant_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -74,17 +76,7 @@ class Autoencoder:
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.network = cast(network, self.device, self.dtype).eval().requires_grad_(False)
-        self._scale: float | Tensor = float(config["scaling_factor"])
-        self._shift: float | Tensor = float(config.get("shift_factor") or 0.0)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            if not len(mean) == len(std) == self.latent_channels or min(std) <= 0:
-                raise ValueError(
-                    f"autoencoder: expected latents_mean and positive latents_std of {self.latent_channels} channels "
-                    f"in its config, got {list(mean)} and {list(std)}"
-                )
-            self._shift = torch.tensor(mean, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
-            self._scale = self._scale / torch.tensor(std, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+        self._shift, self._scale = _shift_and_scale(config, self.latent_channels, self.device)
         self._grey = config["in_channels"] == 1, config["out_channels"] == 1
         if config["in_channels"] not in (1, 3) or config["out_channels"] not in (1, 3):
             raise ValueError(
@@ -95,6 +87,7 @@ class Autoencoder:
         if channels_last:
             torch.nn.Module.to(self.network, memory_format=torch.channels_last)
         if compile:
+            check_compiler("encoder.compile")
             self.network.encoder.compile(dynamic=False)
 
     def check_posterior(self, posterior: str) -> None:
@@ -143,6 +136,36 @@ class Autoencoder:
         parts = [self.network.decode(part).sample.float() for part in raw.split(self.decode_batch or max(1, len(raw)))]
         pixels = torch.cat(parts)
         return pixels.expand(-1, 3, -1, -1) if self._grey[1] else pixels
+
+
+def _shift_and_scale(config: Any, channels: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    """(shift, scale) of `z = (raw - shift) * scale`: numbers, or float32 [1, C, 1, 1].
+
+    Raises:
+        ValueError: what the config says is no such scale.
+    """
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    if not (_numbers(scale, shift) and scale):
+        raise ValueError(
+            f"autoencoder: expected finite numbers in its config, scaling_factor not 0: got scaling_factor {scale!r}, "
+            f"shift_factor {shift!r}"
+        )
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return float(shift), float(scale)
+    lists = all(isinstance(v, list | tuple) and len(v) == channels and _numbers(*v) for v in (mean, std))
+    if not lists or min(std) <= 0:
+        raise ValueError(
+            f"autoencoder: expected latents_mean and positive latents_std of {channels} channels in its config, got "
+            f"{mean} and {std}"
+        )
+    columns = (torch.tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    by_mean, by_std = columns
+    return by_mean, float(scale) / by_std
+
+
+def _numbers(*values: Any) -> bool:
+    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
 
 
 def factor_of(network: AutoencoderKL | AutoencoderTiny) -> int:
@@ -213,15 +236,17 @@ def load_network(network_class: Any, folder: Path, part: str | None) -> Any:
     """
     place = folder / (part or "")
     check_not_pointers(place, "prior")
+    variant = variant_of(place)
     try:
         # Without low_cpu_mem_usage no accelerate is needed; random values must not stand in for tensors
         # that are absent or of a wrong shape, so the report of what was missing is asked for and read.
         network, report = network_class.from_pretrained(
             os.fspath(folder), subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False,
-            output_loading_info=True, local_files_only=True, variant=variant_of(place),
+            output_loading_info=True, local_files_only=True, variant=variant,
+            use_safetensors=is_safetensors(place, variant),
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {error}") from error
+    except Exception as error:  # a config or a file of others, and whatever diffusers raises of it
+        raise ValueError(f"prior: {place} does not load as {network_class.__name__}: {first_line(error)}") from error
     absent = list(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if absent:
         raise ValueError(f"prior: {place} lacks {len(absent)} tensors, such as {absent[:3]}")

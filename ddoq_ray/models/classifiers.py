@@ -5,6 +5,7 @@ Shape suffixes: B batch, C classes, d features, S image size.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddoq_ray.models.architectures import build_trunk, head_of, is_import_path, torchvision_model, without_head
-from ddoq_ray.models.folders import content_digest, published_folder, read_json, resolve_folder, write_json
+from ddoq_ray.models.folders import content_digest, first_line, published_folder, read_json, resolve_folder, write_json
 from ddoq_ray.models.weights_files import ENDINGS, check_finite, check_not_pointers, fit_names, read_tensors
 
 CONFIG_JSON = "config.json"
@@ -188,11 +189,14 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     """
     if os.fspath(path).startswith(TORCHVISION_PREFIX):
         return _torchvision_classifier(os.fspath(path).removeprefix(TORCHVISION_PREFIX)).to(device).eval()
+    if Path(path).is_file():
+        raise ValueError(
+            f"classifier: {path} is a file; expected a folder, which `ddoq-ray import-teacher source={path} arch=NAME "
+            "image_size=PIXELS out=FOLDER` makes of it"
+        )
     folder = resolve_folder(path, "classifier")
     config = read_json(folder / CONFIG_JSON, "classifier")
-    absent = [key for key in ("arch", "num_classes", "image_size", "mean", "std") if key not in config]
-    if absent:
-        raise ValueError(f"classifier: {folder / CONFIG_JSON} lacks {absent}")
+    _check_config(config, folder / CONFIG_JSON)
     if is_import_path(str(config["arch"])):
         raise ValueError(
             f"classifier: {folder / CONFIG_JSON} names code to import ({config['arch']}), which a folder of weights "
@@ -205,6 +209,43 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     check_finite(tensors, f"classifier: {file}")
     model.load_state_dict(tensors)  # copies into float32 parameters
     return model.to(device).eval()
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raise a ValueError that names the key where a config.json is not of `Classifier.config`'s kind."""
+    absent = [key for key in ("arch", "num_classes", "image_size", "mean", "std") if key not in config]
+    if absent:
+        raise ValueError(f"classifier: {file} lacks {absent}")
+
+    def expect(key: str, right: bool, what: str) -> None:
+        if not right:
+            raise ValueError(f"classifier: {file}: expected {key} to be {what}, got {str(config[key])[:80]!r}")
+
+    expect("arch", isinstance(config["arch"], str), "the name of an architecture")
+    for key in ("num_classes", "image_size"):
+        expect(key, type(config[key]) is int and config[key] >= 1, "a whole number, 1 or more")
+    for key in ("mean", "std"):
+        values = config[key]
+        numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        expect(key, numbers, "3 numbers, one a channel")
+    if config.get("classes") is not None:
+        expect("classes", isinstance(config["classes"], list), "a list of names in the order of the outputs, or null")
+
+
+def check_answers(model: nn.Module, arch: str, image_size: int) -> None:
+    """Whether a network answers an image of its size with finite numbers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            logits = model(torch.full((1, 3, image_size, image_size), 0.5, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{arch} does not take images of image_size={image_size} px ({first_line(error)})") from error
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{arch} answers a grey image with NaN or infinite logits")
 
 
 def weights_file(folder: Path) -> Path:

@@ -108,6 +108,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says of an error, in a line; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as stable, readable JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

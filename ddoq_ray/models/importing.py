@@ -17,6 +17,7 @@ from ddoq_ray.models.classifiers import (
     Classifier,
     Normalisation,
     build_classifier,
+    check_answers,
     load_classifier,
     weights_file,
 )
@@ -41,7 +42,9 @@ def import_classifier(asked: ImportTeacherConfig, classes: Sequence[str] | None 
     arch, size = asked.arch or told.get("arch"), asked.image_size or told.get("image_size")
     missing = [key for key, value in (("arch", arch), ("image_size", size)) if value is None]
     if missing:
-        raise ValueError(f"import-teacher: {file} does not say its {' and '.join(missing)}; give {missing[0]}=...")
+        raise ValueError(
+            f"import-teacher: {file} does not say its {' and '.join(missing)}; give {'=... '.join(missing)}=..."
+        )
     assert arch is not None and size is not None
     if is_import_path(arch):
         raise ValueError(
@@ -55,7 +58,11 @@ def import_classifier(asked: ImportTeacherConfig, classes: Sequence[str] | None 
     model.load_state_dict(
         fit_names(tensors, wanted, where) if asked.match == "names" else _in_order(tensors, wanted, where)
     )
-    return model.eval()
+    try:
+        check_answers(model.eval(), arch, int(size))
+    except ValueError as error:
+        raise ValueError(f"import-teacher: {error}") from error
+    return model
 
 
 def _found(source: str) -> tuple[Path, dict[str, Any]]:

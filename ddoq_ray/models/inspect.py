@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ddoq_ray.models.autoencoder import Autoencoder, load_autoencoder
-from ddoq_ray.models.classifiers import Classifier, build_classifier, load_classifier
+from ddoq_ray.models.classifiers import Classifier, build_classifier, check_answers, load_classifier
 from ddoq_ray.models.ensemble import Teacher, feature_dim, first_of, load_teacher
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.provenance import environment
@@ -128,10 +129,10 @@ def check_judge(judge: Classifier, teacher: Teacher | None) -> None:
 
 def check_teacher(teacher: Teacher) -> None:
     """Whether the teacher answers an image of its size."""
-    with torch.inference_mode():
-        logits = teacher(torch.full((1, 3, teacher.image_size, teacher.image_size), 0.5))
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("the teacher answers a grey image with NaN or infinite logits; check teacher.path")
+    try:
+        check_answers(teacher, teacher.arch, teacher.image_size)
+    except ValueError as error:
+        raise ValueError(f"the teacher {error}; check teacher.path") from error
 
 
 def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, int]:
@@ -147,12 +148,11 @@ def check_student(arch: str, image_size: int, outputs: int = 2) -> tuple[bool, i
     nbytes = sum(tensor.nbytes for tensor in student.state_dict().values())
     try:
         _step(student, 2, image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a network may be the user's own
         raise ValueError(
-            f"student.arch={arch} does not take images of student.image_size={image_size} ({first}); choose the "
-            "size that it is made for (224 for most of torchvision's), or a student for small images such as "
-            "resnet18-small or convnet3"
+            f"student.arch={arch} does not take images of student.image_size={image_size} ({first_line(error)}); "
+            "choose the size that it is made for (224 for most of torchvision's), or a student for small images such "
+            "as resnet18-small or convnet3"
         ) from error
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
         return True, nbytes

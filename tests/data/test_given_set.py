@@ -133,10 +133,16 @@ def test_sets_that_cannot_be_used_are_told(tmp_path: Path, class_list: str) -> N
         (lacking, "1 of 6 images have no usable weight; the first is bee/2.png, with none"),
         (weights | {"bee/2.png": -1}, "with -1.0"),
         (weights | {"bee/2.png": "much"}, "bee/2.png"),
-        (dict.fromkeys(weights, 0), "weights of 0 alone"),
+        (dict.fromkeys(weights, 0), "weights of a class are 0 alone"),
+        (dict.fromkeys(weights, 1e308), "sum is infinite"),
+        (dict.fromkeys(weights, 10**400), "6 of 6 images have no usable weight"),
+        ({f"./{name}": w for name, w in weights.items()}, "names none of the set's images"),
+        ({"ant": {"1.png": 1.0}}, "names none of the set's images: it has ant, and they are called ant/"),
         ([1, 2], "expected a JSON object"),
     ):
         (root / "weights.json").write_text(json.dumps(rows))
         assert words in told(root)
     (root / "weights.json").write_text("no JSON")
     assert "is not JSON" in told(root)
+    pq.write_table(pa.table({"image": [{"bytes": PICTURES[0]}]}), tmp_path / "unlabelled.parquet")
+    assert "keys are the data's" in told(tmp_path / "unlabelled.parquet")

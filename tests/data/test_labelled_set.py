@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import ddoq_ray
 from ddoq_ray.core.views.params import ViewSpec
@@ -81,6 +82,24 @@ def test_it_goes_to_the_workers_of_a_loader(run: Path) -> None:
     assert torch.equal(views, torch.stack([v for v, _, _ in alone]))
     assert torch.equal(labels, torch.stack([t for _, t, _ in alone]))
     assert weights.tolist() == [w for _, _, w in alone]
+
+
+def test_it_is_a_sequence_and_takes_a_path(run: Path) -> None:
+    data = ddoq_ray.load(run, labels=True)
+    assert len(list(data)) == 5 and torch.equal(data[-1][0], data[4][0])  # type: ignore[call-overload]
+    with pytest.raises(IndexError):
+        data[5]
+    assert len(ddoq_ray.load(run)) == 5
+
+
+@pytest.mark.processes
+def test_workers_that_stay_follow_the_epoch(run: Path) -> None:
+    data = ddoq_ray.load(str(run), labels=True)
+    loader = DataLoader(data, 5, num_workers=1, persistent_workers=True)
+    for epoch in (0, 2, 1):
+        data.set_epoch(epoch)
+        [(views, _, _)] = loader
+        assert data.epoch == epoch and torch.equal(views, data.batch(np.arange(5))[0])
 
 
 def test_columns_are_enough_to_replay_the_views(run: Path) -> None:

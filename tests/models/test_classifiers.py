@@ -22,6 +22,7 @@ from ddoq_ray.models.classifiers import (
     load_classifier,
     save_classifier,
 )
+from ddoq_ray.models.inspect import check_student
 
 PLAIN = Normalisation((0, 0, 0), (1, 1, 1))
 SMALL = [
@@ -96,11 +97,39 @@ def text(classes):
 
 def broken(classes):
     raise KeyError("weights")
+
+def ended(classes):
+    raise SystemExit("two\\nlines")
+
+def strict(classes):
+    class Strict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = wide(classes)
+        def forward(self, x):
+            assert x.shape[-1] > 16, "too small"
+            return self.net(x)
+    return Strict()
+
+def normed(classes):
+    net = wide(classes)
+    net[-1] = nn.utils.parametrizations.spectral_norm(net[-1])
+    return net
+
+def helped(classes):
+    class Helped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = wide(classes)
+        def forward(self, x):
+            return (self.net(x), None) if self.training else self.net(x)
+    return Helped()
 """
 
 
 def test_a_network_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "own_nets.py").write_text(NETS)
+    (tmp_path / "spoilt_nets.py").write_text("wide = undefined")
     monkeypatch.syspath_prepend(tmp_path)
     model, again = (build_classifier("own_nets:wide", 4, 16, seed=3) for _ in range(2))
     x = torch.rand(2, 3, 16, 16)
@@ -112,6 +141,10 @@ def test_a_network_by_import_path(tmp_path, monkeypatch):
         ("own_nets:", "expected MODULE:NAME of a callable"),
         ("own_nets:value", "takes the number of classes, got int"),
         ("own_nets:broken", r"own_nets:broken\(4\) failed: KeyError"),
+        ("own_nets:ended", r"own_nets:ended\(4\) failed: SystemExit: two$"),
+        ("own_nets:strict", "too small"),
+        ("own_nets:normed", r"ParametrizedLinear; expected a plain torch\.nn\.Linear"),
+        ("spoilt_nets:wide", "importing spoilt_nets failed: NameError"),
         ("own_nets:text", r"expected a torch\.nn\.Module, got str"),
         ("own_nets:one", r"expected logits \[2, 4\] of two images, got \(2, 1\)"),
         ("own_nets:plain", r"no torch\.nn\.Linear inside"),
@@ -119,6 +152,8 @@ def test_a_network_by_import_path(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=match):
             build_classifier(path, 4, 16)
+    with pytest.raises(ValueError, match=r"student\.arch=own_nets:helped does not take images"):
+        check_student("own_nets:helped", 16, 4)
     save_classifier(model, tmp_path / "saved")
     with pytest.raises(ValueError, match="names code to import"):
         load_classifier(tmp_path / "saved")

@@ -352,9 +352,23 @@ def test_compiled_networks_train_alike(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_where_there_is_no_compiler_is_refused_in_words(tmp_path):
-    code = "from ddoq_ray.models.training.course import compiled; compiled((abs,), True)"
+@pytest.mark.parametrize(
+    ("key", "code"),
+    [
+        ("training.compile", "from ddoq_ray.models.training.course import compiled; compiled((abs,), True)"),
+        (
+            "encoder.compile",
+            "from ddoq_ray.models.autoencoder import load_autoencoder; "
+            "load_autoencoder('shipped:digits-prior', compile=True)",
+        ),
+        (
+            "synthesizer.compile",
+            "from ddoq_ray.models.priors.load import load_prior; load_prior('shipped:digits-prior', compile=True)",
+        ),
+    ],
+)
+def test_compiling_where_there_is_no_compiler_is_refused_in_words(tmp_path, key, code):
     here = {**os.environ, "CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=False)
-    assert "ValueError: training.compile=true: torch.compile does not work here" in ended.stderr
+    assert f"ValueError: {key}=true: torch.compile does not work here" in ended.stderr
     assert "leave the key out" in ended.stderr

@@ -20,7 +20,7 @@ from ddoq_ray.models.folders import content_digest, read_json, write_json
 from ddoq_ray.models.priors.base import field_of
 from ddoq_ray.models.priors.loading import PLAIN, Loading
 from ddoq_ray.models.priors.sampling import DiffusionPrior, Sampler
-from ddoq_ray.models.priors.schedulers import make_scheduler
+from ddoq_ray.models.priors.schedulers import LEARNED, check_variance, make_scheduler
 from ddoq_ray.storage.records import ClassInfo
 
 PRIOR_JSON = "ddoq_prior.json"
@@ -65,6 +65,7 @@ class ClassConditionalPrior(DiffusionPrior):
         """
         self.latent_shape = _latent_shape(vae, denoiser)
         self.sampler = Sampler(scheduler, torch.device(how.device))
+        check_variance(scheduler, denoiser.config["out_channels"] == 2 * self.latent_shape[0])
         self.num_classes, self.has_null = _class_count(denoiser, classes, num_classes)
         self.classes = classes
         configs = {
@@ -159,7 +160,7 @@ class ClassConditionalPrior(DiffusionPrior):
             conditional, unconditional = eps.chunk(2)
             eps = unconditional + guidance * (conditional - unconditional)
             rest = rest.chunk(2)[0]
-        if rest.shape[1] and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+        if rest.shape[1] and self.scheduler.config.get("variance_type") in LEARNED:
             return torch.cat([eps, rest], dim=1)
         return eps
 
@@ -219,6 +220,8 @@ def _latents_of(extra: dict[str, Any], vae: Any, folder: Path) -> str | None:
     known = extra.get("latents")
     if known is None:
         return None
+    if not isinstance(known, dict) or not {"encoder", "prior"} <= set(known):
+        raise ValueError(f'prior: {PRIOR_JSON} in {folder}: expected "latents" to hold encoder and prior, got {known}')
     if known["encoder"] != encoder_digest(vae):
         raise ValueError(
             f"prior: {folder} says that its latents are those of the prior {known['prior']}, but its encoder "
@@ -229,15 +232,23 @@ def _latents_of(extra: dict[str, Any], vae: Any, folder: Path) -> str | None:
 
 def _class_names(index: dict[str, Any], extra: dict[str, Any]) -> list[str] | None:
     """Names from ddoq_prior.json, else from DiTPipeline's id2label."""
-    if extra.get("classes") is not None:
-        return [str(name) for name in extra["classes"]]
+    given = extra.get("classes")
+    if given is not None:
+        if not isinstance(given, list):
+            raise ValueError(
+                f'prior: {PRIOR_JSON}: expected "classes" to be a list of names in label order, got {str(given)[:80]}'
+            )
+        return [str(name) for name in given]
     id2label = index.get("id2label")
     if not id2label:
         return None
-    names = {int(label): str(name) for label, name in id2label.items()}
-    if sorted(names) != list(range(len(names))):
-        raise ValueError("prior: id2label in model_index.json must name the labels 0, 1, 2, ... without a gap")
-    return [names[label] for label in range(len(names))]
+    labels = list(map(str, range(len(id2label))))
+    if not isinstance(id2label, dict) or sorted(id2label) != sorted(labels):
+        raise ValueError(
+            'prior: model_index.json: expected "id2label" to name the labels "0", "1", "2", ... without a gap, got '
+            f"{str(id2label)[:80]}"
+        )
+    return [str(id2label[label]) for label in labels]
 
 
 def _class_count(
@@ -255,6 +266,8 @@ def _class_count(
             "prior: the UNet has no table of class embeddings (num_class_embeds); it is not class-conditional"
         )
     count = len(classes) if classes is not None else given
+    if count is not None and type(count) is not int:
+        raise ValueError(f'prior: {PRIOR_JSON}: expected "num_classes" to be a whole number, got {count!r}')
     if count is None:
         raise ValueError(
             f"prior: the UNet has {rows} class embeddings and nothing says whether the last is the null label: {rows} "

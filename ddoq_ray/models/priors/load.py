@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddoq_ray.models.autoencoder import KINDS
 from ddoq_ray.models.folders import read_json, resolve_folder
 from ddoq_ray.models.priors.autoencoder import AutoencoderPrior, is_autoencoder
 from ddoq_ray.models.priors.base import Prior
@@ -39,8 +40,20 @@ def load_prior(path: str | os.PathLike[str], **how: Any) -> Prior:
     folder = resolve_folder(path, "prior")
     if loading.autoencoder_only or is_autoencoder(folder):
         return AutoencoderPrior.from_folder(folder, loading)
+    _check_whole(folder)
     index = read_json(folder / "model_index.json", "prior")
     return _reader(folder, index)(folder, index, loading)
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a network alone by its own name: that no model_index.json is there says little of it."""
+    if (folder / "model_index.json").exists() or not (folder / "config.json").is_file():
+        return
+    kind = read_json(folder / "config.json", "prior").get("_class_name")
+    raise ValueError(
+        f"prior: expected the file model_index.json in {folder}, and vae/, unet/ or transformer/ and scheduler/ by it "
+        f"as diffusers' pipelines save, or one of {', '.join(sorted(KINDS))} alone; found a {kind} alone"
+    )
 
 
 def _reader(folder: Path, index: dict[str, Any]) -> Callable[[Path, dict[str, Any], Loading], Prior]:

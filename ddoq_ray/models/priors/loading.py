@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddoq_ray.models.autoencoder import DTYPES, Autoencoder, cast
+from ddoq_ray.models.compiling import check_compiler
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Loading:
         if self.channels_last:
             torch.nn.Module.to(network, memory_format=torch.channels_last)
         if self.compile:
+            check_compiler("synthesizer.compile")
             network.compile(dynamic=False)
         return network
 

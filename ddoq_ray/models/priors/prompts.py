@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.weights_files import check_finite, check_not_pointers, variant_of
 
 KEPT = 256  # embeddings: 0.25 MB each of SD 1.5; shards are sorted by class, so few are asked for at a time
@@ -61,9 +62,9 @@ class Prompts:
                 variant=variant_of(place),
             )  # fmt: skip
             encoder, report = loaded
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever the readers of a dozen formats raise
             raise ValueError(
-                f"prior: the tokenizer/ and text_encoder/ of {folder} do not load as CLIP's: {error}"
+                f"prior: the tokenizer/ and text_encoder/ of {folder} do not load as CLIP's: {first_line(error)}"
             ) from error
         finally:
             if bars:
@@ -72,6 +73,7 @@ class Prompts:
         if absent:
             raise ValueError(f"prior: {place} lacks {len(absent)} tensors, such as {absent[:3]}")
         check_finite(encoder.state_dict(), str(place))
+        _check_vocabulary(len(tokenizer), encoder.config.vocab_size, folder)
         return cls(tokenizer, encoder)
 
     def identity(self) -> dict[str, Any]:
@@ -98,3 +100,19 @@ class Prompts:
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return made
+
+
+def _check_vocabulary(words: int, rows: int, folder: Path) -> None:
+    """Refuse a tokenizer that is not the text encoder's.
+
+    Of a folder without a vocabulary transformers makes a tokenizer of two words, in silence: the prompts of all classes
+    would be one.
+
+    Raises:
+        ValueError: it knows more words than the encoder has rows, or less than half as many.
+    """
+    if not rows // 2 < words <= rows:
+        raise ValueError(
+            f"prior: the tokenizer/ in {folder} knows {words:,} tokens and the text_encoder/ {rows:,}: expected as "
+            "many; take vocab.json and merges.txt from the folder that the text encoder is from"
+        )

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddoq_ray.models.folders import first_line
 from ddoq_ray.models.priors.base import STARTS, Prior, Sampling
+from ddoq_ray.models.priors.schedulers import LEARNED
 
 # (z [B, C, h, w] as the network takes it, timestep, guidance) -> the network's output; more than C channels only for a
 # variance that the scheduler takes.
 Predict = Callable[[Tensor, Tensor, float], Tensor]
+_NEEDED = ("add_noise", "step", "set_timesteps", "scale_model_input", "init_noise_sigma", "order")
 
 
 class Sampler:
@@ -32,9 +35,14 @@ class Sampler:
     """
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
-        """Take any scheduler with add_noise and step."""
-        if not hasattr(scheduler, "add_noise"):
-            raise ValueError(f"prior: the scheduler {type(scheduler).__name__} has no add_noise; use DDIM or DDPM")
+        """Take any scheduler that has what a trajectory needs."""
+        absent = [name for name in _NEEDED if not hasattr(scheduler, name)]
+        absent += ["num_train_timesteps"] if scheduler.config.get("num_train_timesteps") is None else []
+        if absent:
+            raise ValueError(
+                f"prior: the scheduler {type(scheduler).__name__} has no {' and no '.join(absent)}, so no latent can "
+                "be noised and denoised by it; give a prior of DDIM's or DDPM's kind"
+            )
         self.scheduler = scheduler
         self.device = device
 
@@ -64,6 +72,30 @@ class Sampler:
                     f"prior: {type(self.scheduler).__name__} cannot do synthesizer.steps={how.steps} "
                     f"({error}); choose another number, or a DDIMScheduler in the prior's scheduler folder"
                 ) from error
+        return run
+
+    def tried(self, how: Sampling) -> int:
+        """`steps_run`, with every step tried on a latent of one value: some schedulers say only there what they lack.
+
+        Raises:
+            ValueError: settings that the scheduler cannot run.
+        """
+        run = self.steps_run(how)
+        if not run:
+            return 0
+        one = torch.ones(1, 1, 1, 1, device=self.device)
+        channels = 2 if self.scheduler.config.get("variance_type") in LEARNED else 1
+        try:
+            scheduler, timesteps = self.schedule(run, how.steps)
+            z = scheduler.add_noise(one, one, timesteps[:1])
+            for t in timesteps:
+                scheduler.scale_model_input(z, t)
+                z = scheduler.step(one.expand(1, channels, 1, 1), t, z, **step_noise(scheduler, None)).prev_sample
+        except Exception as error:  # each of diffusers' schedulers has its own
+            raise ValueError(
+                f"prior: {type(self.scheduler).__name__} cannot run synthesizer.steps={how.steps} ({first_line(error)})"
+                "; take prior.scheduler=ddim, or mend scheduler/scheduler_config.json"
+            ) from error
         return run
 
     def _check_clean(self, start: str) -> None:
@@ -219,7 +251,7 @@ class DiffusionPrior(Prior):
     def check_settings(self, how: Sampling) -> int:
         """See `Prior`."""
         self._check_guidance(how)
-        return self.sampler.steps_run(how)
+        return self.sampler.tried(how)
 
     def _check_guidance(self, how: Sampling) -> None:
         if how.guidance != 1.0 and not self.has_null:

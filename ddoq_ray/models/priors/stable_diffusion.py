@@ -19,7 +19,7 @@ from ddoq_ray.models.priors.base import field_of
 from ddoq_ray.models.priors.loading import PLAIN, Loading
 from ddoq_ray.models.priors.prompts import Prompts
 from ddoq_ray.models.priors.sampling import DiffusionPrior, Sampler
-from ddoq_ray.models.priors.schedulers import make_scheduler
+from ddoq_ray.models.priors.schedulers import check_variance, make_scheduler
 from ddoq_ray.storage.records import ClassInfo
 
 PUBLISHED_GUIDANCE = 8.0  # D4M's
@@ -66,6 +66,7 @@ class StableDiffusionPrior(DiffusionPrior):
         """
         _check_unet(denoiser.config, int(vae.config["latent_channels"]), prompts.width)
         self.sampler = Sampler(scheduler, torch.device(how.device))
+        check_variance(scheduler, predicted=False)
         self.prompts = prompts
         self.negative_prompt = how.negative_prompt
         self.dtype = DTYPES[how.dtype]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from ddoq_ray.core.rng import philox
+from ddoq_ray.models.compiling import check_compiler
 
 WARM_UP = 0.05  # share of a course
 
@@ -125,12 +126,5 @@ def compiled(functions: Sequence[Callable[..., Any]], wanted: bool) -> tuple[Cal
     """
     if not wanted:
         return tuple(functions)
-    try:  # what fails in the middle of a network would say less
-        torch.compile(torch.neg)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"training.compile=true: torch.compile does not work here ({type(error).__name__}: {first}). On a CPU it "
-            "needs a C++ compiler, on a GPU Triton; leave the key out"
-        ) from error
+    check_compiler("training.compile")
     return tuple(torch.compile(function, dynamic=False) for function in functions)

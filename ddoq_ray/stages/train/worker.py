@@ -191,6 +191,10 @@ class Trainer:
     def _wrap(self, model: Any) -> Any:
         import torch
 
+        from ddoq_ray.models.compiling import check_compiler
+
+        if self.how.compile:
+            check_compiler("cluster.trainer.compile")
         called = torch.compile(model) if self.how.compile else model
         if self.ranks.world == 1:
             return called
