@@ -75,7 +75,7 @@ def test_weights_that_belong_to_no_image_are_told(tmp_path: Path) -> None:
     classes = [ClassInfo(i, name, name) for i, name in enumerate(("cat", "dog"))]
     tree(tmp_path, "cat/1.png", "dog/1.png")
     put(tmp_path / "weights.json", b'{"images/cat/1.png": 1, "images/dog/1.png": 1}')
-    with pytest.raises(ValueError, match="names none of the set's images: .* called cat/1.png"):
+    with pytest.raises(ValueError, match=r"names none of the set's images: .* called cat/1.png"):
         given_set(str(tmp_path), classes, "")
     (tmp_path / "weights.json").unlink()
     (tmp_path / "weights.json").mkdir()
