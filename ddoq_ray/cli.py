@@ -34,16 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_all()
     args = list(sys.argv[1:] if argv is None else argv)
+    with signals.watching():
+        return _in_words(args)
+
+
+def _about(args: Sequence[str]) -> str:
+    """What --help and --version print, which stand above all else; empty where neither is asked."""
     if any(a in ("-h", "--help", "help") for a in args):
         from ddoq_ray.commands.help import command_help, help_text
 
-        emit(command_help(BY_NAME[args[0]]) if args[0] in BY_NAME else help_text(), sys.stdout, end="")
-        return 0
-    if "--version" in args:
-        emit(f"ddoq-ray {ddoq_ray.__version__}", sys.stdout)
-        return 0
-    with signals.watching():
-        return _in_words(args)
+        return command_help(BY_NAME[args[0]]) if args[0] in BY_NAME else help_text()
+    return f"ddoq-ray {ddoq_ray.__version__}\n" if "--version" in args else ""
 
 
 def read_line(args: Sequence[str]) -> Line:
@@ -77,6 +78,9 @@ def _in_words(args: list[str]) -> int:
     """Run the command and put its end into words: (exit code)."""
     again = True
     try:
+        if about := _about(args):
+            emit(about, sys.stdout, end="")
+            return 0
         line = read_line(args)
         again = line.command not in BY_NAME or BY_NAME[line.command].goes_on
         _dispatch(line)

@@ -19,7 +19,7 @@ from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.compose import load_config, parts_of, to_yaml
 from ddoq_ray.config.methods import SPECS
 from ddoq_ray.config.run import configured
-from ddoq_ray.execution import lease, metrics, networks, places, signals
+from ddoq_ray.execution import lease, metrics, networks, places, processors, signals
 from ddoq_ray.execution.console import doing, lines_as
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
@@ -58,6 +58,7 @@ OTHERS: dict[type[ImageSetStep], Callable[[Run, Any], None]] = {
     given.Given: given.run,
 }  # image sets that are not decoded from a codebook
 SOURCES = (synthesize.Synthesize, *OTHERS)  # of image sets, in the order in which they work
+MAKING = {"prepare", "encode", "quantize", "synthesize"}  # stages that a new run directory may begin with
 CONFIG_CHECK = "# sha256 of the above: "
 
 
@@ -120,6 +121,7 @@ def run(config: RunConfig) -> str | None:
     beside = lease.at_work(run_dir) if config.stages == ("report",) else ""
     if beside:
         say(f"report     {run_dir.uri} is at work ({beside}): of what is finished by now")
+    if not set(config.stages) & MAKING:  # a mistyped folder, for which a whole collection would be packed first
         prepare.Prepare().artifact(run_dir).require()
     with contextlib.nullcontext() if beside else lease.held(run_dir) as hold, doing("run"):
         # Before Ray and before any stage begins: what cannot work is said now.
@@ -304,6 +306,8 @@ def _work(
         unseen.start()
     if "train" in wanted:
         with signals.own_ctrl_c(), doing("train"):
+            trained = (step.artifact(run.dir) for run, steps in students for step in steps)
+            processors.say_slow_bfloat16(asked.cluster.trainer, trained)
             train.train(students)
     still_ours()
     if "evaluate" in wanted:

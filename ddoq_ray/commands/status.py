@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import posixpath
 import sys
 import time
@@ -14,7 +13,7 @@ from ddoq_ray import pipeline
 from ddoq_ray.config.compose import parts_of
 from ddoq_ray.config.run import STAGES, RunConfig
 from ddoq_ray.config.run_directory import StatusConfig
-from ddoq_ray.execution.lease import why_stale
+from ddoq_ray.execution import lease
 from ddoq_ray.execution.streams import emit
 from ddoq_ray.stages.evaluate.step import Evaluate
 from ddoq_ray.stages.report.step import Report
@@ -76,15 +75,14 @@ def lines(run: Folder, config: RunConfig, now: float) -> Iterator[str]:
 
 
 def _holder(run: Folder, now: float) -> str:
-    try:
-        lease = dict(json.loads(run.read(layout.LEASE)))
-    except FileNotFoundError:
+    there = lease.read(run)
+    if there is None:
         last = [e["event"] for e in events(run) if str(e.get("event", "")).startswith("run ")]
         return f"no run is at work; the last one's word was: {last[-1] if last else 'none'}"
-    except (ValueError, TypeError):
+    if not there["token"]:
         return f"{layout.LEASE} cannot be read: no run that follows its rules wrote it"
-    whose = f"process {lease.get('pid')} on {lease.get('host')}, since {_hours(now - lease.get('since', now))}"
-    gone = why_stale(lease)
+    whose = f"process {there['pid']} on {there['host']}, since {_hours(now - there['since'])}"
+    gone = lease.why_stale(there)
     return f"held by {whose}, but {gone}: the same command goes on" if gone else f"a run is at work: {whose}"
 
 

@@ -6,10 +6,13 @@ Keys and what runs them are import paths, so that listing the commands loads non
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+_KEY = re.compile(r"[+\s]*[\w.-]+\s*=")  # how key=value begins; a path may hold a = too
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,8 @@ class Command:
         """
         from ddoq_ray.config.compose import load  # Hydra is not for a list of commands
 
-        if self.bare and overrides and "=" not in overrides[0]:
+        if self.bare and overrides and not _KEY.match(overrides[0]):
             overrides = [f"{self.bare}={overrides[0]}", *overrides[1:]]
-
         for key in (m.partition("=")[0] for m in self.means):
             if any(o.partition("=")[0].strip().lstrip("+") == key for o in overrides):
                 raise ValueError(f"`ddoq-ray {self.name}` is one stage; leave {key}= out, or leave the command out")

@@ -8,8 +8,9 @@ from typing import Any
 
 from ddoq_ray.commands.data_parallel import Job, Train, train_on_workers
 from ddoq_ray.commands.training_images import Through, read_images
-from ddoq_ray.config.network_training import TrainingCommand
+from ddoq_ray.config.network_training import TrainingCommand, TrainTeacherConfig
 from ddoq_ray.execution.places import check_lasting
+from ddoq_ray.execution.processors import slow_bfloat16
 from ddoq_ray.execution.workers import Progress, say
 from ddoq_ray.models.classifiers import load_classifier
 from ddoq_ray.models.folders import check_free
@@ -42,6 +43,7 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train], 
     read = read_images(command, through)
     data = read.open()
     say(f"{name} {len(data.images):,} images of {len(data.classes)} classes at {command.side} px")
+    _say_slow(command, name)
     with StepBars() as bars:
         if command.workers > 1:
             facts = train_on_workers(name, Job(prepare, command, read), bars)
@@ -49,6 +51,13 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train], 
             facts = trained(data, Alone(command.device), bars)
     shutil.rmtree(training_folder(command.out), ignore_errors=True)
     say(f"{name} {command.out}: {facts}")
+
+
+def _say_slow(command: Any, name: str) -> None:
+    """One line where this processor is slower at the arithmetic that is asked for. Autoencoders have channels_last."""
+    words = slow_bfloat16(channels_last=not isinstance(command, TrainTeacherConfig))
+    if command.device == "cpu" and command.training.precision == "bfloat16" and words:
+        say(f"{name} training.precision=bfloat16 on {words}")
 
 
 class StepBars:

@@ -30,7 +30,7 @@ class TrainerResources:
     precision: Literal["float32", "bfloat16"] = option(
         "float32",
         "arithmetic of the student's forward and backward pass, weights and losses stay in float32; "
-        "bfloat16 is for a GPU or a processor with AMX, and slower on others",
+        "bfloat16 is for a GPU or a processor with AMX (without channels_last AVX512-BF16 too), and slower on others",
     )
     channels_last: bool = option(
         False, "keep the student's filters and pixels in the order that GPUs' tensor cores want"

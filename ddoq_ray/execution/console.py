@@ -168,6 +168,7 @@ class Progress(_Activity):
         return f"{self.done:,}{f' of {self.total:,}' if self.total else ''} {self.unit}, "
 
     def remind(self, why: str) -> None:
+        why = "at work" if self.workers else why  # what has no room is one more of them
         if self.bar is None:
             super().remind(why)
         elif time.monotonic() - self.moved >= SILENCE_SECONDS:

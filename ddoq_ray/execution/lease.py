@@ -3,6 +3,9 @@
 A second run would sweep the first one's temporary files and share Ray Train's folder with it. On a local disk the file
 appears by a hard link, which only one of two can make; an object store has no such step, so there it is written and,
 a moment later, read again. It belongs to no artifact, and it goes when the run ends.
+
+The clocks of two machines may differ by more than a lease lasts. So a run that wants a directory tells another
+machine's silence by the one clock that both share: that of the disk or store, which says when a file was published.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,12 @@ from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
 SETTLE_SECONDS = 1.0  # between writing and reading again on an object store
+# What a lease says, and of what kind; one that is not whole was written by no run that follows these rules.
+FACTS: dict[str, type | tuple[type, ...]] = {
+    "token": str, "host": str, "machine": str, "pid": int, "process": str,
+    "since": (int, float), "renewed": (int, float),
+}  # fmt: skip
+UNREADABLE = {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
 
 
 def _started(process: int) -> str:
@@ -84,12 +93,13 @@ class Lease:
         for _ in range(3):
             there = self._read()
             if there is not None and there["token"] != self.token:
-                gone = why_stale(there)
+                now = self._now(there)
+                gone = why_stale(there, now)
                 if not gone:
-                    raise ValueError(_refusal(self.run, there))
+                    raise ValueError(_refusal(self.run, there, now))
                 taken = self._take_over(there)
                 if taken:
-                    say(f"lease      {self.run.uri} was held by {_holder(there)}; {gone}: this run takes it over")
+                    say(f"lease      {self.run.uri} was held by {holder(there)}; {gone}: this run takes it over")
             else:
                 taken = self._create()
             if taken:
@@ -120,14 +130,18 @@ class Lease:
         return (json.dumps(self.facts | {"renewed": time.time()}, indent=1) + "\n").encode()
 
     def _read(self) -> dict[str, Any] | None:
+        return read(self.run)
+
+    def _now(self, there: Mapping[str, Any]) -> float:
+        """What the clock shows by which a lease was renewed last; that of this machine where no file tells it."""
+        probe = f".clock-{self.token[:8]}{TEMPORARY}"
         try:
-            data = self.run.read(layout.LEASE)
-        except FileNotFoundError:
-            return None
-        try:
-            return dict(json.loads(data))
-        except (json.JSONDecodeError, TypeError, ValueError):  # not whole: no run that follows these rules wrote it
-            return {"token": "", "host": "unknown", "machine": "", "pid": 0, "process": "", "since": 0, "renewed": 0}
+            self.run.publish(probe, b"")
+            then, now = self.run.modified(layout.LEASE), self.run.modified(probe)
+        finally:
+            with contextlib.suppress(Exception):
+                self.run.remove(probe)
+        return time.time() if then is None or now is None else float(there["renewed"]) + now - then
 
     def _create(self) -> bool:
         if not self.run.local:
@@ -191,7 +205,7 @@ class Lease:
             try:
                 there = self._read()
                 if there is not None and there["token"] != self.token:
-                    self.lost = _holder(there)
+                    self.lost = holder(there)
                     interrupt()
                     return
                 if not self._stop.is_set():
@@ -200,7 +214,22 @@ class Lease:
                 continue
 
 
-def why_stale(facts: dict[str, Any], now: float | None = None) -> str:
+def read(run: Folder) -> dict[str, Any] | None:
+    """The lease of a run directory: `FACTS`, or `UNREADABLE`; None where there is none."""
+    try:
+        data = run.read(layout.LEASE)
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(data)
+        whole = all(isinstance(found[key], kind) for key, kind in FACTS.items())
+        holder(found)
+    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+        whole = False
+    return dict(found) if whole else dict(UNREADABLE)
+
+
+def why_stale(facts: Mapping[str, Any], now: float | None = None) -> str:
     """Why a lease's holder is taken for gone; empty when it may be alive."""
     if facts["machine"] == _machine():
         if _started(int(facts["pid"])) != facts["process"] or not facts["process"]:
@@ -210,15 +239,17 @@ def why_stale(facts: dict[str, Any], now: float | None = None) -> str:
     return f"not renewed for {silent:,.0f} s" if silent > STALE_SECONDS else ""
 
 
-def _holder(facts: dict[str, Any]) -> str:
+def holder(facts: Mapping[str, Any]) -> str:
+    if not facts["token"]:
+        return f"a process whose {layout.LEASE} cannot be read"
     since = datetime.fromtimestamp(facts["since"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     return f"process {facts['pid']} on {facts['host']}, since {since}"
 
 
-def _refusal(run: Folder, there: dict[str, Any]) -> str:
-    renewed = max(0.0, time.time() - there["renewed"])
+def _refusal(run: Folder, there: Mapping[str, Any], now: float) -> str:
+    renewed = max(0.0, now - there["renewed"])
     return (
-        f"another run holds {run.uri}: {_holder(there)}, last renewed {renewed:.0f} s ago. Wait until it ends or stop "
+        f"another run holds {run.uri}: {holder(there)}, last renewed {renewed:.0f} s ago. Wait until it ends or stop "
         f"it, or use another run_dir. (If it was killed on another machine, its lease runs out {STALE_SECONDS:.0f} s "
         f"after its last renewal, and the same command takes over; {run.path(layout.LEASE)} is the lease)"
     )
@@ -226,8 +257,8 @@ def _refusal(run: Folder, there: dict[str, Any]) -> str:
 
 def at_work(run: Folder) -> str:
     """Who holds the directory now; empty when no living run does."""
-    there = Lease(run)._read()
-    return _holder(there) if there is not None and not why_stale(there) else ""
+    there = read(run)
+    return holder(there) if there is not None and not why_stale(there) else ""
 
 
 @contextlib.contextmanager

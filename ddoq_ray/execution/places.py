@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,20 +24,26 @@ LOOK_SECONDS = 60.0  # for a node to answer
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
 
+T = TypeVar("T")
 Named = tuple[str, str]  # configuration key, local path
 
 
 def check_lasting(path: str, key: str) -> None:
-    """Refuse a local folder that goes when the job ends.
+    """Refuse a folder that goes when the job ends, or that only this process sees.
 
     Args:
         path: Where results will be written.
         key: The key that says so, for the message.
 
     Raises:
-        ValueError: When it is inside a Ray job's working copy or a Ray session's own files.
+        ValueError: When it is inside a Ray job's working copy or a Ray session's own files, or in a process's memory.
     """
     folder = Folder(path)
+    if folder.uri.startswith("memory:"):
+        raise ValueError(
+            f"{key}={path} is the memory of this process, which no worker sees and which ends with it: give a folder "
+            "of a disk, s3://... or gs://..."
+        )
     if not folder.local:
         return
     real = Path(os.path.realpath(folder.uri))
@@ -160,29 +166,34 @@ def check_nodes(run: Folder, named: Sequence[Named]) -> None:
     run.publish(token, b"")
     try:
         with doing("nodes"):
-            complaints = complaint(_ask(workers, run, token, named))
+            complaints = complaint(each_node(workers, unseen, run, token, named))
     finally:
         run.remove(token)
     if complaints:
         raise ValueError(complaints)
 
 
-def _ask(nodes: Sequence[dict[str, Any]], run: Folder, token: str, named: Sequence[Named]) -> list[Any]:
-    look = ray.remote(num_cpus=0, max_retries=0)(unseen)
+def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: Any) -> Iterator[tuple[str, T]]:
+    """(node in words, what a small task that asks for no CPU says there), as far as it says so in a minute.
+
+    Args:
+        nodes: As `ray.nodes` has them.
+        task: Picklable; called with `given`.
+    """
+    look = ray.remote(num_cpus=0, max_retries=0)(task)
     refs = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
-            run, token, named
+            *given
         ): f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})"
         for n in nodes
     }
     ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=LOOK_SECONDS)
     for ref in late:
-        say(f"nodes      {refs[ref]} has not said in {LOOK_SECONDS:.0f} s whether it sees {run.uri}; the run goes on")
+        say(f"nodes      {refs[ref]} has not answered in {LOOK_SECONDS:.0f} s; the run goes on")
         ray.cancel(ref)
-    found = []
     for ref in ready:
         try:
-            found.append((refs[ref], ray.get(ref)))
+            said = ray.get(ref)
         except LEFT:
             continue  # it has just left
-    return found
+        yield refs[ref], said

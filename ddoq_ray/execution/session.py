@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -28,6 +28,7 @@ AWAY_SECONDS = 6.0  # without an answer: it is said
 # Ray ends the driver, in C and without a word, after this time without its head; this run ends before, with words.
 _RAY_GIVES_UP = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s") or 60)  # noqa: SIM112
 LOST_SECONDS = 0.75 * _RAY_GIVES_UP
+TASKS_SEEN = 1000  # of those that are at work, when it is asked whether one is
 SOCKET_BYTES = 107  # of a Unix socket's path
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
@@ -179,13 +180,15 @@ def _temporary(environment: Any) -> str:
 
 
 def short_temporary(environment: Any) -> str | None:
-    """A folder for Ray's session where TMPDIR's own path is too long for its sockets; None where it is not.
+    """A folder for Ray's session where TMPDIR's own path is none for its sockets; None where it is one.
+
+    Ray's core takes paths as ASCII alone.
 
     Raises:
         ValueError: When there is no short one that can be written.
     """
     wanted = _temporary(environment)
-    if len(os.fsencode(wanted + _SOCKET)) <= SOCKET_BYTES:
+    if wanted.isascii() and len(wanted + _SOCKET) <= SOCKET_BYTES:
         return None
     for place in ("/tmp/ray", f"/tmp/ray-{os.getuid()}"):
         with contextlib.suppress(OSError):
@@ -193,7 +196,7 @@ def short_temporary(environment: Any) -> str | None:
             with tempfile.TemporaryFile(dir=place):
                 return place
     raise ValueError(
-        f"{wanted} (RAY_TMPDIR or TMPDIR) is too long a path for Ray's sockets, which may have {SOCKET_BYTES} bytes; "
+        f"{wanted} (RAY_TMPDIR or TMPDIR) is no path for Ray's sockets, which may have {SOCKET_BYTES} bytes of ASCII; "
         "set RAY_TMPDIR to a short one"
     )
 
@@ -221,8 +224,30 @@ def _spoken_of() -> Iterator[None]:
 
 
 def pending() -> str:
-    """What Ray has no room for at this moment, and what is free: `waits for 0.5 CPU, 0.4 free`; empty when nothing."""
-    return waiting_words(demands(), ray.available_resources())
+    """What Ray has no room for at this moment, and what is free: `waits for 0.5 CPU, 0.4 free`; empty when nothing.
+
+    Empty too while a task of this run is at work: what has no room comes after it.
+    """
+    words = waiting_words(demands(), ray.available_resources())
+    return "" if words and at_work() else words
+
+
+def at_work() -> bool:
+    """Whether some node executes a task of this run; False where the head does not say. Actors are not looked at."""
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+
+    common, service = cast(Any, common_pb2), cast(Any, gcs_service_pb2)  # made of schemas, which types do not follow
+    asked, same = service.GetTaskEventsRequest(limit=TASKS_SEEN), service.FilterPredicate.EQUAL
+    asked.filters.exclude_driver = True
+    asked.filters.job_filters.add(job_id=ray._private.worker.global_worker.current_job_id.binary(), predicate=same)
+    asked.filters.state_filters.add(state="RUNNING", predicate=same)
+    try:
+        with init_grpc_channel(ray.get_runtime_context().gcs_address) as channel:
+            found = gcs_service_pb2_grpc.TaskInfoGcsServiceStub(channel).GetTaskEvents(asked, timeout=WATCH_SECONDS)
+    except Exception:  # words for comfort: what they are made of is private to Ray
+        return False
+    return any(task.task_info.type == common.NORMAL_TASK for task in found.events_by_task)
 
 
 def demands() -> dict[tuple[tuple[str, float], ...], int]:

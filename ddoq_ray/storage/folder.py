@@ -49,7 +49,10 @@ class Folder:
         return posixpath.join(self.uri, name) if name else self.uri
 
     def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
-        fs, root = fsspec.core.url_to_fs(self.path(name))
+        try:
+            fs, root = fsspec.core.url_to_fs(self.path(name))
+        except (ImportError, ValueError) as error:  # a library to install, or a protocol that nobody knows
+            raise ValueError(f"{self.uri}: {error}; expected a folder of a disk, s3://... or gs://...") from error
         if not self.local:
             fs.invalidate_cache()  # listings of this process; others publish here too
         return fs, root
@@ -119,26 +122,39 @@ class Folder:
 
         Raises:
             FileNotFoundError: When it is not there.
-            ValueError: When its store fails again and again.
+            ValueError: When it may not be read, or its store fails again and again.
         """
         self._fs(name)
-        return read_file(self.path(name))
+        with _told(self.path(name)):
+            return read_file(self.path(name))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """The bytes of a file from `start` to before `end`; Raises as `read`."""
         self._fs(name)
-        return read_range(self.path(name), start, end)
+        with _told(self.path(name)):
+            return read_range(self.path(name), start, end)
 
     def size(self, name: str) -> int:
         """Bytes of a file; Raises as `read`."""
         fs, target = self._fs(name)
-        return int(retried(self.path(name), lambda: fs.size(target)))
+        with _told(self.path(name)):
+            return int(retried(self.path(name), lambda: fs.size(target)))
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last published, in seconds by the clock of its disk or store; None where that is not told."""
+        try:
+            fs, target = self._fs(name)
+            return float(fs.modified(target).timestamp())
+        except Exception:  # each store has errors of its own, and some keep no times
+            return None
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:
         """A file to read and seek in; Raises as `read`."""
         self._fs(name)
-        with open_file(self.path(name)) as f:
+        with _told(self.path(name)):
+            opened = open_file(self.path(name))
+        with opened as f:
             yield f
 
     def digest(self, name: str) -> tuple[str, int]:
@@ -190,6 +206,17 @@ class Folder:
             raise ValueError(str(error).replace(self.path(probe), self.uri)) from error.__cause__
         with contextlib.suppress(OSError):
             self.remove(probe)
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What a disk says of a file that cannot be read, as `Folder.read` does."""
+    try:
+        yield
+    except NotADirectoryError as error:  # a part of its path is a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_error(path: str, error: Exception) -> str:

@@ -38,6 +38,48 @@ def test_what_is_no_run_is_said(command: str, tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_whose_name_holds_a_sign_of_equality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "lr=1, b=2/ü"
+    pipeline._publish_config(load_config([f"run_dir={place}"]), Folder(str(place)), {})
+    assert main(["status", str(place)]) == 0
+    assert capsys.readouterr().out.startswith(f"{place}: ")
+
+
+@pytest.mark.parametrize("command", ["label", "train", "evaluate", "report"])
+def test_a_mistyped_folder_is_not_filled_with_data(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole collection would be packed, to say then that the stage before is not finished."""
+    assert main([command, f"run_dir={tmp_path}/typo"]) == 2
+    assert f"{tmp_path}/typo/data is not finished: run the prepare stage first" in capsys.readouterr().err
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "plan"])
+def test_a_file_for_a_run_and_a_protocol_that_nobody_knows(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place, told in ((tmp_path / "file", "file"), ("nope://run", "Protocol not known: nope")):
+        assert main([command, f"run_dir={place}"]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["lease.json", "config.yaml", "events.jsonl", "data/manifest.json"])
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_a_folder_where_a_runs_file_should_be(
+    command: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another user's files, which a test that may be run by root cannot show: they are there, and cannot be read."""
+    pipeline._publish_config(load_config([f"run_dir={tmp_path}"]), Folder(str(tmp_path)), {})
+    (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / file).mkdir(parents=True)
+    code = main([command, str(tmp_path)])
+    err = capsys.readouterr().err
+    assert code == (0 if (command, file) == ("verify", "lease.json") else 2), err
+    assert code == 0 or f"cannot read {tmp_path / file}: Is a directory" in err
+
+
 def test_status_of_a_run_that_was_killed_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, config = Folder(str(tmp_path)), load_config([f"run_dir={tmp_path}", "stages=[prepare,encode,quantize]"])
     pipeline._publish_config(config, run, {})

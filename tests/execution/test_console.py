@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -110,6 +111,46 @@ def test_what_ray_has_no_room_for_is_read_from_it(ray_here: None) -> None:
     ray.cancel(task, force=True)
     asked = words.removeprefix("waits for ").split("; ")
     assert words.startswith("waits for ") and any(w.startswith("1000 CPU, ") and w.endswith(" free") for w in asked)
+
+
+def test_what_comes_after_a_task_that_is_at_work_is_not_waited_for(ray_here: None) -> None:
+    """While its own task has the CPUs that the next one needs, a run works; it waits for those of an idle actor."""
+    sleep = ray.remote(num_cpus=2)(lambda seconds: time.sleep(seconds))
+
+    def after(task: Any, said: str) -> str:
+        until = time.monotonic() + 30
+        while not (session.demands().get((("CPU", 2.0),)) and session.pending().startswith(said)):
+            assert time.monotonic() < until, session.pending()
+            time.sleep(0.2)
+        asked = session.pending()
+        ray.cancel(task)
+        return asked
+
+    first = sleep.remote(20.0)
+    while not session.at_work():
+        time.sleep(0.2)
+    assert after(sleep.remote(0.0), "") == ""
+    ray.cancel(first, force=True)
+
+    @ray.remote(num_cpus=2)
+    class Idle:
+        """Holds CPUs and does nothing."""
+
+    holder = Idle.remote()
+    ray.get(holder.__ray_ready__.remote())
+    assert after(sleep.remote(0.0), "waits").startswith("waits for ")
+    ray.kill(holder)
+
+
+def test_a_pool_that_has_workers_is_at_work(
+    soon: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "waits", [lambda: "waits for 1 CPU, 0 free"])
+    with progress.Progress("synthesize", 10, "images") as bar:
+        bar.workers = 1
+        time.sleep(0.6)
+    told = capsys.readouterr().err
+    assert "at work" in told and "waits" not in told
 
 
 @pytest.mark.parametrize(

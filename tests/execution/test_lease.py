@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import os
@@ -138,3 +139,42 @@ def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> Non
     for racer in racers:
         racer.join()
     assert len(list((tmp_path / "won").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["disk", "store"])
+@pytest.mark.parametrize("wrong", [-7200.0, 0.0, 7200.0], ids=["behind", "right", "ahead"])
+def test_another_machines_silence_is_not_told_by_its_clock(tmp_path: Path, kind: str, wrong: float) -> None:
+    """A clock that is hours wrong: a living run keeps its directory, and a dead one's is free after two minutes."""
+    run = Folder(str(tmp_path) if kind == "disk" else f"memory://clock-{os.getpid()}-{wrong}/run")
+    there = Lease(run).facts | {"token": "x", "machine": "another", "renewed": time.time() + wrong}
+    run.publish(LEASE, json.dumps(there).encode())
+    with pytest.raises(ValueError, match=r"another run holds .*last renewed [0-9] s ago"):
+        Lease(run).acquire()
+    _age(run, 3 * lease.STALE_SECONDS)
+    with held(run):
+        assert json.loads(run.read(LEASE))["token"] != "x"
+    assert run.names("*") == run.names(".*") == []
+
+
+def _age(run: Folder, seconds: float) -> None:
+    """Let the lease have been published so long ago, by its disk's or store's clock."""
+    if run.local:
+        os.utime(run.path(LEASE), (time.time() - seconds,) * 2)
+        return
+    fs, root = run._fs(LEASE)
+    fs.store[root].modified -= datetime.timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"\xff", b'{"token": 1}', {"since": 1e30}, {"since": "s"}, {"renewed": "r"}, {"pid": None}],
+)
+def test_a_lease_that_no_run_wrote_is_of_nobody_and_runs_out(tmp_path: Path, content: bytes | dict[str, Any]) -> None:
+    whole = {"token": "a", "host": "h", "machine": "m", "pid": 1, "process": "x", "since": 1, "renewed": 1}
+    run = Folder(str(tmp_path))
+    run.publish(LEASE, content if isinstance(content, bytes) else json.dumps(whole | content).encode())
+    with pytest.raises(ValueError, match=r"a process whose lease\.json cannot be read"):
+        Lease(run).acquire()
+    _age(run, 2 * lease.STALE_SECONDS)
+    with held(run):
+        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ddoq_ray import pipeline
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.config.run import STAGES
 from ddoq_ray.execution.cluster_address import Where, find, probe
@@ -154,6 +155,8 @@ def test_a_job_s_working_copy_is_no_place_for_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"working copy of a Ray job, which Ray deletes.*run_dir=/shared/digits"):
         check_lasting(str(copy / "runs/digits"), "run_dir")
     check_lasting(str(tmp_path), "run_dir")
+    with pytest.raises(ValueError, match=r"run_dir=memory://a is the memory of this process, which no worker sees"):
+        check_lasting("memory://a", "run_dir")
     check_lasting("s3://bucket/runtime_resources/working_dir_files", "run_dir")
 
 
@@ -176,7 +179,8 @@ def test_nodes_that_do_not_see_a_place_are_named(tmp_path: Path) -> None:
 
 def test_a_long_temporary_folder_is_left_to_others_than_ray(tmp_path: Path) -> None:
     assert short_temporary({}) is None and short_temporary({"TMPDIR": "/tmp"}) is None
-    assert str(short_temporary({"TMPDIR": f"{tmp_path}/{'x' * 60}"})).startswith("/tmp/ray")
+    for none in (f"{tmp_path}/{'x' * 60}", "/tmp/größe"):  # Ray's core takes ASCII alone
+        assert str(short_temporary({"TMPDIR": none})).startswith("/tmp/ray")
 
 
 def test_file_urls_and_home_are_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +230,23 @@ def test_nobody_reads_what_is_said() -> None:
     ends = [(p.communicate(timeout=120), p.returncode) for p in started]
     assert [code for _, code in ends] == [0, 2, 2]
     assert not any(filter(None, (text for told, _ in ends for text in told))), ends
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_behind_the_streams(tmp_path: Path) -> None:
+    """What was asked for and cannot be written is an error; what is said on the way is lost, and the work goes on."""
+    pipeline._publish_config(load_config([f"run_dir={tmp_path}"]), Folder(str(tmp_path)), {})
+    with open("/dev/full", "w") as full:
+        for words in (["--help"], ["status", str(tmp_path)]):
+            line = [sys.executable, "-m", "ddoq_ray", *words]
+            ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            assert ended.stderr == "ddoq-ray: error: cannot write standard output: No space left on device\n"
+            assert ended.returncode == 2
+        assert subprocess.run([sys.executable, "-m", "ddoq_ray", "nope"], stderr=full, check=False).returncode == 2
+        code = "from ddoq_ray.execution.console import say; say('heard by nobody'); print('goes on')"
+        went = subprocess.run([sys.executable, "-c", code], stderr=full, stdout=subprocess.PIPE, text=True, check=False)
+    assert (went.returncode, went.stdout) == (0, "goes on\n")
 
 
 @pytest.mark.processes
