@@ -195,8 +195,8 @@ def test_shard_lists_are_told_apart_in_one_look_at_each(tmp_path: Path, monkeypa
     from ddoq_ray.data import shard_index
 
     asked: list[str] = []
-    real = shard_index._real
-    monkeypatch.setattr(shard_index, "_real", lambda shard: asked.append(shard) or real(shard))
+    real = shard_index.resolved
+    monkeypatch.setattr(shard_index, "resolved", lambda shard: asked.append(shard) or real(shard))
     counts = []
     for n in (20, 40):
         train = [f"train-{i:04d}.tar" for i in range(n)]
