@@ -186,7 +186,8 @@ def training(rows: Sequence[Row]) -> dict[str, str]:
     """A student's own loop over the same student on one resident batch."""
     lines = [
         [f"`{row['student']}`", str(row["size"]), str(row["batch"]), f"{row['images']:,}", str(row["students"]),
-         row["kept"], f"{row['steps_per_s']:.2f}", f"{row['resident_steps_per_s']:.2f}", f"{row['ratio_to_resident']:.2f}"]
+         row["kept"], f"{row['steps_per_s']:.2f}", f"{row['resident_steps_per_s']:.2f}",
+         f"{row['ratio_to_resident']:.2f}"]
         for row in rows
     ]  # fmt: skip
     columns = ["student", "px", "batch", "images", "students in turn", "kept in", "steps/s", "resident", "ratio"]
