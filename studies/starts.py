@@ -86,6 +86,17 @@ def cases(ipc: int, candidates: int) -> list[Case]:
     return rows
 
 
+def case_of(words: str) -> Case:
+    """The row that words ask for.
+
+    >>> case_of("start=noised strength=0.6 guidance=1 candidates=1").facts["guidance"]
+    1
+    """
+    given = dict(word.split("=", 1) for word in words.split())
+    texts = ("method", "start", "keep")
+    return Case(**{key: value if key in texts else json.loads(value) for key, value in given.items()})
+
+
 @dataclass
 class Seat:
     """What all rows share; `maker` is the prior of the codebooks as images are made with it."""
@@ -143,6 +154,9 @@ def main() -> None:
     )  # fmt: skip
     arguments.add_argument("--split", choices=("selection", "reported"), default="selection")
     arguments.add_argument("--only", nargs="*", default=[], help="words of the rows to compute, such as start=noise")
+    arguments.add_argument(
+        "--case", nargs="*", type=case_of, help="rows in place of the table's: 'start=noised strength=0.6 guidance=1'"
+    )
     asked = arguments.parse_args()
     torch.set_num_threads(1)
     train, selection, reported = cifar10()
@@ -168,7 +182,7 @@ def main() -> None:
     print(f"autoencoder, by the teacher, on the selection split: {kept}", flush=True)
     rows = []
     for ipc in asked.ipc:
-        for case in cases(ipc, asked.candidates):
+        for case in asked.case or cases(ipc, asked.candidates):
             facts = about | {"ipc": ipc} | case.facts
             if case.method == "random":
                 del facts["prior"]  # it has no part in these rows

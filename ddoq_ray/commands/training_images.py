@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ddoq_ray.config.dataset import PACKED
+from ddoq_ray.config.dataset import PACKED, DatasetConfig
+from ddoq_ray.config.ineffective import WRITTEN
 from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.config.schema import require
 from ddoq_ray.data.collections import DIGIT_NAMES, digits
+from ddoq_ray.data.collections.classes import check_class_lists
 from ddoq_ray.data.image_file import ImageFile, Images
-from ddoq_ray.data.samples import list_shards, read_classes, read_samples, to_square
+from ddoq_ray.data.samples import read_classes, read_samples, to_square
+from ddoq_ray.data.shard_index import train_and_val
 from ddoq_ray.execution.workers import say
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.fidelity import BATCH, reconstructions
@@ -105,27 +108,37 @@ def read_images(command: TrainingCommand, through: Through | None = None) -> Rea
     dataset = command.dataset
     if dataset.kind in PACKED or dataset.resort:
         raise ValueError(f"dataset.source={dataset.kind}: this command reads shards; {PREPARE_FIRST}")
-    if dataset.path is None:
+    digits_given = dataset.path is None
+    for key in (*WRITTEN, *(("val_path", "classes") if digits_given else ())):
+        if getattr(dataset, key) != getattr(DatasetConfig, key):
+            read = "the digits bring their own" if digits_given else "this command reads shards as they are"
+            raise ValueError(f"dataset.{key} has no effect here: {read}; leave it out")
+    if digits_given:
         splits = digits()
         train, held_out = (
             _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side), again)
             for name, again in (("train", through), ("selection", None))
         )
         return ReadImages(list(DIGIT_NAMES), train, held_out)
+    told: list[str] = []
     try:
-        shards = list_shards(dataset.path)
+        shards, val_shards = train_and_val(dataset.path, dataset.val_path, told)
     except ValueError as error:
         raise ValueError(f"{error}; any other collection: {PREPARE_FIRST}") from None
     classes = read_classes(dataset.classes or posixpath.join(posixpath.dirname(shards[0]), "classes.json"))
+    if dataset.classes is None:
+        check_class_lists([*shards, *val_shards], classes)
     require(
         command.image_size is not None,
         "image_size is not given: the side in pixels at which these images are to be learnt, such as image_size=32",
     )
+    for line in told:
+        say(line)
     train = _of_shards(command, "train", shards, len(classes), "dataset.path", through)
     held = None
-    if dataset.val_path is not None:
-        val_shards = list_shards(dataset.val_path, key="dataset.val_path")
-        held = _of_shards(command, "selection", val_shards, len(classes), "dataset.val_path")
+    if val_shards:
+        key = "dataset.path" if dataset.val_path is None else "dataset.val_path"
+        held = _of_shards(command, "selection", val_shards, len(classes), key)
     return ReadImages([c.name for c in classes], train, held)
 
 
@@ -172,14 +185,14 @@ def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: st
     """Every usable sample, one by one.
 
     Raises:
-        ValueError: When there is none.
+        ValueError: When there is none, or more than `max_bad_fraction` of them cannot be used.
     """
     used = bad = 0
     first: Refusal | None = None
 
     def refuse(refusal: Refusal) -> None:
         nonlocal bad, first
-        bad, first = bad + 1, first or refusal
+        bad, first = bad + refusal.samples, first or refusal
 
     for shard in shards:
         for sample in read_samples(shard, num_classes, refuse):
@@ -188,5 +201,12 @@ def _read(shards: list[str], command: TrainingCommand, num_classes: int, key: st
     if not used:
         why = "they hold no members" if first is None else f"the first refused one is {first.name}: {first.reason}"
         raise ValueError(f"{key}: no usable sample in {len(shards)} shards; {why}")
-    if first is not None:
-        say(f"{key}: {bad} samples refused, the first one {first.name}: {first.reason}")
+    if first is None:
+        return
+    refused = f"{key}: {bad:,} of {used + bad:,} samples refused, the first one {first.name}: {first.reason}"
+    if bad > command.max_bad_fraction * (used + bad):
+        raise ValueError(
+            f"{refused}; that is more than max_bad_fraction={command.max_bad_fraction:g}: give the class list of these "
+            "images (dataset.classes) and whole shards, or allow more (max_bad_fraction)"
+        )
+    say(refused)

@@ -222,6 +222,7 @@ class TrainingCommand:
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(1, "torch threads; the weights' bytes depend on it")
     overwrite: bool = option(False, "replace the folder when it exists")
+    max_bad_fraction: float = option(0.01, "stop when more than this part of the samples cannot be used")
     workers: int = option(
         1, "ranks that share each batch, by Ray Train, with `threads` CPUs each and a GPU where device=cuda; 1 = no Ray"
     )
@@ -229,6 +230,9 @@ class TrainingCommand:
 
     def __post_init__(self) -> None:
         require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
+        require(
+            0 <= self.max_bad_fraction <= 1, f"max_bad_fraction={self.max_bad_fraction}: expected a fraction, 0 to 1"
+        )
         for key in ("threads", "workers"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: expected 1 or more")
         require(

@@ -173,6 +173,14 @@ def _start(cluster: ClusterConfig, logs: dict[str, Any]) -> None:
             f"Ray cannot start with its files in {place or _temporary(os.environ)}: {error}. "
             "Set RAY_TMPDIR to a short path of a folder that can be written, such as /tmp"
         ) from error
+    except Exception as error:
+        logs_at = os.path.join(place or os.path.join(_temporary(os.environ), "ray"), "session_latest", "logs")
+        text = " ".join(str(error).split()).removesuffix(".")
+        raise ValueError(
+            f"Ray did not start on this machine: {type(error).__name__}: {text[:600]}. Run again when the machine has "
+            f"less to do and memory, processes and open files to give (ulimit -a); why is in {logs_at} (raylet.err, "
+            "gcs_server.err)"
+        ) from error
 
 
 def _temporary(environment: Any) -> str:

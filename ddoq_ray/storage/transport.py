@@ -99,7 +99,7 @@ def _matches(pattern: str, asked: str) -> list[str]:
             inside = glob.escape(root) if there else root
             names = sorted(fs.glob(inside.rstrip("/") + "/*.tar"))
             if not names:
-                raise ValueError(f"{asked}: the folder {root} holds no *.tar shard, and no images or tables")
+                raise ValueError(f"{asked}: the folder {root} holds no *.tar shard")
         else:
             names = [root]
     except (FileNotFoundError, NotADirectoryError) as error:
