@@ -94,7 +94,8 @@ def case_of(words: str) -> Case:
     """
     given = dict(word.split("=", 1) for word in words.split())
     texts = ("method", "start", "keep")
-    return Case(**{key: value if key in texts else json.loads(value) for key, value in given.items()})
+    typed: dict[str, Any] = {key: value if key in texts else json.loads(value) for key, value in given.items()}
+    return Case(**typed)
 
 
 @dataclass
