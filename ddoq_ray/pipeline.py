@@ -54,10 +54,9 @@ from ddoq_ray.storage.layout import Place
 AStep = TypeVar("AStep", bound=Step)
 OTHERS: dict[type[ImageSetStep], Callable[[Run, Any], None]] = {
     recover.Recover: recover.run,
-    select.Select: select.run,
     given.Given: given.run,
-}  # image sets that are not decoded from a codebook
-SOURCES = (synthesize.Synthesize, *OTHERS)  # of image sets, in the order in which they work
+}  # image sets that are made one by one
+SOURCES = (synthesize.Synthesize, select.Select, *OTHERS)  # of image sets, in the order in which they work
 MAKING = {"prepare", "encode", "quantize", "synthesize"}  # stages that a new run directory may begin with
 CONFIG_CHECK = "# sha256 of the above: "
 
@@ -291,6 +290,7 @@ def _work(
     if "synthesize" in wanted:
         with doing("synthesize"):
             synthesize.synthesize([(run, of_kind(synthesize.Synthesize, steps)) for run, steps in planned])
+        select.run([(run, step) for run, steps in planned for step in of_kind(select.Select, steps)])
         for run, steps in planned:
             for kind, make in OTHERS.items():
                 for step in of_kind(kind, steps):

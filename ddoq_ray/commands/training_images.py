@@ -108,12 +108,10 @@ def read_images(command: TrainingCommand, through: Through | None = None) -> Rea
     dataset = command.dataset
     if dataset.kind in PACKED or dataset.resort:
         raise ValueError(f"dataset.source={dataset.kind}: this command reads shards; {PREPARE_FIRST}")
-    digits_given = dataset.path is None
-    for key in (*WRITTEN, *(("val_path", "classes") if digits_given else ())):
+    for key in WRITTEN:
         if getattr(dataset, key) != getattr(DatasetConfig, key):
-            read = "the digits bring their own" if digits_given else "this command reads shards as they are"
-            raise ValueError(f"dataset.{key} has no effect here: {read}; leave it out")
-    if digits_given:
+            raise ValueError(f"dataset.{key} has no effect here: this command reads shards as they are; leave it out")
+    if dataset.path is None:
         splits = digits()
         train, held_out = (
             _in_file(command, name, {"digits": name}, partial(_grey, *splits[name], command.side), again)

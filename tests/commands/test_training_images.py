@@ -67,6 +67,3 @@ def test_labels_that_do_not_fit_the_class_list_are_refused(
 def test_keys_that_say_how_shards_are_written_are_refused(corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"dataset.heldout has no effect"):
         read(corpus, "dataset.heldout=0.1")
-    with pytest.raises(ValueError, match=r"dataset.val_path has no effect here: the digits"):
-        command = BY_NAME["train-teacher"].compose([f"dataset.val_path={corpus}", f"out={corpus}/out"])
-        read_images(command)

@@ -7,9 +7,10 @@ from file to file: neither the driver nor Ray's object store holds them. Both ar
 
 from __future__ import annotations
 
-import functools
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -57,17 +58,54 @@ def where(index: LatentIndex, picks: Picks) -> Where:
     return found
 
 
-def publish(choice: Choice, chosen: Selection) -> list[dict[str, Any]]:
-    """Publish the set of what was chosen, as far as it is not there, as image shards; their records, in order."""
-    run, images = choice.run, choice.run.dir / choice.at.images
-    jobs = _jobs(choice, chosen)
-    there = published(run.dir, jobs)
-    missing = [job for job in jobs if job.name not in there]
-    if missing:
-        found = where(choice.index, chosen.picks)
-        _make_excerpts(choice, chosen, _needed(found, missing, chosen), images / layout.EXCERPTS)
-        there |= _composed(choice, chosen, missing, found)
-    return [there[job.name] for job in jobs]
+@dataclass(frozen=True)
+class Making:
+    """A set that is to be made, as far as it is not there.
+
+    Attributes:
+        missing: Image shards that are not there.
+        found: Where all that was chosen is.
+    """
+
+    choice: Choice
+    chosen: Selection
+    missing: Sequence[Job]
+    found: Where
+
+    @property
+    def excerpts(self) -> Folder:
+        return self.choice.run.dir / self.choice.at.images / layout.EXCERPTS
+
+    @cached_property
+    def shard_of(self) -> dict[tuple[int, int], int]:
+        """(class_id, rank) -> the data shard that holds what was chosen."""
+        return {(p.class_id, p.rank): shard for shard, picks in self.found.items() for p in picks}
+
+    def needed(self) -> Where:
+        """What the missing image shards are made of."""
+        wanted = {(c, rank) for job in self.missing for c, k in job.unit.keys for rank in self.chosen.parts(c, k)}
+        kept = {shard: [p for p in picks if (p.class_id, p.rank) in wanted] for shard, picks in self.found.items()}
+        return {shard: picks for shard, picks in kept.items() if picks}
+
+
+def publish(sets: Sequence[tuple[Choice, Selection]]) -> list[list[dict[str, Any]]]:
+    """Publish sets of one method, as far as they are not there, as image shards; the records of each, in order.
+
+    Sets are made together: each by itself would leave workers idle twice, at its last data shard and its last image.
+    """
+    jobs = [_jobs(choice, chosen) for choice, chosen in sets]
+    there: dict[str, dict[str, Any]] = {}
+    todo = []
+    for (choice, chosen), wanted in zip(sets, jobs, strict=True):
+        records = published(choice.run.dir, wanted)
+        missing = [job for job in wanted if job.name not in records]
+        if missing:
+            todo.append(Making(choice, chosen, missing, where(choice.index, chosen.picks)))
+        there |= records
+    if todo:
+        _make_excerpts(todo)
+        there |= _composed(todo)
+    return [[there[job.name] for job in wanted] for wanted in jobs]
 
 
 def _jobs(choice: Choice, chosen: Selection) -> list[Job]:
@@ -86,31 +124,31 @@ def _jobs(choice: Choice, chosen: Selection) -> list[Job]:
     return jobs
 
 
-def _needed(found: Where, missing: Sequence[Job], chosen: Selection) -> Where:
-    """What the missing image shards are made of."""
-    wanted = {(c, rank) for job in missing for c, k in job.unit.keys for rank in chosen.parts(c, k)}
-    kept = {shard: [p for p in picks if (p.class_id, p.rank) in wanted] for shard, picks in found.items()}
-    return {shard: picks for shard, picks in kept.items() if picks}
-
-
-def _make_excerpts(choice: Choice, chosen: Selection, needed: Where, folder: Folder) -> None:
+def _make_excerpts(sets: Sequence[Making]) -> None:
     """Make the excerpts that are not there."""
-    run = choice.run
-    made_from = {shard: digest_of([choice.identity, picks]) for shard, picks in needed.items()}
-    there = finished_excerpts(folder, made_from)
-    passed_over = not_encoded(run.latents)
-    task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_extract)
-
-    def submit(shard: int) -> Any:
-        url, lost = run.data.url(run.data.train[shard]), passed_over.get(shard, PassedOver())
-        source = (url, len(run.data.classes), lost, run.config.encoder.resize)
-        return task.remote(folder, shard, made_from[shard], source, needed[shard], _crops(chosen, needed[shard]))
-
-    with Progress(choice.method, len(needed), "shards") as progress:
-        progress.already(len(there))
-        jobs = [functools.partial(submit, shard) for shard in sorted(needed) if shard not in there]
-        for _ in in_tasks(jobs, _at_once(run)):
+    jobs: list[Callable[[], Any]] = []
+    count = 0
+    passed_over = cache(not_encoded)
+    for making in sets:
+        needed = making.needed()
+        made_from = {shard: digest_of([making.choice.identity, picks]) for shard, picks in needed.items()}
+        there = finished_excerpts(making.excerpts, made_from)
+        lost = passed_over(making.choice.run.latents)
+        left = sorted(needed.keys() - there)
+        jobs += [partial(_submit_excerpt, making, s, made_from[s], needed[s], lost.get(s, PassedOver())) for s in left]
+        count += len(needed)
+    choice = sets[0].choice
+    with Progress(choice.method, count, "shards") as progress:
+        progress.already(count - len(jobs))
+        for _ in in_tasks(jobs, _at_once(choice.run)):
             progress.advance()
+
+
+def _submit_excerpt(making: Making, shard: int, made_from: str, picks: list[Pick], lost: PassedOver) -> Any:
+    run = making.choice.run
+    source = (run.data.url(run.data.train[shard]), len(run.data.classes), lost, run.config.encoder.resize)
+    task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_extract)
+    return task.remote(making.excerpts, shard, made_from, source, picks, _crops(making.chosen, picks))
 
 
 Crops = tuple[int, list[tuple[int, int, int, int]]]  # side of a tile, and the box of each pick
@@ -161,24 +199,26 @@ def cropped(picture: Image.Image, box: tuple[int, int, int, int], side: int) -> 
     return np.asarray(picture.crop(box).resize((side, side), Image.Resampling.BILINEAR))
 
 
-def _composed(choice: Choice, chosen: Selection, missing: Sequence[Job], found: Where) -> dict[str, dict[str, Any]]:
-    """The records of the missing image shards, once they are made."""
-    run = choice.run
-    shard_of = {(p.class_id, p.rank): shard for shard, picks in found.items() for p in picks}
-    task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_compose)
-    shape = None if chosen.mosaic is None else (chosen.mosaic.factor, chosen.mosaic.side)
-
-    def submit(job: Job) -> Any:
-        parts = [[(shard_of[c, rank], c, rank) for rank in chosen.parts(c, k)] for c, k in job.unit.keys]
-        facts = [(chosen.weight(c, k), run.data.classes[c].prompt) for c, k in job.unit.keys]
-        return task.remote(run.dir, job, choice.draw, facts, parts, shape)
-
+def _composed(sets: Sequence[Making]) -> dict[str, dict[str, Any]]:
+    """The records of the missing image shards, by their names, once they are made."""
+    choice = sets[0].choice
+    jobs = [(making, job) for making in sets for job in making.missing]
     records: dict[str, dict[str, Any]] = {}
-    with Progress(choice.method, sum(len(job.unit) for job in missing), "images") as progress:
-        for number, record in in_tasks([functools.partial(submit, job) for job in missing], _at_once(run)):
-            records[missing[number].name] = record
+    with Progress(choice.method, sum(len(job.unit) for _, job in jobs), "images") as progress:
+        submits = [partial(_submit_shard, making, job) for making, job in jobs]
+        for number, record in in_tasks(submits, _at_once(choice.run)):
+            records[jobs[number][1].name] = record
             progress.advance(record["images"])
     return records
+
+
+def _submit_shard(making: Making, job: Job) -> Any:
+    chosen, run = making.chosen, making.choice.run
+    parts = [[(making.shard_of[c, rank], c, rank) for rank in chosen.parts(c, k)] for c, k in job.unit.keys]
+    facts = [(chosen.weight(c, k), run.data.classes[c].prompt) for c, k in job.unit.keys]
+    shape = None if chosen.mosaic is None else (chosen.mosaic.factor, chosen.mosaic.side)
+    task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_compose)
+    return task.remote(run.dir, job, making.choice.draw, facts, parts, shape)
 
 
 def _compose(

@@ -8,6 +8,7 @@ row tells what the choice of images is worth.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -15,16 +16,19 @@ from typing import Any
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
+from ddoq_ray.execution.console import doing
 from ddoq_ray.execution.run import Run
 from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.encode.step import Encode
-from ddoq_ray.stages.select.choice import Choice
+from ddoq_ray.stages.select.choice import Choice, Selection
 from ddoq_ray.stages.select.images import publish
 from ddoq_ray.stages.step import Ask, ImageSetStep
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.latent_index import latent_index
 from ddoq_ray.storage.layout import Place
+
+AT_ONCE = 1_000_000  # images of sets that are made together: the driver holds where each one lies
 
 
 @dataclass(frozen=True)
@@ -81,31 +85,74 @@ class Select(ImageSetStep):
         return [Ask.of(config, "reader", "reader")]
 
 
-def run(run: Run, step: Select) -> None:
-    """Choose real images and publish them as an image set.
+def run(of: Sequence[tuple[Run, Select]]) -> None:
+    """Choose real images, each set of its run, and publish them as image sets: those of a method together.
 
     Raises:
-        ValueError: When the latents or the codebook that the method needs are not there.
+        ValueError: When the latents or the codebook that a method needs are not there.
     """
+    by_method: dict[str, list[tuple[Run, Select]]] = {}
+    for run, step in of:
+        by_method.setdefault(step.method.name, []).append((run, step))
+    for method, sets in by_method.items():
+        with doing(method):
+            _one_method(sets)
+
+
+def _one_method(of: Sequence[tuple[Run, Select]]) -> None:
+    chosen: list[Chosen] = []
+    for run, step in of:
+        facts = step.identity(run)
+        if step.artifact(run.dir).begin(facts, overwrite=run.config.overwrite) == "done":
+            continue
+        chosen.append(_chosen(run, step, facts))
+        if sum(c.images for c in chosen) >= AT_ONCE:
+            _publish(chosen)
+            chosen = []
+    _publish(chosen)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A set that was chosen, and what that took."""
+
+    run: Run
+    step: Select
+    facts: dict[str, Any]
+    choice: Choice
+    selection: Selection
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        return sum(self.selection.images.values())
+
+
+def _chosen(run: Run, step: Select, facts: dict[str, Any]) -> Chosen:
     start = time.time()
-    artifact, facts = step.artifact(run.dir), step.identity(run)
-    if artifact.begin(facts, overwrite=run.config.overwrite) == "done":
-        return
     index = latent_index(run.latents, len(run.data.train))
     usable = index.counts.tolist()
     counts = {c.class_id: usable[c.class_id] if c.class_id < len(usable) else 0 for c in run.data.classes}
     choice = Choice(run, step.method.name, index, counts, step.at, step.draw, digest_of(facts))
-    shards = publish(choice, step.chooser.choose(choice))
-    images = sum(s["images"] for s in shards)
-    for passing in (layout.EXCERPTS, layout.SCORES):
-        artifact.folder.remove(passing)
-    artifact.finish(
-        facts,
-        seconds=round(time.time() - start, 3),
-        items=images,
-        unit="images",
-        bytes=sum(s["bytes"] for s in shards),
-        shards=shards,
-        digest=digest_of([s["sha256"] for s in shards]),
-    )
-    run.events.add("stage finished", stage="select", folder=step.at.root, images=images)
+    selection = step.chooser.choose(choice)
+    return Chosen(run, step, facts, choice, selection, time.time() - start)
+
+
+def _publish(sets: Sequence[Chosen]) -> None:
+    start = time.time()
+    published = publish([(c.choice, c.selection) for c in sets])
+    seconds, total = time.time() - start, max(1, sum(c.images for c in sets))
+    for c, shards in zip(sets, published, strict=True):
+        artifact = c.step.artifact(c.run.dir)
+        for passing in (layout.EXCERPTS, layout.SCORES):
+            artifact.folder.remove(passing)
+        artifact.finish(
+            c.facts,
+            seconds=round(c.seconds + seconds * c.images / total, 3),  # the sets share the workers
+            items=c.images,
+            unit="images",
+            bytes=sum(s["bytes"] for s in shards),
+            shards=shards,
+            digest=digest_of([s["sha256"] for s in shards]),
+        )
+        c.run.events.add("stage finished", stage="select", folder=c.step.at.root, images=c.images)

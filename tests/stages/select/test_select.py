@@ -122,7 +122,7 @@ def of(config: RunConfig, run: Folder, data: Data, latents: Folder | None = None
 def choose(prepared: tuple[RunConfig, Folder, Data], place: str, draw_index: int, method: str = "random") -> Made:
     config, run, data = prepared
     step = Select(SPECS[method], Place(place), draw_index)
-    select.run(of(config, run, data), step)
+    select.run([(of(config, run, data), step)])
     manifest = step.artifact(run).require()
     images = run / place / "images"
     return {place: (list(read_images([images.path(n) for n in images.names("*.tar")])), manifest)}
@@ -195,13 +195,28 @@ def test_a_finished_choice_is_reused_until_what_it_follows_changes(
         (run / "codebook").publish_json("manifest.json", manifest)
 
 
+def test_sets_made_together_are_those_made_alone(
+    prepared: tuple[RunConfig, Folder, Data], draws: Made, chosen: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run, data = prepared
+    alone = {("random", 0): draws["first"], ("random", 1): draws["other"], ("medoids", 0): chosen["medoids"]}
+    monkeypatch.setattr(select, "AT_ONCE", 1)  # each random one by itself, in another way
+    for way in ("apart", "together"):
+        steps = {key: Select(SPECS[key[0]], Place(f"{way}-{key[0]}-{key[1]}"), key[1]) for key in alone}
+        select.run([(of(config, run, data), step) for step in steps.values()])
+        for key, step in steps.items():
+            assert step.artifact(run).require()["digest"] == alone[key][1]["digest"], (way, key)
+            assert not (run / step.place).names("excerpts/*")
+        monkeypatch.undo()
+
+
 def test_what_a_choice_needs_is_named(prepared: tuple[RunConfig, Folder, Data], tmp_path: Path) -> None:
     config, run, data = prepared
     empty = Folder(str(tmp_path))
     with pytest.raises(ValueError, match="run the encode stage first"):
-        select.run(of(config, run, data, empty), Select(SPECS["herding"], Place("x")))
+        select.run([(of(config, run, data, empty), Select(SPECS["herding"], Place("x")))])
     with pytest.raises(ValueError, match="run the quantize stage first"):
-        select.run(of(config, empty, data, run / "latents"), Select(SPECS["medoids"], Place("x")))
+        select.run([(of(config, empty, data, run / "latents"), Select(SPECS["medoids"], Place("x")))])
 
 
 def test_every_image_of_a_class_can_be_drawn() -> None:
