@@ -131,6 +131,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     differences = [x - y for x, y in zip(a, b, strict=True)]
     n = len(differences)
     mean, std = mean_std(differences)
+    if std < 1e-9 * max(map(abs, (*a, *b))):  # equal differences, but for the rounding of the subtraction
+        std = 0.0
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     t, t_p = _t_test(differences, mean, std)
     low, high = confidence_interval(differences)

@@ -1,6 +1,7 @@
 """Oracles: torch.topk, scipy.stats, statistics.stdev, and hand-computed values."""
 
 import math
+import warnings
 import statistics
 
 import pytest
@@ -73,6 +74,10 @@ def test_paired_difference_at_the_edges():
     assert (same.t, same.t_p, same.sign_p) == (0.0, 1.0, 1.0)
     constant = paired_difference([1.0, 2.0], [2.0, 3.0])
     assert (constant.t, constant.t_p) == (-math.inf, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of scipy's, on numbers that are equal but for their rounding
+        rounded = paired_difference([89.6, 87.4], [86.0, 83.8])
+    assert (rounded.t, rounded.t_p, rounded.std) == (math.inf, 0.0, 0.0)
 
 
 def test_bad_input_is_refused():
