@@ -261,3 +261,17 @@ with last_resort(lambda: print("lease", flush=True)), last_resort(lambda: os.wri
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (143, "lease\nray")
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_is_told_in_words(tmp_path: Path) -> None:
+    """Its node waits half a minute for a raylet that has died, and raises a bare Exception."""
+    code = f"""
+import ray._private.services
+ray._private.services.RAYLET_EXECUTABLE = "/bin/false"
+from ddoq_ray.cli import main
+raise SystemExit(main(["run", "ipc=1", "cluster.address=local", "run_dir={tmp_path}/run"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "Ray did not start on this machine" in ended.stderr and "session_latest/logs" in ended.stderr
