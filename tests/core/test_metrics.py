@@ -1,8 +1,8 @@
 """Oracles: torch.topk, scipy.stats, statistics.stdev, and hand-computed values."""
 
 import math
-import warnings
 import statistics
+import warnings
 
 import pytest
 import torch

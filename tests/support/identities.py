@@ -92,17 +92,19 @@ UNITS = ("cluster.",)  # what a worker asks of the cluster; threads and device a
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of every value of a configuration."""
+    """(key, another value than it has) of every value of a configuration."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value
+            yield f"{prefix}{f.name}", _other(value, str(f.type))
 
 
-def _other(value: Any) -> Any:
-    """A value that differs; it need not be valid, since only identities are built from it."""
+def _other(value: Any, kind: str) -> Any:
+    """A value that differs, of the same kind; it need not be valid, since only identities are built from it."""
+    if value is None and kind in ("int | None", "float | None"):
+        return 1
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -142,9 +144,7 @@ def held(config: RunConfig, run: Folder, networks: Networks) -> dict[str, set[st
     own: dict[str, set[str]] = {}
     for stage, identity in identities(config, run, networks).items():
         plain = identity(config)
-        own[stage] = {
-            key for key, value in leaves(config) if _differs(identity, plain, _with(config, key, _other(value)))
-        }
+        own[stage] = {key for key, other in leaves(config) if _differs(identity, plain, _with(config, key, other))}
     for stage, sources in MADE_FROM.items():
         own[stage] = own[stage].union(*(own[source] for source in sources))
     return own
