@@ -223,7 +223,7 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["quantizer.batch=0"], ["quantizer.batch=0", "1 or more"]),
         (["encoder.workers=0"], ["encoder.workers=0", "1 or more"]),
         (["synthesizer.strength=1.5"], ["synthesizer.strength=1.5", "0 to 1"]),
-        (["synthesizer.strength=nan"], ["synthesizer.strength=nan", "0 to 1"]),
+        (["synthesizer.strength=nan"], ["synthesizer.strength=nan", "finite"]),
         (["synthesizer.min_workers=3"], ["synthesizer.max_workers=2", "synthesizer.min_workers=3"]),
         (["teacher.min_top1=101"], ["teacher.min_top1=101.0", "0 to 100"]),
         (["labels.workers=0"], ["labels.workers=0", "1 or more"]),
