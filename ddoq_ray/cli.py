@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -130,6 +131,12 @@ def _dispatch(line: Line) -> None:
         emit(script(line.completion), sys.stdout, end="")
         return
     command = named(line.command)
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError(
+            f"the current directory cannot be had ({error.strerror}); it may be deleted: cd to one that is there"
+        ) from None
     for odd in (
         a for a in line.words if any("\ud800" <= ch <= "\udfff" for ch in a)
     ):  # Ray records the command as text

@@ -18,6 +18,7 @@ from typing import Any
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, NotAsWritten, checked, digest_of, with_check
+from ddoq_ray.storage.fitting_facts import Facts, OtherVersion, misfit
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
 from ddoq_ray.storage.label_log import OpenLabels
@@ -105,12 +106,15 @@ class _Walk:
         """The files of an artifact that its records speak of, and the damage of the records themselves."""
         manifest = yield from self.record(place, stage, layout.MANIFEST, missing=promised)
         started = yield from self.record(place, stage, layout.STARTED, missing=manifest is not None)
-        if manifest is not None and started is not None and started["identity"] != manifest["identity"]:
-            yield self.damage(place, stage, layout.STARTED, "it has another identity than the manifest")
-        facts = manifest or {}
-        for name, row in facts.get(FILES, {}).items():
-            yield Stored(name, row["sha256"], row["bytes"])
-        yield from _KINDS[stage](self, place, facts)
+        try:
+            if manifest is not None and started is not None and started["identity"] != manifest["identity"]:
+                yield self.damage(place, stage, layout.STARTED, "it has another identity than the manifest")
+            facts = manifest or {}
+            for name, row in facts.get(FILES, {}).items():
+                yield Stored(name, row["sha256"], row["bytes"])
+            yield from _KINDS[stage](self, place, facts)
+        except OtherVersion as error:
+            yield self.damage(place, stage, layout.MANIFEST, str(error))
 
     def record(self, place: str, stage: str, name: str, *, missing: bool, with_it: tuple[str, ...] = ()) -> Any:
         """A record's row, as the value of the generator; yields the damage of one that is missing or damaged."""
@@ -123,10 +127,16 @@ class _Walk:
             return None
         self.seen.files, self.seen.bytes = self.seen.files + 1, self.seen.bytes + len(data)
         try:
-            return checked(data, strict=True)
+            row = checked(data, strict=True)
         except NotAsWritten as error:
             yield self.damage(place, stage, name, str(error), with_it)
             return None
+        if name in (layout.STARTED, layout.MANIFEST):
+            told = misfit(row, row.get("stage", stage) if name == layout.MANIFEST else None)
+            if told:
+                yield self.damage(place, stage, name, f"it was not written by this version of ddoq-ray: {told}")
+                return None
+        return Facts(row, self.run.path(path))
 
     def file(self, place: str, stage: str, stored: Stored) -> Damage | None:
         """Read a file; what is wrong with it."""
