@@ -92,6 +92,10 @@ def _in_words(args: list[str]) -> int:
         if told is not None:
             _tell(f"error: {told}")
             return 2
+        if isinstance(error, MemoryError):
+            _tell("error: this process could not have the memory it asked for; raise the limit on this shell's memory "
+                  "(ulimit -v), or take a machine with more")  # fmt: skip
+            return 2
         if isinstance(error, NoWorkers):  # before signals: one is how a run is got out of its wait
             _tell(f"error: {error}")
             return 3
