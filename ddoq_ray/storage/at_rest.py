@@ -24,6 +24,7 @@ from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
 from ddoq_ray.storage.label_log import OpenLabels
 from ddoq_ray.storage.records import ShardDone, read_shards
 
+YEAR_3000 = 32_503_680_000  # in seconds since 1970: what no clock says
 AT_ONCE = 8  # files that are read side by side
 COMMANDS = {"heldout": "report"}  # stages whose command is another word
 
@@ -302,7 +303,10 @@ def finished_stages(run: Folder) -> set[str]:
 
 
 def events(run: Folder) -> Iterator[dict[str, Any]]:
-    """The lines of ``events.jsonl`` that can be read: a killed driver may have left half of one."""
+    """The lines of ``events.jsonl`` that can be read: a killed driver may have left half of one.
+
+    Of a line of another version, `time` and `stages` are left out where they are not of the kind that they have here.
+    """
     try:
         lines = run.read(layout.EVENTS).splitlines()
     except FileNotFoundError:
@@ -310,10 +314,16 @@ def events(run: Folder) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            yield row
+            yield {key: value for key, value in row.items() if _fits(key, value)}
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key == "time":
+        return isinstance(value, (int, float)) and 0 <= value < YEAR_3000
+    return key != "stages" or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
 def set_aside(run: Folder, found: list[Damage]) -> str:
