@@ -18,14 +18,16 @@ from typing import Any
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, NotAsWritten, checked, digest_of, with_check
-from ddoq_ray.storage.fitting_facts import Facts, OtherVersion, misfit
+from ddoq_ray.storage.codebook import PartRecord
+from ddoq_ray.storage.fitting_facts import Facts, OtherVersion, misfit, misfit_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
-from ddoq_ray.storage.label_log import OpenLabels
+from ddoq_ray.storage.label_log import LabelRecord, OpenLabels
 from ddoq_ray.storage.records import ShardDone, read_shards
 
 YEAR_3000 = 32_503_680_000  # in seconds since 1970: what no clock says
 AT_ONCE = 8  # files that are read side by side
+_PARTS: dict[str, type] = {"quantize": PartRecord, "label": LabelRecord}  # whose records are one dataclass
 COMMANDS = {"heldout": "report"}  # stages whose command is another word
 
 
@@ -132,11 +134,14 @@ class _Walk:
         except NotAsWritten as error:
             yield self.damage(place, stage, name, str(error), with_it)
             return None
+        told = ""
         if name in (layout.STARTED, layout.MANIFEST):
             told = misfit(row, row.get("stage", stage) if name == layout.MANIFEST else None)
-            if told:
-                yield self.damage(place, stage, name, f"it was not written by this version of ddoq-ray: {told}")
-                return None
+        elif stage in _PARTS:
+            told = misfit_of(_PARTS[stage], row)
+        if told:
+            yield self.damage(place, stage, name, f"it was not written by this version of ddoq-ray: {told}", with_it)
+            return None
         return Facts(row, self.run.path(path))
 
     def file(self, place: str, stage: str, stored: Stored) -> Damage | None:
@@ -241,7 +246,7 @@ def _images(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
 
 def _labels(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
     """Label files, each with a record of its row groups; the manifest knows how many there are."""
-    grid = LabelGrid(**manifest["grid"]) if "grid" in manifest else None
+    grid = LabelGrid.recorded(manifest["grid"]) if "grid" in manifest else None
     if grid is None:  # unfinished: what lies in which file is not known
         for name in walk.run.names(f"{place}/{layout.LABEL_RECORDS}"):
             yield from _checked(walk, place, "label", posixpath.basename(name), missing=False)

@@ -39,15 +39,16 @@ class OtherVersion(ValueError):
 class Facts(dict[str, Any]):
     """A record's row, which tells in words of a fact that it lacks, where that is asked for."""
 
-    def __init__(self, row: Mapping[str, Any], path: str) -> None:
-        super().__init__(row)
-        self.path = path
+    def __init__(self, row: Mapping[str, Any], path: str, of: str = "") -> None:
+        """`of`: what stands before its keys, where it is a part of a record."""
+        super().__init__({k: Facts(v, path, f"{of}{k}.") if isinstance(v, dict) else v for k, v in row.items()})
+        self.path, self.of = path, of
 
     def __missing__(self, key: str) -> Any:
-        raise other_version(self.path, f"it has no `{key}`")
+        raise other_version(self.path, f"it has no `{self.of}{key}`")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Facts, (dict(self), self.path)
+        return Facts, (dict(self), self.path, self.of)
 
 
 def other_version(path: str, what: str) -> OtherVersion:
@@ -84,8 +85,8 @@ def misfit(row: Mapping[str, Any], stage: str | None = None) -> str:
     >>> misfit({"identity": {}}), misfit({"identity": 3})
     ('', 'its `identity` is 3; expected an object')
     """
-    kinds = [Begun, *([_KINDS[stage]] if stage in _KINDS else [])]
-    return next((told for kind in kinds if (told := _misfit(kind, row))), "")
+    kinds = [Begun, *([_KINDS[stage]] if isinstance(stage, str) and stage in _KINDS else [])]
+    return next((told for kind in kinds if (told := misfit_of(kind, row))), "")
 
 
 @cache
@@ -93,7 +94,8 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _misfit(kind: type, row: Mapping[str, Any], of: str = "") -> str:
+def misfit_of(kind: type, row: Mapping[str, Any], of: str = "") -> str:
+    """`misfit` of a record whose facts are the fields of a dataclass or TypedDict."""
     for name, hint in _hints(kind).items():
         called = f"{of}{name}"
         kind_of_it = get_args(hint)[0] if get_origin(hint) is NotRequired else hint
@@ -117,7 +119,7 @@ def _wrong(hint: Any, value: Any, called: str) -> str:
         shown = f"{value!r}"[:40].replace("None", "null")
         return f"its `{called}` is {shown}; expected {_WORDS[plain]}"
     if is_typeddict(hint):
-        return _misfit(hint, value, f"{called}.")
+        return misfit_of(hint, value, f"{called}.")
     if args[-1:] in ((), (Any,)):
         return ""
     return next(

@@ -2,16 +2,20 @@
 
 import copy
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddoq_ray.execution.errors import user_error
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, NotAsWritten, checked, with_check
 from ddoq_ray.storage.at_rest import damaged
-from ddoq_ray.storage.fitting_facts import OtherVersion, misfit
+from ddoq_ray.storage.codebook import PartRecord
+from ddoq_ray.storage.fitting_facts import Facts, OtherVersion, misfit, misfit_of
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.label_grid import LabelGrid
 
 WORDS = "was not written by this version of ddoq-ray"
 
@@ -62,6 +66,9 @@ def test_a_fact_that_is_missing_is_told_where_it_is_asked_for(latents: Artifact)
     assert [d.file for d in damaged(Folder(latents.folder.uri.removesuffix("/latents")), {})] == [
         "latents/manifest.json"
     ]
+    with pytest.raises(OtherVersion) as error:
+        manifest["identity"]["start"]
+    assert "it has no `identity.start`" in str(user_error(error.value))  # words for the user, no traceback
     rewrite(latents, {}, without="identity")
     with pytest.raises(OtherVersion, match="no `identity`"):
         latents.check({"seed": 0})
@@ -81,3 +88,11 @@ def test_numbers_may_be_whole_and_values_of_students_that_diverged_are_null() ->
 def test_brackets_without_end_are_no_record() -> None:
     with pytest.raises(NotAsWritten, match="no JSON"):
         checked(b"[" * 200_000)
+
+
+def test_records_of_parts_and_labels_are_looked_at_in_the_same_way() -> None:
+    part = asdict(PartRecord("d", 1, 2, 3, [], {}, []))
+    assert misfit_of(PartRecord, part) == ""
+    assert misfit_of(PartRecord, part | {"bytes": None}) == "its `bytes` is null; expected a whole number"
+    with pytest.raises(OtherVersion, match=r"no `grid\.epochs`"):
+        LabelGrid.recorded(Facts({"grid": {"images": 3}}, "m.json")["grid"])
