@@ -147,6 +147,10 @@ class OpenLabels:
                 f"{labels.path(file.name)} holds labels of another teacher, other views or another image set than "
                 f"those of {labels.path(layout.MANIFEST)}; {_mend(labels, file)}"
             )
+        epochs = file.end_epoch - file.first_epoch
+        groups, views = len(self.record.groups), len(self.record.views)
+        if (groups, views) != (epochs * len(grid.groups(file)), epochs):
+            raise _damaged(labels, file.record, file, f"it speaks of {groups} row groups and {views} epochs")
         try:
             size = labels.size(file.name)
         except FileNotFoundError:
