@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,10 @@ def _in_words(args: list[str]) -> int:
         if told is not None:
             _tell(f"error: {told}")
             return 2
+        if isinstance(error, MemoryError):
+            _tell("error: this process could not have the memory it asked for; raise the limit on this shell's memory "
+                  "(ulimit -v), or take a machine with more")  # fmt: skip
+            return 2
         if isinstance(error, NoWorkers):  # before signals: one is how a run is got out of its wait
             _tell(f"error: {error}")
             return 3
@@ -130,6 +135,12 @@ def _dispatch(line: Line) -> None:
         emit(script(line.completion), sys.stdout, end="")
         return
     command = named(line.command)
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError(
+            f"the current directory cannot be had ({error.strerror}); it may be deleted: cd to one that is there"
+        ) from None
     for odd in (
         a for a in line.words if any("\ud800" <= ch <= "\udfff" for ch in a)
     ):  # Ray records the command as text

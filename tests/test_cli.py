@@ -203,3 +203,15 @@ def test_a_callers_own_hydra_is_left_as_it_was(tmp_path: Path) -> None:
         assert compose("mine").x == 3 and str(getbase()) == "1.2"
     load_config()
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_current_directory_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["plan", f"run_dir={tmp_path}"]) == 2
+    assert "cd to one that is there" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0

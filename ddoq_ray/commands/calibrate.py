@@ -15,13 +15,15 @@ def main(config: RunConfig) -> None:
     """Measure on the GPU where there is one, else on the processor, and add to the calibration file.
 
     Raises:
-        ValueError: A network cannot be loaded, or the file is none that this command wrote.
+        ValueError: A network cannot be loaded, or the file cannot be written, or is none that this command wrote.
     """
     import torch
 
     from ddoq_ray.models.rates import measured
 
     require(config.prior.path is not None, "prior.path=null: calibrate measures the networks of a run; give a prior")
+    path = config.cluster.calibration or default_file()
+    add_rates(path, [])  # a place that cannot be written is said now, not after the minute
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name(0) if gpu else hardware()
     asked = asked_of(config)
@@ -51,6 +53,5 @@ def main(config: RunConfig) -> None:
             f"{at}: this GPU's {memory / 1e9:,.3g} GB are too few for its batch ({BATCHES.get(at, 'the networks')}); "
             f"choose a smaller one. {' '.join(str(error).split())[:200]}"
         ) from None
-    path = config.cluster.calibration or default_file()
     add_rates(path, rates)
     say(f"calibrate  written to {path}, for runs of these networks and batches")

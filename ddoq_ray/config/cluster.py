@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ddoq_ray.config.schema import option, require
+from ddoq_ray.config.schema import MOST_THREADS, MOST_WORKERS, option, require
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class TrainerResources:
 
     def __post_init__(self) -> None:
         for key in ("workers", "groups"):
-            require(getattr(self, key) >= 1, f"cluster.trainer.{key}={getattr(self, key)}: expected 1 or more")
+            value = getattr(self, key)
+            require(
+                1 <= value <= MOST_WORKERS,
+                f"cluster.trainer.{key}={value}: expected 1 or more, at most {MOST_WORKERS:,}",
+            )
         require(self.micro_batch >= 0, f"cluster.trainer.micro_batch={self.micro_batch}: expected 0 or more")
         require(
             (self.min_workers is None) == (self.max_workers is None)
@@ -55,7 +59,10 @@ class TrainerResources:
             f"cluster.trainer.min_workers={self.min_workers}, max_workers={self.max_workers}: give both, "
             "1 <= min_workers <= max_workers, or neither",
         )
-        require(self.threads >= 1, f"cluster.trainer.threads={self.threads}: expected 1 or more")
+        require(
+            1 <= self.threads <= MOST_THREADS,
+            f"cluster.trainer.threads={self.threads}: expected 1 or more, at most {MOST_THREADS}",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,10 @@ class ClusterConfig:
             self.address is None or self.address in ("local", "auto") or ":" in self.address,
             f"cluster.address={self.address}: expected local, auto or HOST:PORT",
         )
-        require(self.threads >= 1, f"cluster.threads={self.threads}: expected 1 or more")
+        require(
+            1 <= self.threads <= MOST_THREADS,
+            f"cluster.threads={self.threads}: expected 1 or more, at most {MOST_THREADS}",
+        )
         require(self.gpu_gb is None or self.gpu_gb > 0, f"cluster.gpu_gb={self.gpu_gb}: expected more than 0, or null")
         require(self.wait_s > 0, f"cluster.wait_s={self.wait_s}: expected more than 0 seconds")
         require(
@@ -106,3 +116,13 @@ class ClusterConfig:
             for key in ("num_cpus", "num_gpus"):
                 value = getattr(getattr(self, worker), key)
                 require(value >= 0, f"cluster.{worker}.{key}={value}: expected 0 or more")
+                # What Ray refuses in words of its own, once the run is under way.
+                require(
+                    round(value, 4) == value,
+                    f"cluster.{worker}.{key}={value}: expected steps of 0.0001, Ray's smallest share",
+                )
+            gpus = getattr(self, worker).num_gpus
+            require(
+                gpus <= 1 or gpus == int(gpus),
+                f"cluster.{worker}.num_gpus={gpus}: expected a part of one GPU (0 to 1), or a whole number of them",
+            )

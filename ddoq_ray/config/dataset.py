@@ -53,7 +53,7 @@ class DatasetConfig:
             "dataset=torchvision dataset.torchvision=CIFAR10",
         )
         require(
-            self.heldout >= 0 and (self.heldout < 1 or self.heldout == int(self.heldout)),
+            self.heldout >= 0 and (self.heldout < 1 or self.heldout % 1 == 0),
             f"dataset.heldout={self.heldout}: expected a part of the images (0 to 1), or a whole number a class",
         )
         require(self.shard_samples >= 1, f"dataset.shard_samples={self.shard_samples}: expected 1 or more")

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import Resize
-from ddoq_ray.config.schema import option, require
+from ddoq_ray.config.schema import LARGEST_SIDE, MOST_THREADS, MOST_WORKERS, option, require
 
 DIGITS_SIDE = 16
 GROUPS = 8  # of every group norm of a prior's networks: small networks have few channels
 DTYPES = ("float32", "float16", "bfloat16")  # of a prior's saved weights
+PRECISIONS = ("float32", "bfloat16")
 _PRECISION = "arithmetic: float32, or bfloat16, 2 to 7 times as fast on a processor with AMX and slower without"
+
+
+def _one_of(training: object, name: str, words: Sequence[str]) -> None:
+    value = getattr(training, name)
+    require(value in words, f"training.{name}={value}: expected one of {', '.join(words)}")
+
+
+def _at_least(training: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(training, name)
+        require(value >= least, f"training.{name}={value}: expected {least} or more")
+
+
+def _positive(training: object, *names: str) -> None:
+    """Each above 0, and within what float32 holds; or null, where that is its default."""
+    for name in names:
+        value = getattr(training, name)
+        require(value is None or 0 < value <= 1e30, f"training.{name}={value}: expected more than 0, at most 1e30")
+
+
+def _below_one(training: object, *names: str) -> None:
+    for name in names:
+        value = getattr(training, name)
+        require(0 <= value < 1, f"training.{name}={value}: expected 0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -69,51 +96,32 @@ class PriorTraining:
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        require(self.samples_every >= 0, f"prior training: samples_every must be 0 or more, got {self.samples_every}")
-        require(
-            self.denoiser in ("unet", "dit"), f"prior training: denoiser must be unet or dit, got {self.denoiser!r}"
-        )
-        require(self.dtype in DTYPES, f"prior training: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        require(
-            self.prediction_type in ("epsilon", "v_prediction"),
-            f"prior training: expected epsilon or v_prediction, got {self.prediction_type!r}",
-        )
-        require(
-            self.precision in ("float32", "bfloat16"),
-            f"prior training: precision must be float32 or bfloat16, got {self.precision!r}",
-        )
-        require(
-            self.minutes is None or self.minutes > 0, f"prior training: minutes must be positive, got {self.minutes}"
-        )
+        _one_of(self, "denoiser", ("unet", "dit"))
+        _one_of(self, "dtype", DTYPES)
+        _one_of(self, "prediction_type", ("epsilon", "v_prediction"))
+        _one_of(self, "precision", PRECISIONS)
+        _at_least(self, 0, "seed", "samples_every", "kl_weight", "feature_weight", "logit_weight")
+        _at_least(self, 1, "latent_channels", "autoencoder_steps", "autoencoder_batch", "checkpoint_every")
+        _at_least(self, 1, "denoiser_steps", "denoiser_batch", "unet_layers")
+        _at_least(self, 1, "dit_layers", "dit_heads", "dit_patch")
+        _positive(self, "minutes", "min_snr", "autoencoder_lr", "denoiser_lr")
+        _below_one(self, "ema", "autoencoder_ema", "label_dropout")
         require(
             0 < self.autoencoder_share < 1,
-            f"prior training: autoencoder_share must lie in (0, 1), got {self.autoencoder_share}",
+            f"training.autoencoder_share={self.autoencoder_share}: expected above 0, below 1",
         )
         require(
             not self.zero_snr or self.prediction_type == "v_prediction",
-            "prior training: zero_snr=true needs prediction_type=v_prediction: from pure noise, epsilon says nothing",
+            "training.zero_snr=true needs training.prediction_type=v_prediction: from pure noise, epsilon says nothing",
         )
-        for name in ("kl_weight", "feature_weight", "logit_weight"):
-            require(getattr(self, name) >= 0, f"prior training: {name} must be 0 or more, got {getattr(self, name)}")
-        require(
-            self.min_snr is None or self.min_snr > 0, f"prior training: min_snr must be positive, got {self.min_snr}"
-        )
-        for name in (
-            "latent_channels",
-            "checkpoint_every",
-            "autoencoder_steps",
-            "autoencoder_batch",
-            "denoiser_steps",
-            "denoiser_batch",
-        ):
-            require(getattr(self, name) >= 1, f"prior training: {name} must be positive, got {getattr(self, name)}")
         for name in ("autoencoder_widths", "unet_widths"):
             widths = getattr(self, name)
-            fit = bool(widths) and not any(width % GROUPS for width in widths)
-            require(fit, f"prior training: {name} must be multiples of {GROUPS}, got {widths}")
+            fit = bool(widths) and all(width >= GROUPS and width % GROUPS == 0 for width in widths)
+            require(fit, f"training.{name}={list(widths)}: expected multiples of {GROUPS}")
+        step = math.lcm(4, self.dit_heads)  # a sine and a cosine of each of two axes
         require(
-            0 <= self.ema < 1 and 0 <= self.autoencoder_ema < 1 and 0 <= self.label_dropout < 1,
-            "prior training: ema, autoencoder_ema and label_dropout must lie in [0, 1)",
+            self.dit_width >= step and self.dit_width % step == 0,
+            f"training.dit_width={self.dit_width}: expected a multiple of 4 and of training.dit_heads={self.dit_heads}",
         )
 
 
@@ -143,10 +151,11 @@ class DecoderTuning:
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        for key in ("steps", "batch", "checkpoint_every"):
-            require(getattr(self, key) >= 1, f"decoder tuning: {key} must be positive, got {getattr(self, key)}")
-        PriorTraining(minutes=self.minutes, precision=self.precision, autoencoder_ema=self.ema,
-                      feature_weight=self.feature_weight, logit_weight=self.logit_weight)  # fmt: skip
+        _one_of(self, "precision", PRECISIONS)
+        _at_least(self, 0, "seed", "feature_weight", "logit_weight")
+        _at_least(self, 1, "steps", "batch", "checkpoint_every")
+        _positive(self, "minutes", "lr")
+        _below_one(self, "ema")
 
 
 @dataclass(frozen=True)
@@ -180,35 +189,16 @@ class TeacherTraining:
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        require(
-            self.epochs >= 1 and self.batch >= 2,
-            f"teacher training: expected epochs >= 1 and batch >= 2, got {self.epochs}, {self.batch}",
-        )
-        require(
-            self.optimizer in ("adamw", "sgd"),
-            f"teacher training: optimizer must be adamw or sgd, got {self.optimizer!r}",
-        )
-        require(
-            self.dtype in ("float32", "float16"),
-            f"teacher training: dtype must be float32 or float16, got {self.dtype!r}",
-        )
-        require(
-            self.augment in ("none", "randaugment", "trivialaugment"),
-            f"teacher training: augment must be none, randaugment or trivialaugment, got {self.augment!r}",
-        )
-        require(
-            self.precision in ("float32", "bfloat16"),
-            f"teacher training: precision must be float32 or bfloat16, got {self.precision!r}",
-        )
-        require(self.mixup >= 0, f"teacher training: mixup must be 0 or more, got {self.mixup}")
-        require(0 <= self.ema < 1, f"teacher training: ema must lie in [0, 1), got {self.ema}")
-        require(
-            self.minutes is None or self.minutes > 0, f"teacher training: minutes must be positive, got {self.minutes}"
-        )
-        require(
-            self.checkpoint_every >= 1,
-            f"teacher training: checkpoint_every must be positive, got {self.checkpoint_every}",
-        )
+        _one_of(self, "optimizer", ("adamw", "sgd"))
+        _one_of(self, "dtype", ("float32", "float16"))
+        _one_of(self, "augment", ("none", "randaugment", "trivialaugment"))
+        _one_of(self, "precision", PRECISIONS)
+        _at_least(self, 0, "seed", "weight_decay", "mixup")
+        _at_least(self, 1, "epochs", "checkpoint_every")
+        _at_least(self, 2, "batch")  # batch norm has no variance of one image
+        _positive(self, "minutes", "lr")
+        _below_one(self, "ema", "label_smoothing")
+        require(0 < self.min_scale <= 1, f"training.min_scale={self.min_scale}: expected above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -229,12 +219,16 @@ class TrainingCommand:
     address: str | None = option(None, "of the Ray cluster that has the workers, as cluster.address")
 
     def __post_init__(self) -> None:
-        require(self.side >= 8, f"image_size={self.image_size}: expected 8 or more")
+        require(
+            8 <= self.side <= LARGEST_SIDE,
+            f"image_size={self.image_size}: expected 8 or more, at most {LARGEST_SIDE:,}",
+        )
         require(
             0 <= self.max_bad_fraction <= 1, f"max_bad_fraction={self.max_bad_fraction}: expected a fraction, 0 to 1"
         )
-        for key in ("threads", "workers"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: expected 1 or more")
+        for key, most in (("threads", MOST_THREADS), ("workers", MOST_WORKERS)):
+            value = getattr(self, key)
+            require(1 <= value <= most, f"{key}={value}: expected 1 or more, at most {most:,}")
         require(
             self.workers > 1 or self.address is None,
             f"address={self.address} has no effect with workers=1, which needs no Ray; leave one of the two out",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ddoq_ray.config.schema import option, plain, require
+from ddoq_ray.config.schema import MOST_WORKERS, option, plain, require
 
 _NAME = "the algorithm; set by the choice of the group (quantizer=gram)"
 
@@ -29,7 +29,10 @@ class QuantizerConfig:
     snapshot_every: int = option(16, "shards consumed between two snapshots of an actor's open classes")
 
     def __post_init__(self) -> None:
-        require(self.num_shards >= 1, f"quantizer.num_shards={self.num_shards}: expected 1 or more")
+        require(
+            1 <= self.num_shards <= MOST_WORKERS,
+            f"quantizer.num_shards={self.num_shards}: expected 1 or more, at most {MOST_WORKERS:,}",
+        )
         require(0 <= self.noise_level <= 1, f"quantizer.noise_level={self.noise_level}: expected 0 to 1")
         require(self.pool >= 1, f"quantizer.pool={self.pool}: expected 1 or more")
         require(self.snapshot_every >= 1, f"quantizer.snapshot_every={self.snapshot_every}: expected 1 or more")

@@ -20,6 +20,7 @@ from ddoq_ray.config.synthesizer import SynthesizerConfig
 from ddoq_ray.config.training import LabelsConfig, ProtocolConfig, StudentConfig, WeightsConfig
 
 Config = TypeVar("Config", bound="RunConfig")
+MOST_SEEDS = 10_000  # each is a student of every method: more are a slip of the hand, and a list that fills memory
 STAGES = ("prepare", "encode", "quantize", "synthesize", "label", "train", "evaluate", "report")
 
 
@@ -67,7 +68,9 @@ class RunConfig:
             self.run_dir is None or not set(self.run_dir) & set("*?[]"),
             f"run_dir={self.run_dir}: a run directory's name cannot hold * ? [ or ]; choose another",
         )
-        require(self.num_seeds >= 1, f"num_seeds={self.num_seeds}: expected 1 or more")
+        require(
+            1 <= self.num_seeds <= MOST_SEEDS, f"num_seeds={self.num_seeds}: expected 1 or more, at most {MOST_SEEDS:,}"
+        )
         require(
             0 <= self.max_bad_fraction <= 1, f"max_bad_fraction={self.max_bad_fraction}: expected a fraction, 0 to 1"
         )

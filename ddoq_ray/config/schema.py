@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of whole numbers
+MOST_THREADS = 1024  # of torch in one process; more cannot be started, and torch ends the process
+MOST_WORKERS = 10_000  # actors or ranks of a kind: room for each is looked for one by one
+LARGEST_SIDE = 16_384  # of a picture, in pixels
 SWEEP = "for a run of each, one after the other, add --multirun"
 
 
@@ -89,10 +94,14 @@ def _convert(kind: Any, value: Any, key: str, default: Any = None) -> Any:
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{key}={value!r}: expected a whole number{_several(value)}")
+        if abs(value) > LARGEST:  # seeds, sizes and counts are 64-bit integers in NumPy, Arrow and torch
+            raise ValueError(f"{key}={value}: expected a whole number of at most {LARGEST:,}")
         return value
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{key}={value!r}: expected a number{_several(value)}")
+        if not abs(value) <= sys.float_info.max:  # nan, inf: what is unbounded is null
+            raise ValueError(f"{key}={value}: expected a finite number")
         return float(value)
     if kind is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):

@@ -91,7 +91,7 @@ class SynthesizerConfig:
         require(self.min_workers >= 1, f"synthesizer.min_workers={self.min_workers}: expected 1 or more")
         require(
             self.max_workers >= self.min_workers,
-            f"synthesizer.max_workers={self.max_workers} is below synthesizer.min_workers={self.min_workers}",
+            f"synthesizer.max_workers={self.max_workers}: expected synthesizer.min_workers={self.min_workers} or more",
         )
 
     @property

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ddoq_ray.config.schema import option, require
+from ddoq_ray.config.schema import LARGEST_SIDE, option, require
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
@@ -81,7 +81,10 @@ class StudentConfig:
     image_size: int = option(16, "side of the square the student sees, in pixels")
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 4, f"student.image_size={self.image_size}: expected 4 or more")
+        require(
+            4 <= self.image_size <= LARGEST_SIDE,
+            f"student.image_size={self.image_size}: expected 4 or more, at most {LARGEST_SIDE:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,11 @@ class ProtocolConfig:
         require(
             bool(self.step_at) == (self.schedule == "step"),
             f"protocol.step_at={list(self.step_at)} and protocol.schedule={self.schedule}: "
-            "step_at belongs to schedule=step, which needs it",
+            "step_at belongs to schedule=step, which needs it; give both or neither",
+        )
+        require(
+            all(epoch >= 1 for epoch in self.step_at),
+            f"protocol.step_at={list(self.step_at)}: expected epochs from 1 on",
         )
 
     def epochs_for(self, images: int, *, full: bool = False) -> int:

@@ -15,6 +15,7 @@ from ddoq_ray.core.views.params import ViewParams, view_params
 from ddoq_ray.data.image_set import image_tars, load_image_arrays
 from ddoq_ray.data.soft_labels import SoftLabels, check_views, views_of
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.artifact import Artifact
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import LabelStore
 
@@ -53,8 +54,7 @@ class LabelledDataset:
 
         self.folder = folder / f"labels/{name or _only(folder)}"
         store = LabelStore(self.folder)
-        manifest = (folder / "images").read_json(layout.MANIFEST)
-        store.check_images(manifest["digest"])
+        store.check_images(Artifact(folder / "images", "synthesize").require()["digest"])
         check_views(store)
         self.spec, self.seed, stored = views_of(store.manifest)
         side = store.manifest["identity"]["views"]["stored"]

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,21 @@ class SoftLabels:
 
 
 def views_of(manifest: Mapping[str, Any]) -> tuple[ViewSpec, int, tuple[int, int, int]]:
-    """What was labelled: how views look, their seed, and (N, H, W) of the images that they are cut from."""
-    told = dict(manifest["views"])
-    seed, (images, height, width) = told.pop("seed"), told.pop("stored")
-    return ViewSpec(**told | {"ratio": tuple(told["ratio"])}), seed, (images, height, width)
+    """What was labelled: how views look, their seed, and (N, H, W) of the images that they are cut from.
+
+    Raises:
+        ValueError: They look in a way that this version does not know.
+    """
+    told = manifest["views"]
+    seed, (images, height, width), ratio = told["seed"], told["stored"], tuple(told["ratio"])
+    look = {key: value for key, value in told.items() if key not in ("seed", "stored")}
+    unknown = sorted(set(look) - {field.name for field in fields(ViewSpec)})
+    if unknown:
+        raise ValueError(
+            f"these labels are of views with {', '.join(unknown)}, which this version of ddoq-ray does not know: use "
+            "the version that made them, or label anew (stages=[label], overwrite=true)"
+        )
+    return ViewSpec(**look | {"ratio": ratio}), seed, (images, height, width)
 
 
 def check_views(store: LabelStore) -> None:

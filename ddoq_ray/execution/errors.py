@@ -10,6 +10,8 @@ import os
 import re
 import traceback
 
+from ddoq_ray.storage.fitting_facts import OtherVersion
+
 # What Ray Data writes behind a worker's own words: how often it tried, and how to have it try more often.
 _TRIED = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts.*", re.DOTALL)
 
@@ -37,7 +39,7 @@ def user_error(error: BaseException) -> str | None:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         inner = cause_of(current) if cause_of(current) is not current else current.__cause__
-        if type(current) is ValueError:
+        if type(current) in (ValueError, OtherVersion):
             return _TRIED.sub("", str(current)) if _raised_here(error, current) else None
         current = inner if isinstance(inner, BaseException) else None
     return None

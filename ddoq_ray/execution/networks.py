@@ -153,6 +153,12 @@ class Inspection:
                 "the process that loads the networks before the run was killed, as systems do when memory runs out; "
                 "the prior, the autoencoder and the teacher must fit into this machine's memory together"
             )
+        if code != 0 and any(words in err for words in _NO_MEMORY):
+            raise ValueError(
+                "the process that loads the networks before the run could not have the memory it asked for "
+                f"({err.strip().splitlines()[-1][:200]}); raise the limit on this shell's memory (ulimit -v), or take "
+                "a machine with more"
+            )
         if code != 0:
             raise RuntimeError(f"the process that looks at the networks ended with code {code}:\n{err.strip()}")
         answer = json.loads(out.strip().splitlines()[-1])
@@ -169,6 +175,8 @@ class Inspection:
         return dict(facts)
 
 
+# What Python, the loader of shared libraries and the system say where a limit on memory is reached.
+_NO_MEMORY = ("MemoryError", "failed to map segment", "Cannot allocate memory", "can't allocate memory")
 _ANSWERS: dict[str, dict[str, Any]] = {}  # of this process, on networks of which none is kept: a notebook asks twice
 
 

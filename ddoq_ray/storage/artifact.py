@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ddoq_ray.storage import layout
+from ddoq_ray.storage.fitting_facts import Facts, misfit, other_version
 from ddoq_ray.storage.folder import Folder
 
 Status = Literal["new", "open", "done"]
@@ -64,7 +65,7 @@ def checked(data: bytes, *, strict: bool = False) -> dict[str, Any]:
     """
     try:
         row = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets without end
         raise NotAsWritten("it is no JSON") from None
     if not isinstance(row, dict):
         raise NotAsWritten("it is no record")
@@ -143,21 +144,24 @@ class Artifact:
         """The manifest of a finished output; None when there is none.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: It is damaged, or of another version of this package.
         """
         try:
-            return self._record(layout.MANIFEST)
+            return self._record(layout.MANIFEST, self.stage)
         except FileNotFoundError:
             return None
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def _record(self, name: str, stage: str | None = None) -> dict[str, Any]:
         try:
-            return checked(self.folder.read(name))
+            row = checked(self.folder.read(name))
         except NotAsWritten as error:
             raise ValueError(
                 f"{self.folder.path(name)} is damaged: {error}; remove it and run the {self.command} stage again "
                 f"(ddoq-ray {self.command} ...), which keeps what is whole"
             ) from None
+        if told := misfit(row, stage):
+            raise other_version(self.folder.path(name), told)
+        return Facts(row, self.folder.path(name))
 
     def _recorded(self) -> tuple[dict[str, Any] | None, Status]:
         manifest = self.manifest()

@@ -18,12 +18,16 @@ from typing import Any
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import FILES, NotAsWritten, checked, digest_of, with_check
+from ddoq_ray.storage.codebook import PartRecord
+from ddoq_ray.storage.fitting_facts import Facts, OtherVersion, misfit, misfit_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
-from ddoq_ray.storage.label_log import OpenLabels
+from ddoq_ray.storage.label_log import LabelRecord, OpenLabels
 from ddoq_ray.storage.records import ShardDone, read_shards
 
+YEAR_3000 = 32_503_680_000  # in seconds since 1970: what no clock says
 AT_ONCE = 8  # files that are read side by side
+_PARTS: dict[str, type] = {"quantize": PartRecord, "label": LabelRecord}  # whose records are one dataclass
 COMMANDS = {"heldout": "report"}  # stages whose command is another word
 
 
@@ -105,12 +109,15 @@ class _Walk:
         """The files of an artifact that its records speak of, and the damage of the records themselves."""
         manifest = yield from self.record(place, stage, layout.MANIFEST, missing=promised)
         started = yield from self.record(place, stage, layout.STARTED, missing=manifest is not None)
-        if manifest is not None and started is not None and started["identity"] != manifest["identity"]:
-            yield self.damage(place, stage, layout.STARTED, "it has another identity than the manifest")
-        facts = manifest or {}
-        for name, row in facts.get(FILES, {}).items():
-            yield Stored(name, row["sha256"], row["bytes"])
-        yield from _KINDS[stage](self, place, facts)
+        try:
+            if manifest is not None and started is not None and started["identity"] != manifest["identity"]:
+                yield self.damage(place, stage, layout.STARTED, "it has another identity than the manifest")
+            facts = manifest or {}
+            for name, row in facts.get(FILES, {}).items():
+                yield Stored(name, row["sha256"], row["bytes"])
+            yield from _KINDS[stage](self, place, facts)
+        except OtherVersion as error:
+            yield self.damage(place, stage, layout.MANIFEST, str(error))
 
     def record(self, place: str, stage: str, name: str, *, missing: bool, with_it: tuple[str, ...] = ()) -> Any:
         """A record's row, as the value of the generator; yields the damage of one that is missing or damaged."""
@@ -123,10 +130,19 @@ class _Walk:
             return None
         self.seen.files, self.seen.bytes = self.seen.files + 1, self.seen.bytes + len(data)
         try:
-            return checked(data, strict=True)
+            row = checked(data, strict=True)
         except NotAsWritten as error:
             yield self.damage(place, stage, name, str(error), with_it)
             return None
+        told = ""
+        if name in (layout.STARTED, layout.MANIFEST):
+            told = misfit(row, row.get("stage", stage) if name == layout.MANIFEST else None)
+        elif stage in _PARTS:
+            told = misfit_of(_PARTS[stage], row)
+        if told:
+            yield self.damage(place, stage, name, f"it was not written by this version of ddoq-ray: {told}", with_it)
+            return None
+        return Facts(row, self.run.path(path))
 
     def file(self, place: str, stage: str, stored: Stored) -> Damage | None:
         """Read a file; what is wrong with it."""
@@ -230,7 +246,7 @@ def _images(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
 
 def _labels(walk: _Walk, place: str, manifest: dict[str, Any]) -> Found:
     """Label files, each with a record of its row groups; the manifest knows how many there are."""
-    grid = LabelGrid(**manifest["grid"]) if "grid" in manifest else None
+    grid = LabelGrid.recorded(manifest["grid"]) if "grid" in manifest else None
     if grid is None:  # unfinished: what lies in which file is not known
         for name in walk.run.names(f"{place}/{layout.LABEL_RECORDS}"):
             yield from _checked(walk, place, "label", posixpath.basename(name), missing=False)
@@ -292,7 +308,10 @@ def finished_stages(run: Folder) -> set[str]:
 
 
 def events(run: Folder) -> Iterator[dict[str, Any]]:
-    """The lines of ``events.jsonl`` that can be read: a killed driver may have left half of one."""
+    """The lines of ``events.jsonl`` that can be read: a killed driver may have left half of one.
+
+    Of a line of another version, `time` and `stages` are left out where they are not of the kind that they have here.
+    """
     try:
         lines = run.read(layout.EVENTS).splitlines()
     except FileNotFoundError:
@@ -300,10 +319,16 @@ def events(run: Folder) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            yield row
+            yield {key: value for key, value in row.items() if _fits(key, value)}
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key == "time":
+        return isinstance(value, (int, float)) and 0 <= value < YEAR_3000
+    return key != "stages" or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
 def set_aside(run: Folder, found: list[Damage]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,6 +22,8 @@ BATCHES = {
     "label": "teacher.batch",
     "train": "protocol.batch, or cluster.trainer.micro_batch",
 }
+
+_ELSEWHERE = "give cluster.calibration=FILE, a file in a folder that can be written"
 
 
 class Rate(TypedDict):
@@ -63,8 +66,10 @@ def asked_of(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def default_file() -> str:
-    """In the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """In the user's cache folder; in the system's for temporary files where a user has no home, as in containers."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if cache.startswith("~"):
+        cache = tempfile.gettempdir()
     return str(Path(cache) / "ddoq_ray" / "calibration.json")
 
 
@@ -90,6 +95,8 @@ def read_rates(path: str) -> list[Rate]:
         ]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ValueError(f"cluster.calibration={path} cannot be read: {error.strerror}; {_ELSEWHERE}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no calibration file ({type(error).__name__}: {error}); expected what ddoq-ray calibrate writes"
@@ -97,13 +104,23 @@ def read_rates(path: str) -> list[Rate]:
 
 
 def add_rates(path: str, rates: list[Rate]) -> None:
-    """Write rates into a file, in the place of those of the same device and settings."""
+    """Write rates into a file, in the place of those of the same device and settings; none: see whether it can be.
+
+    Raises:
+        ValueError: It cannot be read or written, or is none that this command wrote.
+    """
     new = {_key(rate) for rate in rates}
     kept = [rate for rate in read_rates(path) if _key(rate) not in new]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([*kept, *rates], indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([*kept, *rates], indent=1) + "\n")
+        if rates:
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
+    except OSError as error:
+        raise ValueError(f"cluster.calibration={path} cannot be written: {error.strerror}; {_ELSEWHERE}") from None
 
 
 def rates_for(rates: list[Rate], asked: Mapping[str, Mapping[str, Any]], *, gpu: bool) -> dict[str, dict[str, Rate]]:

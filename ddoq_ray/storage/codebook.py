@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, NotAsWritten, checked, digest_of, with_check
+from ddoq_ray.storage.fitting_facts import misfit_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.parquet import row_group_writer
 from ddoq_ray.storage.records import Codebook, codebook_schema, fixed_binary
@@ -125,7 +126,10 @@ def read_record(codebook: Folder, part: int) -> PartRecord:
     except FileNotFoundError:
         raise ValueError(f"{codebook.path(layout.codebook_record(part))} is missing; {MEND}") from None
     try:
-        return PartRecord(**checked(data))
+        row = checked(data)
+        if told := misfit_of(PartRecord, row):
+            raise NotAsWritten(told)
+        return PartRecord(**row)
     except (NotAsWritten, TypeError):
         raise ValueError(
             f"{codebook.path(layout.codebook_record(part))} is damaged: it is not a part's record; {MEND}"

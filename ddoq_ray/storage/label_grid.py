@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 from ddoq_ray.storage import layout
 
@@ -59,6 +59,11 @@ class LabelGrid:
     batch: int
     images_per_file: int
     epochs_per_file: int
+
+    @classmethod
+    def recorded(cls, facts: Mapping[str, int]) -> LabelGrid:
+        """From a manifest's facts, which tell of one that is missing."""
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
     @staticmethod
     def of(counts: tuple[int, int], nbytes: int, *, batch: int, file_bytes: int, file_labels: int) -> LabelGrid:

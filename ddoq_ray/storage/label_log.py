@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import Artifact, NotAsWritten, checked, digest_of, with_check
+from ddoq_ray.storage.fitting_facts import misfit_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelFile, LabelGrid
 from ddoq_ray.storage.parquet import row_group_writer
@@ -101,7 +102,10 @@ def read_record(labels: Folder, file: LabelFile) -> LabelRecord:
         ValueError: It is gone or damaged.
     """
     try:
-        return LabelRecord(**checked(labels.read(file.record), strict=True))
+        row = checked(labels.read(file.record), strict=True)
+        if told := misfit_of(LabelRecord, row):
+            raise _damaged(labels, file.record, file, told)
+        return LabelRecord(**row)
     except FileNotFoundError:
         raise _missing(labels, file.record, file) from None
     except (NotAsWritten, TypeError):
@@ -143,6 +147,10 @@ class OpenLabels:
                 f"{labels.path(file.name)} holds labels of another teacher, other views or another image set than "
                 f"those of {labels.path(layout.MANIFEST)}; {_mend(labels, file)}"
             )
+        epochs = file.end_epoch - file.first_epoch
+        groups, views = len(self.record.groups), len(self.record.views)
+        if (groups, views) != (epochs * len(grid.groups(file)), epochs):
+            raise _damaged(labels, file.record, file, f"it speaks of {groups} row groups and {views} epochs")
         try:
             size = labels.size(file.name)
         except FileNotFoundError:
@@ -210,7 +218,7 @@ class LabelStore:
             raise ValueError(
                 f"{labels.uri} stores no labels (labels.mode={self.manifest['codec']}): the teacher is asked"
             )
-        self.grid = LabelGrid(**self.manifest["grid"])
+        self.grid = LabelGrid.recorded(self.manifest["grid"])
         self._open: dict[int, OpenLabels] = {}  # of the last epoch that was read: the next one is often in them too
 
     def pieces(self, epoch: int) -> Iterator[npt.NDArray[np.uint8]]:

@@ -18,7 +18,7 @@ from ddoq_ray.config.compare import CompareConfig
 from ddoq_ray.config.compose import config_dir, load, load_config, to_yaml
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.grammar import leaves
-from ddoq_ray.config.network_training import TrainPriorConfig
+from ddoq_ray.config.network_training import TrainPriorConfig, TuneDecoderConfig
 from ddoq_ray.config.quantizer import QUANTIZERS
 from ddoq_ray.config.run import run_config
 from ddoq_ray.config.schema import plain
@@ -223,7 +223,7 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["quantizer.batch=0"], ["quantizer.batch=0", "1 or more"]),
         (["encoder.workers=0"], ["encoder.workers=0", "1 or more"]),
         (["synthesizer.strength=1.5"], ["synthesizer.strength=1.5", "0 to 1"]),
-        (["synthesizer.strength=nan"], ["synthesizer.strength=nan", "0 to 1"]),
+        (["synthesizer.strength=nan"], ["synthesizer.strength=nan", "finite"]),
         (["synthesizer.min_workers=3"], ["synthesizer.max_workers=2", "synthesizer.min_workers=3"]),
         (["teacher.min_top1=101"], ["teacher.min_top1=101.0", "0 to 100"]),
         (["labels.workers=0"], ["labels.workers=0", "1 or more"]),
@@ -242,6 +242,8 @@ def test_own_method_and_baselines_without_doubles() -> None:
         (["baselines=[mtt]"], ["mtt", "d4m", "random, herding, medoids"]),
         (["report.heldout_images=-1"], ["report.heldout_images=-1", "0 or more"]),
         (["run_dir=runs/[a]*"], ["run_dir=runs/[a]*", "choose another"]),
+        (["run_dir=~nobody-here/x"], ["~nobody-here/x", "whole path"]),
+        (["teacher.path=[~nobody-here/x,y]"], ["~nobody-here/x", "whole path"]),
         # not together
         (["dataset=webdataset"], ["dataset.path", "dataset=digits"]),
         (["dataset.val_path=x"], ["dataset.val_path", "dataset.path"]),
@@ -328,3 +330,11 @@ def test_a_key_is_of_its_own_configuration_alone() -> None:
     other = load_config(["quantizer=gram", "quantizer.hartigan=false", "prior.path=x", lists])
     assert (other.prior.path, other.baselines) == ("x", ("random",)) and other != plain
     assert load_config(["quantizer=gram"]) == plain
+
+
+def test_each_key_that_is_a_path_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cluster = load_config(["cluster.calibration=~/rates.json", "cluster.trainer.scratch=~/tmp"]).cluster
+    assert (cluster.calibration, cluster.trainer.scratch) == ("/home/me/rates.json", "/home/me/tmp")
+    assert load_config(["teacher.path=[~/a,b]"]).teacher.path == ("/home/me/a", "b")
+    assert load(TuneDecoderConfig, ["source=~/p", "perceptual=~/t"]).source == "/home/me/p"

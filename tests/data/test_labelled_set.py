@@ -15,6 +15,7 @@ import ddoq_ray
 from ddoq_ray.core.views.params import ViewSpec
 from ddoq_ray.data.image_set import NewImage, encode_picture, load_image_arrays, write_images
 from ddoq_ray.data.labelled_set import LabelledDataset
+from ddoq_ray.data.soft_labels import views_of
 from ddoq_ray.models.classifiers import Classifier, build_classifier
 from ddoq_ray.models.labelling import Labeller
 from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
@@ -149,8 +150,11 @@ def test_labels_of_something_else_are_refused(run: Path, tmp_path: Path) -> None
     manifest = run / "images/manifest.json"
     text = manifest.read_text()
     try:
-        manifest.write_text(text.replace("of these images", "of others"))
+        manifest.write_text(json.dumps(with_check(json.loads(text.replace("of these images", "of others")))))
         with pytest.raises(ValueError, match=r"labels of another image set \(of these images\) .*\(of others\)"):
+            ddoq_ray.load(str(run), labels=True)
+        manifest.write_text("")
+        with pytest.raises(ValueError, match="is damaged"):
             ddoq_ray.load(str(run), labels=True)
     finally:
         manifest.write_text(text)
@@ -167,3 +171,10 @@ def test_labels_of_something_else_are_refused(run: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="leave transform and cache out"):
         ddoq_ray.load(str(run), transform=lambda p: p, labels=True)
     assert json.loads(told.read_text())["codec"] == "logits"
+
+
+def test_labels_of_views_that_a_newer_version_draws_are_told_apart() -> None:
+    views = dataclasses.asdict(SPEC) | {"seed": SEED, "stored": [5, 20, 24]}
+    assert views_of({"views": views}) == (SPEC, SEED, (5, 20, 24))
+    with pytest.raises(ValueError, match="views with rotate, which this version of ddoq-ray does not know"):
+        views_of({"views": views | {"rotate": 0.5}})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,17 @@ def test_an_answer_is_kept_until_something_it_follows_from_changes(
     assert kept(file) is None and kept(tmp_path / "none") is None
     (tmp_path / "flat").touch()
     keep(tmp_path / "flat" / "networks" / "x.json", {})  # a cache that cannot be written
+
+
+@pytest.mark.processes
+def test_a_look_that_memory_is_too_small_for_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: failed to map segment from shared object')")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import torch"], env={"PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"failed to map segment.*ulimit -v"):
+        Inspection._answer(process)
 
 
 @pytest.mark.processes

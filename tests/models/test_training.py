@@ -284,11 +284,11 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
         train_prior(images[:, :, :6, :6], ids, CLASSES, tmp_path / "x")
     for options in ({"denoiser": "mlp"}, {"dtype": "int8"}, {"ema": 1.0}, {"unet_widths": (12,)},
                     {"prediction_type": "sample"}, {"denoiser_steps": 0}):  # fmt: skip
-        with pytest.raises(ValueError, match="prior training"):
+        with pytest.raises(ValueError, match=r"training\."):
             PriorTraining(**options)
     for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}, {"augment": "auto"}, {"mixup": -1.0},
                     {"ema": 1.0}, {"minutes": 0.0}, {"precision": "fp8"}, {"checkpoint_every": 0}):  # fmt: skip
-        with pytest.raises(ValueError, match="teacher training"):
+        with pytest.raises(ValueError, match=r"training\."):
             TeacherTraining(**options)
 
 

@@ -14,7 +14,7 @@ import pytest
 from ddoq_ray.data.image_set import NewImage, write_images
 from ddoq_ray.data.tar_writing import write_tar
 from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
-from ddoq_ray.storage.at_rest import Seen, damaged, finished_stages, set_aside
+from ddoq_ray.storage.at_rest import Seen, damaged, events, finished_stages, set_aside
 from ddoq_ray.storage.codebook import Account, read_record, write_part
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelGrid
@@ -163,3 +163,14 @@ def test_stages_are_finished_until_they_are_begun_again(tmp_path: Path) -> None:
         print(json.dumps({"event": event} | ({"stages": stages} if stages else {})), file=lines)
     folder.publish("events.jsonl", lines.getvalue().encode() + b'{"event": "wor')
     assert finished_stages(folder) == {"prepare"}
+
+
+@pytest.mark.parametrize(
+    "odd", [b'{"time": "x", "stages": 5}', b'{"time": 1e30, "stages": null}', b'{"time": null, "stages": [["a"]]}']
+)
+def test_events_of_another_version_are_read_as_far_as_they_go(odd: bytes, tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    whole = b'{"time": 3, "event": "run started", "stages": ["encode"]}\n{"event": "run finished"}\n'
+    run.publish("events.jsonl", whole + odd.replace(b"{", b'{"event": "run started", ') + b"\n5\n" + b"[" * 200_000)
+    assert list(events(run))[-1] == {"event": "run started"}
+    assert finished_stages(run) == {"encode"}

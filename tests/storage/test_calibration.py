@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ddoq_ray.commands import calibrate
 from ddoq_ray.commands.plan import Plan, _gpu_memory
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.models.rates import measured
-from ddoq_ray.storage.calibration import BATCHES, Rate, add_rates, asked_of, rates_for, read_rates
+from ddoq_ray.storage.calibration import BATCHES, Rate, add_rates, asked_of, default_file, rates_for, read_rates
 
 
 def rates(device: str, per_second: float, *keys: str) -> list[Rate]:
@@ -48,6 +49,22 @@ def test_rates_are_found_for_the_settings_that_they_depend_on(tmp_path: Path) ->
     Path(file).write_text("[1]")
     with pytest.raises(ValueError, match=r"calibration\.json is no calibration file"):
         read_rates(file)
+
+
+def test_a_place_that_is_none_for_a_file_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    for place, words in ((tmp_path, "cannot be read"), (tmp_path / "flat" / "x.json", "cannot be")):
+        (tmp_path / "flat").touch()
+        with pytest.raises(ValueError, match=f"cluster.calibration=.*{words}.*give cluster.calibration=FILE"):
+            calibrate.main(load_config([f"cluster.calibration={place}"]))
+    add_rates(str(tmp_path / "tried.json"), [])
+    assert [p.name for p in tmp_path.iterdir()] == ["flat"]
+
+
+def test_a_user_without_a_home_has_a_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict[int, str]().__getitem__)  # as of a user that no list knows
+    assert Path(default_file()).is_absolute()
 
 
 def test_each_rate_of_the_shipped_networks_is_measured() -> None:
