@@ -180,6 +180,12 @@ def _weights(source: Source, listing: Listing) -> dict[str, float] | None:
             f"images.path: {WEIGHTS_FILE} names none of the set's images: it has {shown(list(there))}, and they are "
             f"called {shown(listing.names)}; name them so, or take the file away for equal weights"
         )
+    gone = list(there.keys() - set(listing.names)) if isinstance(source, ImageFolder) else []
+    if gone:
+        raise ValueError(
+            f"images.path: {WEIGHTS_FILE} has weights of {len(gone):,} images that are not there, such as "
+            f"{shown(sorted(gone))}; bring them, or take them out of the file"
+        )
     return {name: _number(value) for name, value in there.items()}
 
 
@@ -222,7 +228,7 @@ def _folder_weights(source: ImageFolder) -> Iterator[tuple[str, Any]]:
         return
     except OSError as error:
         raise ValueError(f"{place} cannot be read: {error.strerror or error}; mend it, or move it away") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets without end
         raise ValueError(f"{place} is not JSON: {error}; expected an object of file names and weights") from None
     if not isinstance(rows, dict):
         raise ValueError(f"{place}: expected a JSON object of file names and weights, got a {type(rows).__name__}")

@@ -138,11 +138,13 @@ def test_sets_that_cannot_be_used_are_told(tmp_path: Path, class_list: str) -> N
         (dict.fromkeys(weights, 10**400), "6 of 6 images have no usable weight"),
         ({f"./{name}": w for name, w in weights.items()}, "names none of the set's images"),
         ({"ant": {"1.png": 1.0}}, "names none of the set's images: it has ant, and they are called ant/"),
+        (weights | {"bee/9.png": 1.0}, "weights of 1 images that are not there, such as bee/9.png"),
         ([1, 2], "expected a JSON object"),
     ):
         (root / "weights.json").write_text(json.dumps(rows))
         assert words in told(root)
-    (root / "weights.json").write_text("no JSON")
-    assert "is not JSON" in told(root)
+    for text in ("no JSON", "[" * 100_000):
+        (root / "weights.json").write_text(text)
+        assert "is not JSON" in told(root)
     pq.write_table(pa.table({"image": [{"bytes": PICTURES[0]}]}), tmp_path / "unlabelled.parquet")
     assert "keys are the data's" in told(tmp_path / "unlabelled.parquet")
