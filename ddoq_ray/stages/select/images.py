@@ -59,7 +59,7 @@ def where(index: LatentIndex, picks: Picks) -> Where:
 
 
 @dataclass(frozen=True)
-class Making:
+class Unmade:
     """A set that is to be made, as far as it is not there.
 
     Attributes:
@@ -100,7 +100,7 @@ def publish(sets: Sequence[tuple[Choice, Selection]]) -> list[list[dict[str, Any
         records = published(choice.run.dir, wanted)
         missing = [job for job in wanted if job.name not in records]
         if missing:
-            todo.append(Making(choice, chosen, missing, where(choice.index, chosen.picks)))
+            todo.append(Unmade(choice, chosen, missing, where(choice.index, chosen.picks)))
         there |= records
     if todo:
         _make_excerpts(todo)
@@ -124,18 +124,18 @@ def _jobs(choice: Choice, chosen: Selection) -> list[Job]:
     return jobs
 
 
-def _make_excerpts(sets: Sequence[Making]) -> None:
+def _make_excerpts(sets: Sequence[Unmade]) -> None:
     """Make the excerpts that are not there."""
     jobs: list[Callable[[], Any]] = []
     count = 0
     passed_over = cache(not_encoded)
-    for making in sets:
-        needed = making.needed()
-        made_from = {shard: digest_of([making.choice.identity, picks]) for shard, picks in needed.items()}
-        there = finished_excerpts(making.excerpts, made_from)
-        lost = passed_over(making.choice.run.latents)
+    for unmade in sets:
+        needed = unmade.needed()
+        made_from = {shard: digest_of([unmade.choice.identity, picks]) for shard, picks in needed.items()}
+        there = finished_excerpts(unmade.excerpts, made_from)
+        lost = passed_over(unmade.choice.run.latents)
         left = sorted(needed.keys() - there)
-        jobs += [partial(_submit_excerpt, making, s, made_from[s], needed[s], lost.get(s, PassedOver())) for s in left]
+        jobs += [partial(_submit_excerpt, unmade, s, made_from[s], needed[s], lost.get(s, PassedOver())) for s in left]
         count += len(needed)
     choice = sets[0].choice
     with Progress(choice.method, count, "shards") as progress:
@@ -144,11 +144,11 @@ def _make_excerpts(sets: Sequence[Making]) -> None:
             progress.advance()
 
 
-def _submit_excerpt(making: Making, shard: int, made_from: str, picks: list[Pick], lost: PassedOver) -> Any:
-    run = making.choice.run
+def _submit_excerpt(unmade: Unmade, shard: int, made_from: str, picks: list[Pick], lost: PassedOver) -> Any:
+    run = unmade.choice.run
     source = (run.data.url(run.data.train[shard]), len(run.data.classes), lost, run.config.encoder.resize)
     task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_extract)
-    return task.remote(making.excerpts, shard, made_from, source, picks, _crops(making.chosen, picks))
+    return task.remote(unmade.excerpts, shard, made_from, source, picks, _crops(unmade.chosen, picks))
 
 
 Crops = tuple[int, list[tuple[int, int, int, int]]]  # side of a tile, and the box of each pick
@@ -199,26 +199,26 @@ def cropped(picture: Image.Image, box: tuple[int, int, int, int], side: int) -> 
     return np.asarray(picture.crop(box).resize((side, side), Image.Resampling.BILINEAR))
 
 
-def _composed(sets: Sequence[Making]) -> dict[str, dict[str, Any]]:
+def _composed(sets: Sequence[Unmade]) -> dict[str, dict[str, Any]]:
     """The records of the missing image shards, by their names, once they are made."""
     choice = sets[0].choice
-    jobs = [(making, job) for making in sets for job in making.missing]
+    jobs = [(unmade, job) for unmade in sets for job in unmade.missing]
     records: dict[str, dict[str, Any]] = {}
     with Progress(choice.method, sum(len(job.unit) for _, job in jobs), "images") as progress:
-        submits = [partial(_submit_shard, making, job) for making, job in jobs]
+        submits = [partial(_submit_shard, unmade, job) for unmade, job in jobs]
         for number, record in in_tasks(submits, _at_once(choice.run)):
             records[jobs[number][1].name] = record
             progress.advance(record["images"])
     return records
 
 
-def _submit_shard(making: Making, job: Job) -> Any:
-    chosen, run = making.chosen, making.choice.run
-    parts = [[(making.shard_of[c, rank], c, rank) for rank in chosen.parts(c, k)] for c, k in job.unit.keys]
+def _submit_shard(unmade: Unmade, job: Job) -> Any:
+    chosen, run = unmade.chosen, unmade.choice.run
+    parts = [[(unmade.shard_of[c, rank], c, rank) for rank in chosen.parts(c, k)] for c, k in job.unit.keys]
     facts = [(chosen.weight(c, k), run.data.classes[c].prompt) for c, k in job.unit.keys]
     shape = None if chosen.mosaic is None else (chosen.mosaic.factor, chosen.mosaic.side)
     task = ray.remote(num_cpus=run.config.cluster.reader.num_cpus)(_compose)
-    return task.remote(run.dir, job, making.choice.draw, facts, parts, shape)
+    return task.remote(run.dir, job, unmade.choice.draw, facts, parts, shape)
 
 
 def _compose(
