@@ -285,6 +285,9 @@ def _work(
     """Everything after the data is prepared and the networks are known; `checked`: what was found of each teacher."""
     wanted = set(asked.stages)
     first, students = planned[0][0], [(run, of_kind(train.Train, steps)) for run, steps in planned]
+    if "train" in wanted:  # said before the hours that lead to it
+        trained = (step.artifact(run.dir) for run, steps in students for step in steps)
+        processors.say_slow_bfloat16(asked.cluster.trainer, trained)
     for run, steps in planned:
         _codebooks(run, steps)
     if "synthesize" in wanted:
@@ -306,8 +309,6 @@ def _work(
         unseen.start()
     if "train" in wanted:
         with signals.own_ctrl_c(), doing("train"):
-            trained = (step.artifact(run.dir) for run, steps in students for step in steps)
-            processors.say_slow_bfloat16(asked.cluster.trainer, trained)
             train.train(students)
     still_ours()
     if "evaluate" in wanted:
