@@ -47,12 +47,13 @@ def say_estimate(parts: Sequence[Part]) -> None:
         seconds, missing = estimate(run.config, left, Sizes(run.config, run.data, run.networks))
         total, unknown = total + seconds, unknown | missing
     sets = names.count("synthesize") + names.count("select")
-    told = f"compare    {names.count('train')} students on {sets} image sets: about {span(total)} are left"
+    told = f"compare    {names.count('train')} students on {sets} image sets: "
+    told += f"about {span(total)} are left" if total or not unknown else "how long they take is not known here yet"
     if unknown:
-        told = told if total else told.partition(": about")[0]
+        left_out = f"without {', '.join(sorted(unknown))}; " if total else ""
         told += (
-            f"; without {', '.join(sorted(unknown))}, not measured here (`ddoq-ray calibrate` with the keys of a "
-            "student and a teacher does it in a minute); students are estimated by the first that is finished"
+            f" ({left_out}`ddoq-ray calibrate` with the keys of a student and a teacher measures it in a minute; of "
+            "students the first that is finished tells it)"
         )
     say(told)
 
