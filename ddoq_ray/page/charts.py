@@ -66,7 +66,7 @@ class Axis:
         return math.log10(value) if self.log else value
 
     def ticks(self, low: float, high: float) -> list[float]:
-        """Values to mark between two: whole numbers, or at most six round ones of a logarithmic axis."""
+        """Values to mark between two: whole numbers; of a logarithmic axis at most six round ones, else its ends."""
         if not self.log:
             return [v for v in ticks(low, high) if float(v).is_integer()] or [low]
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -74,7 +74,7 @@ class Axis:
             found = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
             if len(found) <= 6:
                 break
-        return found[:: max(1, -(-len(found) // 6))] or [low]
+        return found[:: max(1, -(-len(found) // 6))] or sorted({low, high})
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -51,6 +51,11 @@ def beyond(line: Line) -> str:
     return "up" if d["mean_pct"] > 0 else "down"
 
 
+def in_seconds(value: float) -> str:
+    """Seconds at a tick: whole ones, with a digit behind the point below ten."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
 def published(line: Line) -> str:
     return "; ".join(f"{r['top1_pct']:.1f} ({r['source']}; {r['protocol']})" for r in line["reported"]) or "-"
 
@@ -72,8 +77,9 @@ def _columns(lines: Sequence[Line], reference: str) -> dict[str, Callable[[Line]
         **_optional(lines),
         "seeds": lambda li: str(len(li["seeds"])),
         "top-1": score,
-        f"against {reference} [95 %]": difference,
     }
+    if any(line["against"] for line in lines):
+        columns[f"against {reference} [95 %]"] = difference
     if any(line["hlr_pct"] is not None for line in lines):
         columns["HLR"] = lambda li: "-" if li["hlr_pct"] is None else f"{li['hlr_pct']:.2f}"
     columns["image bytes"] = lambda li: in_bytes(li["images_bytes"])
@@ -140,7 +146,7 @@ def comparison_section(results: Mapping[str, Any], slots: Mapping[str, str]) -> 
     return {
         "groups": groups,
         "methods": len({line["method"] for line in comparison["lines"]}),
-        "reference": comparison["reference"],
+        "reference": comparison["reference"] if any(line["against"] for line in comparison["lines"]) else "",
         "recovery": any(line["hlr_pct"] is not None for line in comparison["lines"]),
         "published": any(line["reported"] for line in comparison["lines"]),
     }
@@ -189,7 +195,7 @@ def _charts(lines: Sequence[Line], slots: Mapping[str, str]) -> dict[str, Any]:
         ),
         (
             "seconds to make, label and train",
-            Axis("seconds to make, label and train once", log=True),
+            Axis("seconds to make, label and train once", log=True, text=in_seconds),
             lambda li: li["images_s"] + li["labels_s"] + li["train_s"],
         ),
     ]

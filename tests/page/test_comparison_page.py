@@ -76,6 +76,13 @@ def test_the_page_shows_what_differs_and_draws_it() -> None:
     assert "Methods side by side" not in render_page({"dataset": "digits"}, [])
 
 
+def test_without_the_reference_nothing_is_said_of_differences() -> None:
+    alone = results()
+    for line in alone["comparison"]["lines"]:
+        line["against"] = None
+    assert "against" not in text_table(alone) and "Against" not in render_page(alone, [])
+
+
 def test_a_difference_is_marked_only_beyond_its_interval() -> None:
     line: dict[str, Any] = {"against": {"mean_pct": 1.0, "low_pct": 0.2, "high_pct": 1.8}}
     assert beyond(line) == "up"
@@ -101,7 +108,8 @@ def test_figures_of_another_setting_are_not_shown() -> None:
         (1, 50, [1, 2, 5, 10, 20, 50]),
         (1, 1, [1]),
         (3e4, 9e6, [1e5, 1e6]),
-        (3, 4, [3]),
+        (3, 4, [3, 4]),
+        (763.9, 838.1, [763.9, 838.1]),
         (1, 1e9, [1, 1e2, 1e4, 1e6, 1e8]),
     ],
 )
