@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddoq_ray.config.network_training import DecoderTuning
+from ddoq_ray.config.schema import from_mapping
 from ddoq_ray.data.image_file import ImageFile
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import build_classifier, load_classifier
@@ -285,11 +286,11 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
     for options in ({"denoiser": "mlp"}, {"dtype": "int8"}, {"ema": 1.0}, {"unet_widths": (12,)},
                     {"prediction_type": "sample"}, {"denoiser_steps": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"training\."):
-            PriorTraining(**options)
+            from_mapping(PriorTraining, options, "training.")
     for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}, {"augment": "auto"}, {"mixup": -1.0},
                     {"ema": 1.0}, {"minutes": 0.0}, {"precision": "fp8"}, {"checkpoint_every": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"training\."):
-            TeacherTraining(**options)
+            from_mapping(TeacherTraining, options, "training.")
 
 
 def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):
