@@ -187,6 +187,17 @@ def test_passes_see_every_row_once_and_any_step_alone():
     assert sorted(Passes(3, 8, (0,)).rows(7)) == [0, 1, 2]
 
 
+def test_a_step_takes_its_rows_and_copies_no_pass():
+    passes = Passes(1_000_000, 8, (0, "large"))
+    passes.rows(0)  # which draws the pass
+    tracemalloc.start()
+    try:
+        assert len(set(passes.rows(1)) - set(passes.rows(0))) == 8
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_features_of_a_teacher_make_reconstructions_that_it_knows(tmp_path):
     images, ids = data(64)
     train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=10))
