@@ -213,6 +213,19 @@ def test_a_labeller_packs_and_costs_every_codec(gpu: torch.device, kind: str, vi
         assert costs[codec]["nbytes"] == expected[codec]["nbytes"]
 
 
+@pytest.mark.parametrize("views", VIEWS)
+def test_images_that_stay_beside_a_teachers_gpu_get_the_same_labels(gpu: torch.device, views: str) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))
+    index, spec = np.array([4, 0, 8, 2, 7]), view_spec(ProtocolConfig(min_scale=0.08, flip=True, **VIEWS[views]), 16)
+    teacher = build_classifier("convnet3-w8", 5, 16).to(gpu).eval()
+    (there, told), (beside, told_beside) = (
+        Labeller(teacher, "logits", spec, seed=1, batch=2).labels(where, index, 3) for where in (images.to(gpu), images)
+    )
+    assert np.array_equal(there, beside) and told == told_beside
+    costs = Labeller(teacher, "logits", spec, seed=1, batch=2).codec_costs(images, index, 2.0)
+    assert 0 < costs["logits_int8"]["kl"] < 0.1
+
+
 @pytest.mark.parametrize("kept", ["device", "file"])
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("targets", ["logits", "features", "logits_int8", "online", "hard"])
