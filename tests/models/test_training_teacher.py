@@ -92,6 +92,19 @@ def test_images_in_files_are_not_held_to_be_learnt_or_to_be_scored(tmp_path):
     assert (peaks[1] - peaks[0]) / 7168 < 100, peaks  # bytes an image: rows of a pass
 
 
+@pytest.mark.parametrize("left", [b"", b"PK\x03\x04 half of a file", b"not a checkpoint at all"])
+def test_a_damaged_checkpoint_is_named_and_may_be_begun_anew(tmp_path, left):
+    images, ids = data()
+    place = tmp_path / "t.training/checkpoint.pt"
+    place.parent.mkdir()
+    place.write_bytes(left)
+    config = TeacherTraining(arch="convnet3-w8", epochs=1)
+    with pytest.raises(ValueError, match=r"t\.training/checkpoint\.pt is damaged.*overwrite=true"):
+        train_teacher(images, ids, CLASSES, tmp_path / "t", config=config)
+    teachers.train_teacher(TrainingSet(images, ids, CLASSES), Destination(tmp_path / "t", overwrite=True), config)
+    assert not place.exists()
+
+
 def test_a_teacher_by_time_says_how_many_steps_it_took(tmp_path):
     images, ids = data()
     config = TeacherTraining(arch="convnet3-w8", epochs=10_000_000, minutes=1 / 600)
