@@ -77,9 +77,8 @@ def tune_decoder(
         "torch": str(torch.__version__), "diffusers": str(diffusers.__version__),
         **machine(ranks),
     }  # fmt: skip
-    before = {}
-    if ranks.rank == 0:  # where it is tuned: the prior, whose denoiser has no part in this, stays on the CPU
-        before = seen_by.judged_autoencoder(load_autoencoder(folder, device=ranks.device), data)
+    # Where it is tuned; the prior, whose denoiser has no part in this, stays on the CPU.
+    before = seen_by.judged_autoencoder(load_autoencoder(folder, device=ranks.device), data) if ranks.rank == 0 else {}
     checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
     phases = Phases(checkpoints, config.checkpoint_every, on_progress, ranks)
     phases.open()
