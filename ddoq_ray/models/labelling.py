@@ -15,9 +15,7 @@ from ddoq_ray.core.views.params import Int64, ViewSpec
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.pixel_rows import MemoryRows
 from ddoq_ray.models.classifiers import Classifier
-from ddoq_ray.models.ensemble import Teacher, feature_dim
-from ddoq_ray.models.ensemble import for_teacher as for_teacher
-from ddoq_ray.models.protocol_views import view_spec as view_spec
+from ddoq_ray.models.ensemble import Teacher, feature_dim, for_teacher
 from ddoq_ray.models.training.images import Gathered, Images, Resident
 
 

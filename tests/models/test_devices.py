@@ -34,10 +34,11 @@ from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.ensemble import Ensemble, for_teacher
-from ddoq_ray.models.labelling import Labeller, view_spec
+from ddoq_ray.models.labelling import Labeller
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.images import Gathered, Resident
 from ddoq_ray.models.training.student import (
     HardTargets,

@@ -114,7 +114,8 @@ class Teacher:
         return {"labels": unit.file.labels, "bytes": size}
 
     def _labeller(self, codec: str) -> Labeller:
-        from ddoq_ray.models.labelling import Labeller, view_spec
+        from ddoq_ray.models.labelling import Labeller
+        from ddoq_ray.models.protocol_views import view_spec
 
         config = self.config
         spec = view_spec(config.protocol, config.student.image_size)
