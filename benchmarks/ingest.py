@@ -6,7 +6,7 @@ Shards of JPEGs are made first (smooth random pictures with some noise, 256 px, 
 
 * `webdataset`: N bare processes, each over its share of the shards: the library reads and decodes (`decode("rgb8")`),
   the pictures are brought to the same size in the same way and stacked into chunks, which are thrown away;
-* `ray`: Ray Data with room for N reader tasks (`stages.encode_reader`); the chunks reach the object store, and
+* `ray`: Ray Data with room for N reader tasks (`stages.encode.reader`); the chunks reach the object store, and
   nobody takes them.
 
 Both have read some before the clock starts, so that everything is imported and the object store's pages are there. The

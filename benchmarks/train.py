@@ -32,7 +32,7 @@ from ddoq_ray.config.training import ProtocolConfig, StudentConfig
 from ddoq_ray.core.labels import choose_codec, make_codec
 from ddoq_ray.core.losses import weighted_kl
 from ddoq_ray.data.pixel_rows import FileRows, MemoryRows
-from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.course import arithmetic
 from ddoq_ray.models.training.images import Gathered, Images, Resident
 from ddoq_ray.models.training.student import StoredTargets, StudentTraining, build_student

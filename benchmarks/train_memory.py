@@ -24,7 +24,7 @@ from benchmarks.provenance import finish, parser, peak_bytes
 from ddoq_ray.config.compose import load_config
 from ddoq_ray.data.pictures import encode_png
 from ddoq_ray.data.tar_writing import write_tar
-from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.student import HardTargets, StudentTraining, build_student
 from ddoq_ray.stages.train.memory import Room
 from ddoq_ray.stages.train.ranks import Ranks

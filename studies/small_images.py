@@ -24,8 +24,8 @@ from ddoq_ray.data.samples import load_arrays
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.encoding import Encoding, LatentEncoder
-from ddoq_ray.models.labelling import view_spec
 from ddoq_ray.models.priors.base import Prior
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.images import Resident, Views
 from ddoq_ray.models.training.student import StudentTraining, TeacherTargets, build_student, learning_rate
 from ddoq_ray.storage.records import ClassInfo

@@ -21,7 +21,7 @@ from ddoq_ray.commands.sweep import configurations
 from ddoq_ray.commands.table import BY_NAME, COMMANDS, RUN
 from ddoq_ray.config import STAGES, RunConfig
 from ddoq_ray.config.compose import load_config
-from ddoq_ray.config.run import run_config
+from ddoq_ray.config.run import configured
 from ddoq_ray.execution.errors import NoWorkers, user_error
 
 
@@ -145,7 +145,7 @@ def test_help_says_every_word_that_a_key_may_be_and_the_size_that_is_made(capsys
 
 def test_cfg_job_prints_the_composed_yaml(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--cfg", "job", "ipc=3"]) == 0
-    assert run_config(yaml.safe_load(capsys.readouterr().out)) == load_config(["ipc=3"])
+    assert configured(RunConfig, yaml.safe_load(capsys.readouterr().out)) == load_config(["ipc=3"])
     assert cli.main(["train-prior", "out=x", "--cfg=job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["training"]["denoiser_steps"] == 3500
     assert cli.main(["--cfg", "hydra"]) == 2

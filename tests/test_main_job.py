@@ -27,7 +27,7 @@ from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.data.image_set import load_image_arrays
 from ddoq_ray.execution import lease
 from ddoq_ray.models.classifiers import load_classifier
-from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.storage.at_rest import Seen
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_log import LabelStore

@@ -58,7 +58,7 @@ def train_on_workers(name: str, job: Job, on_progress: Progress) -> dict[str, An
     Raises:
         ValueError: There is no room for them, or what one of them found that the user can mend.
     """
-    command = _absolute(job.command)
+    command = with_whole_paths(job.command)
     gpus = 1.0 if command.device == "cuda" else 0.0
     threads = command.threads
     resources = TrainerResources(workers=command.workers, num_cpus=float(threads), num_gpus=gpus, threads=threads)
@@ -144,10 +144,10 @@ def check_room(resources: TrainerResources, nodes: list[dict[str, float]]) -> No
         )
 
 
-def _absolute(command: Any) -> Any:
+def with_whole_paths(command: Any) -> Any:
     """The command with paths that mean the same in every process of this machine."""
     paths = {}
-    for key in ("out", "perceptual", "judge", "source"):
+    for key in ("out", "perceptual", "judge", "source", "through"):
         path = getattr(command, key, None)
         if path is not None and (key == "out" or os.path.isdir(path)):
             paths[key] = os.path.abspath(path)

@@ -33,11 +33,16 @@ def train(command: TrainingCommand, name: str, prepare: Callable[[Any], Train], 
         prepare: loads what the command needs beside the images, and gives what trains. A function of a module: each
             worker calls it.
         through: as `read_images`.
+
+    Raises:
+        ValueError: a folder in the way, no GPU where one is asked for, or as `read_images` and what trains.
     """
     import torch
 
     check_lasting(command.out, "out")
     check_free(command.out, overwrite=command.overwrite)
+    if command.device == "cuda" and command.workers == 1 and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU here; leave it out, or train where there is one")
     torch.set_num_threads(command.threads)
     trained = prepare(command)
     read = read_images(command, through)

@@ -147,7 +147,7 @@ def _in_file(
     pictures: Callable[[], Pictures],
     through: Through | None = None,
 ) -> ImageFile:
-    folder = training_folder(command.out)
+    folder = training_folder(command.out).absolute()  # workers may stand elsewhere
     source = {**source, **({} if through is None else {"through": through.id})}
     file = ImageFile(folder / IMAGES / name, {**source, "side": command.side, "resize": command.resize})
     if name == "train" and (folder / CHECKPOINT).exists() and file.of_another_source() and not command.overwrite:

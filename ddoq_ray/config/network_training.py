@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.latents import Resize
@@ -12,14 +12,8 @@ from ddoq_ray.config.schema import LARGEST_SIDE, MOST_THREADS, MOST_WORKERS, opt
 
 DIGITS_SIDE = 16
 GROUPS = 8  # of every group norm of a prior's networks: small networks have few channels
-DTYPES = ("float32", "float16", "bfloat16")  # of a prior's saved weights
-PRECISIONS = ("float32", "bfloat16")
+Precision = Literal["float32", "bfloat16"]
 _PRECISION = "arithmetic: float32, or bfloat16, 2 to 7 times as fast on a processor with AMX and slower without"
-
-
-def _one_of(training: object, name: str, words: Sequence[str]) -> None:
-    value = getattr(training, name)
-    require(value in words, f"training.{name}={value}: expected one of {', '.join(words)}")
 
 
 def _at_least(training: object, least: int, *names: str) -> None:
@@ -63,7 +57,7 @@ class PriorTraining:
         0.0, "weight of the relative squared distance of the teacher's logits, of which soft labels are made; 0 = none"
     )
     autoencoder_ema: float = option(0.998, "decay of the autoencoder's averaged weights, which are the ones saved")
-    denoiser: str = option("unet", "the denoiser's architecture: unet or dit")
+    denoiser: Literal["unet", "dit"] = option("unet", "the denoiser's architecture: unet or dit")
     unet_widths: tuple[int, ...] = option((32, 64), "unet: channels of the levels")
     unet_layers: int = option(1, "unet: residual blocks of a level")
     dit_layers: int = option(4, "dit: blocks")
@@ -77,7 +71,9 @@ class PriorTraining:
     label_dropout: float = option(
         0.1, "share of labels replaced by the null label, for classifier-free guidance; 0 = no guidance later"
     )
-    prediction_type: str = option("epsilon", "what the denoiser predicts: epsilon or v_prediction")
+    prediction_type: Literal["epsilon", "v_prediction"] = option(
+        "epsilon", "what the denoiser predicts: epsilon or v_prediction"
+    )
     beta_schedule: str = option("linear", "the noise schedule, by diffusers' name")
     zero_snr: bool = option(False, "rescale the schedule to end in pure noise; wants prediction_type=v_prediction")
     min_snr: float | None = option(None, "gamma of min-SNR weighting, such as 5; null = none")
@@ -86,20 +82,18 @@ class PriorTraining:
         None, "train for this long instead of for a number of steps; the bytes then depend on the machine's speed"
     )
     autoencoder_share: float = option(0.25, "share of `minutes` that the autoencoder is trained")
-    precision: str = option("float32", _PRECISION)
+    precision: Precision = option("float32", _PRECISION)
     compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(200, "steps between checkpoints, from which a stopped training goes on")
     samples_every: int = option(
         1000, "steps of the denoiser between pictures of samples, on the page samples.html in OUT.training; 0 = none"
     )
-    dtype: str = option("float16", "of the saved weights: float32, float16 or bfloat16")
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float16", "of the saved weights: float32, float16 or bfloat16"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        _one_of(self, "denoiser", ("unet", "dit"))
-        _one_of(self, "dtype", DTYPES)
-        _one_of(self, "prediction_type", ("epsilon", "v_prediction"))
-        _one_of(self, "precision", PRECISIONS)
         _at_least(self, 0, "seed", "samples_every", "kl_weight", "feature_weight", "logit_weight")
         _at_least(self, 1, "latent_channels", "autoencoder_steps", "autoencoder_batch", "checkpoint_every")
         _at_least(self, 1, "denoiser_steps", "denoiser_batch", "unet_layers")
@@ -145,13 +139,12 @@ class DecoderTuning:
     )
     ema: float = option(0.99, "decay of the averaged weights, which are the ones saved")
     flip: bool = option(True, "mirror images at random")
-    precision: str = option("float32", _PRECISION)
+    precision: Precision = option("float32", _PRECISION)
     compile: bool = option(False, "run the networks through torch.compile: faster on a GPU, after a minute or so")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a stopped tuning goes on")
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        _one_of(self, "precision", PRECISIONS)
         _at_least(self, 0, "seed", "feature_weight", "logit_weight")
         _at_least(self, 1, "steps", "batch", "checkpoint_every")
         _positive(self, "minutes", "lr")
@@ -168,7 +161,7 @@ class TeacherTraining:
     )
     epochs: int = option(60, "passes over the images")
     batch: int = option(64, "images in one step; the last incomplete batch of a pass opens the next one")
-    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum 0.9")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw, or sgd with Nesterov momentum 0.9")
     lr: float = option(2e-3, "learning rate")
     weight_decay: float = option(1e-2, "weight decay")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
@@ -176,23 +169,19 @@ class TeacherTraining:
     flip: bool = option(True, "flip views left to right at random")
     cutmix: bool = option(False, "paste a box of another image's view into each view")
     mixup: float = option(0.0, "alpha of MixUp, which mixes each view with another one of its batch; 0 = none")
-    augment: str = option(
-        "none", "torchvision's augmentation of each image before its view: randaugment, trivialaugment"
+    augment: Literal["none", "randaugment", "trivialaugment"] = option(
+        "none", "torchvision's augmentation of each image before its view: none, randaugment or trivialaugment"
     )
     ema: float = option(0.0, "decay of the averaged weights, which are the ones saved; 0 = the last ones")
     minutes: float | None = option(
         None, "train for this long instead of for a number of epochs; the bytes then depend on the machine's speed"
     )
-    precision: str = option("float32", _PRECISION)
+    precision: Precision = option("float32", _PRECISION)
     checkpoint_every: int = option(500, "steps between checkpoints, from which a stopped training goes on")
-    dtype: str = option("float16", "of the saved weights: float32 or float16")
+    dtype: Literal["float32", "float16"] = option("float16", "of the saved weights: float32 or float16")
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
-        _one_of(self, "optimizer", ("adamw", "sgd"))
-        _one_of(self, "dtype", ("float32", "float16"))
-        _one_of(self, "augment", ("none", "randaugment", "trivialaugment"))
-        _one_of(self, "precision", PRECISIONS)
         _at_least(self, 0, "seed", "weight_decay", "mixup")
         _at_least(self, 1, "epochs", "checkpoint_every")
         _at_least(self, 2, "batch")  # batch norm has no variance of one image
@@ -209,7 +198,7 @@ class TrainingCommand:
     out: str = option("model", "folder to write")
     image_size: int | None = option(None, "side of the images, in pixels: 16 for the digits, asked for with other data")
     resize: Resize = option("squash", "how a picture becomes a square: squash, center-crop or pad, as encoder.resize")
-    device: str = option("cpu", "cpu or cuda")
+    device: Literal["cpu", "cuda"] = option("cpu", "cpu or cuda")
     threads: int = option(1, "torch threads; the weights' bytes depend on it")
     overwrite: bool = option(False, "replace the folder when it exists")
     max_bad_fraction: float = option(0.01, "stop when more than this part of the samples cannot be used")

@@ -132,11 +132,6 @@ class RunConfig:
         return [spec.name for spec in self.specs if read in spec.reads]
 
 
-def run_config(values: dict[str, Any]) -> RunConfig:
-    """`configured` of a run."""
-    return configured(RunConfig, values)
-
-
 def configured(cls: type[Config], values: dict[str, Any]) -> Config:
     """The frozen configuration of a run or of a comparison, from plain nested values.
 

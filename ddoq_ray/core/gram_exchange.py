@@ -39,11 +39,6 @@ def cell_sums(gram: F32, mass: F64, labels: I64, cells: int) -> tuple[F64, F64, 
     return sums, sizes, within / sizes**2
 
 
-def hartigan_gram(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: int = 300) -> I64:
-    """The cells of `exchange`, int64 [M]; arguments as there."""
-    return exchange(gram, mass, labels, cells, max_iter=max_iter)[0]
-
-
 def exchange(gram: F32, mass: F64, labels: I64, cells: int, *, max_iter: int = 300) -> tuple[I64, float]:
     """Moves single points between cells while that lowers the distortion, counting how both means move.
 

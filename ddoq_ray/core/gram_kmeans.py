@@ -17,13 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddoq_ray.core.distortion import F32, F64, I64, check_samples
-from ddoq_ray.core.gram_exchange import GAIN, cell_sums, exchange, hartigan_gram, members
+from ddoq_ray.core.gram_exchange import GAIN, cell_sums, exchange, members
 from ddoq_ray.core.rng import philox
-
-__all__ = [
-    "DEFAULTS", "MAX_GRAM_BYTES", "PRODUCTS", "KMeansSettings", "cell_means", "distinct_rows", "gram_kmeans",
-    "gram_labels", "gram_matrix", "hartigan_gram", "kmeans_plus_plus", "lloyd_gram", "partition_gram",
-]  # fmt: skip
 
 Product = Literal["float32", "bfloat16"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)

@@ -12,43 +12,37 @@ import torch.nn.functional as F
 
 SCHEMES = ("counts", "sqrt", "uniform")
 ACROSS = ("balanced", "empirical")
-NORMALIZE = ("batch", "weights")
 MEANS = ("none", "class", "set")
 DIRECTIONS = ("teacher-student", "student-teacher")
 
 
-# A loss and the ways in which the published ones differ.
 def weighted_kl(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     weights: torch.Tensor,
     temperature: float,
-    normalize: str = "batch",
     *,
-    t_squared: bool = False,
     direction: str = DIRECTIONS[0],
 ) -> torch.Tensor:
     """`sum_i w_i KL(softmax(teacher_i / T) || softmax(student_i / T)) / B`.
 
     Source: Algorithm 4, line 7. Differences from the paper: it prints KL(student || teacher); D4M's and FKD's
-    code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the default here.
+    code, which the paper reuses, computes `KLDivLoss(log student, teacher)`, the default here. As there, no factor
+    T^2 (Hinton et al. 2015) keeps the gradient's size as T grows. The sum is divided by the images, not by their
+    weights, which would tie an image's share to those that it is drawn with.
 
     Args:
         student_logits: float [B, C].
         teacher_logits: float [B, C]; no gradient flows to them.
         weights: float [B], see `image_weights`.
         temperature: T, above 0.
-        normalize: "batch" divides by B, so the mean weight scales the step; "weights" divides by the batch's
-            sum of weights, which removes that but ties an image's share to the images drawn with it.
-        t_squared: multiply by T^2 (Hinton et al. 2015), which keeps the gradient's size as T grows. D4M and
-            FKD do not.
         direction: "teacher-student" as above; "student-teacher" is KL(student || teacher), as printed.
 
     Returns:
         float32 scalar; computed in float32 under autocast too.
 
     Raises:
-        ValueError: shapes that do not agree, temperature not above 0, or an unknown `normalize` or `direction`.
+        ValueError: shapes that do not agree, temperature not above 0, or an unknown `direction`.
     """
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -63,14 +57,13 @@ def weighted_kl(
         raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
     given, of = (log_student, log_teacher) if direction == DIRECTIONS[0] else (log_teacher, log_student)
     loss = F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
-    return _weighted(loss, weights, normalize) * (temperature**2 if t_squared else 1.0)
+    return _weighted(loss, weights)
 
 
 def weighted_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
-    normalize: str = "batch",
     *,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
@@ -81,14 +74,13 @@ def weighted_cross_entropy(
         targets: int64 [B] class ids, or float [B, C] probabilities (for CutMix: lam of one class, 1 - lam of
             another).
         weights: float [B].
-        normalize: as in `weighted_kl`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
     Returns:
         float32 scalar.
 
     Raises:
-        ValueError: shapes that do not agree, or an unknown `normalize`.
+        ValueError: shapes that do not agree.
     """
     if logits.ndim != 2 or targets.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
@@ -96,7 +88,7 @@ def weighted_cross_entropy(
         )
     targets = targets.float() if targets.ndim == 2 else targets
     loss = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
-    return _weighted(loss, weights, normalize)
+    return _weighted(loss, weights)
 
 
 def image_weights(
@@ -187,13 +179,7 @@ def _class_factors(
     return mass[present] / mass[present].sum() * present.size
 
 
-def _weighted(loss: torch.Tensor, weights: torch.Tensor, normalize: str) -> torch.Tensor:
+def _weighted(loss: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if weights.shape != loss.shape:
         raise ValueError(f"expected one weight an image, [{loss.shape[0]}], got {list(weights.shape)}")
-    weights = weights.to(loss)
-    if normalize == "batch":
-        return (weights * loss).sum() / loss.shape[0]
-    if normalize == "weights":
-        # A batch of zero weights has no loss; the floor avoids 0 / 0 without waiting for the device.
-        return (weights * loss).sum() / weights.sum().clamp_min(torch.finfo(loss.dtype).tiny)
-    raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
+    return (weights.to(loss) * loss).sum() / loss.shape[0]

@@ -24,10 +24,10 @@ from ddoq_ray.provenance import environment
 
 
 def describe(question: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the networks that `stages.networks.Networks` lists.
+    """The facts of the networks that `execution.networks.Networks` lists.
 
     Args:
-        question: paths and settings; see `stages.networks.Inspection`. A part that is None is not looked at.
+        question: paths and settings; see `execution.networks.Inspection`. A part that is None is not looked at.
 
     Raises:
         ValueError: a network does not load, the parts do not fit, or a setting cannot work on them.

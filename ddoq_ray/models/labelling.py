@@ -13,11 +13,10 @@ from ddoq_ray.core.label_cost import relative_kl
 from ddoq_ray.core.labels import codec_sizes, make_codec
 from ddoq_ray.core.views.params import Int64, ViewSpec
 from ddoq_ray.core.views.render import batch_views
+from ddoq_ray.data.pixel_rows import MemoryRows
 from ddoq_ray.models.classifiers import Classifier
-from ddoq_ray.models.ensemble import Teacher, feature_dim
-from ddoq_ray.models.ensemble import for_teacher as for_teacher
-from ddoq_ray.models.protocol_views import view_spec as view_spec
-from ddoq_ray.models.training.images import Resident
+from ddoq_ray.models.ensemble import Teacher, feature_dim, for_teacher
+from ddoq_ray.models.training.images import Gathered, Images, Resident
 
 
 class Labeller:
@@ -25,6 +24,7 @@ class Labeller:
 
     Attributes:
         codec: What its answers are packed by.
+        device: Where it is.
     """
 
     def __init__(self, teacher: Teacher, codec: str, spec: ViewSpec, *, seed: int, batch: int) -> None:
@@ -39,13 +39,15 @@ class Labeller:
         """
         self.teacher, self.spec, self.seed, self.batch = teacher, spec, seed, batch
         self.codec = make_codec(codec, teacher.num_classes, feature_dim(teacher))
+        self.device = next(teacher.parameters()).device
         self._looks: Resident | None = None
 
     def labels(self, images: torch.Tensor, index: Int64, epoch: int) -> tuple[npt.NDArray[np.uint8], bytes]:
         """Labels of the views of some images at an epoch, and what those views are.
 
         Args:
-            images: uint8 [N, 3, H, W], the whole set, on the teacher's device: partners are from all of it.
+            images: uint8 [N, 3, H, W], the whole set, since partners are from all of it: on the teacher's device; or
+                in host memory, from which each batch is then read, to the same labels.
             index: int64 [n], one or more rows to label; cut into inner batches in this order.
             epoch: The epoch.
 
@@ -75,7 +77,8 @@ class Labeller:
         """
         teacher, costs = self.teacher, {}
         with torch.inference_mode():
-            pixels = for_teacher(batch_views(images, index, self.spec, self.seed, 0)[0], teacher.image_size)
+            views = batch_views(images, index, self.spec, self.seed, 0)[0].to(self.device)
+            pixels = for_teacher(views, teacher.image_size)
             head = teacher.head if isinstance(teacher, Classifier) else None
             answers = torch.cat([self._answers(part, head is not None) for part in pixels.split(self.batch)])
             logits = answers if head is None else head(answers)
@@ -86,11 +89,13 @@ class Labeller:
                 costs[name] = {"nbytes": nbytes, "kl": kl, "relative": relative}
         return costs
 
-    def _views(self, images: torch.Tensor, some: int) -> Resident:
+    def _views(self, images: torch.Tensor, some: int) -> Images:
         """What a student that trains on the images sees; of a small set, several epochs are rendered at once.
 
         `some` of them are labelled here, and the rest by others: nobody renders a large epoch for a small part of it.
         """
+        if images.device.type != self.device.type:
+            return Gathered(MemoryRows(images.numpy()), self.device)
         shares = max(1, len(images) // some)
         if self._looks is None or self._looks.images is not images or self._looks.ranks != shares:
             self._looks = Resident(images, shares, room=0)

@@ -193,9 +193,15 @@ class Folder:
         return {n.removeprefix(root): int(found[n]["size"]) for n in sorted(found) if not n.endswith(TEMPORARY)}
 
     def remove(self, name: str = "") -> None:
+        """Remove a file, or a folder with all in it; what is not there, or goes meanwhile by another hand, is gone."""
         fs, target = self._fs(name)
-        if fs.exists(target):
-            fs.rm(target, recursive=True)
+        while fs.exists(target):
+            try:
+                fs.rm(target, recursive=True)
+                return
+            except OSError as error:  # one of its files went, or came, while it was looked through: once more
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
     def check_writable(self) -> None:
         """Raise ValueError now, not after hours of work, when nothing can be written here."""

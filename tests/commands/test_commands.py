@@ -75,10 +75,26 @@ def test_train_prior_makes_a_prior_and_repeats_itself(tmp_path: Path) -> None:
     assert prior.id == load_prior(tmp_path / "two").id, "the same seed and threads give the same weights"
 
 
-@pytest.mark.parametrize("arguments", [["train-prior", "trainin.steps=1"], ["train-teacher", "dataset=nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-prior", "trainin.steps=1"],
+        ["train-teacher", "dataset=nothing"],
+        ["train-teacher", "device=gpu"],
+    ],
+)
 def test_bad_keys_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert arguments[1].split("=")[0].split(".")[0] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train-teacher", "device=cuda", f"out={tmp_path / 'teacher'}"]) == 2
+    assert "device=cuda: torch sees no GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_tune_decoder_makes_a_prior_of_the_same_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddoq_ray.commands import train_prior, train_teacher, tune_decoder
-from ddoq_ray.commands.data_parallel import Job, Train, check_room, fit_job
+from ddoq_ray.commands.data_parallel import Job, Train, check_room, fit_job, with_whole_paths
 from ddoq_ray.commands.table import BY_NAME
 from ddoq_ray.commands.training_images import ReadImages, read_images
 from ddoq_ray.config.cluster import TrainerResources
@@ -89,6 +90,22 @@ def test_keys_that_cannot_work_are_refused(words: list[str], said: str) -> None:
     for name in ("train-prior", "train-teacher", "tune-decoder"):
         with pytest.raises(ValueError, match=said):
             BY_NAME[name].compose(words)
+
+
+def test_workers_need_not_stand_where_the_command_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = {"train-teacher": "through", "train-prior": "judge", "tune-decoder": "source"}
+    for name, key in words.items():
+        command = BY_NAME[name].compose(["out=made", f"{key}=there", "workers=2"])
+        found = with_whole_paths(command)
+        assert (found.out, getattr(found, key)) == (str(tmp_path / "made"), str(tmp_path / "there"))
+        assert getattr(with_whole_paths(found), key) == getattr(found, key)
+    shipped = with_whole_paths(BY_NAME["train-teacher"].compose(["through=shipped:digits-prior", "workers=2"]))
+    assert shipped.through == "shipped:digits-prior"
+    read = read_images(BY_NAME["train-teacher"].compose(["out=made"]))
+    monkeypatch.chdir("/")
+    assert len(pickle.loads(pickle.dumps(read)).open().images) == len(read.open().images) > 0
 
 
 def test_images_that_a_node_does_not_see_are_named(tmp_path: Path) -> None:

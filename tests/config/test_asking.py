@@ -12,7 +12,7 @@ from ddoq_ray.commands.train_prior import run_by
 from ddoq_ray.config.compose import load, load_config, to_yaml
 from ddoq_ray.config.network_training import TrainPriorConfig
 from ddoq_ray.config.presets import choices
-from ddoq_ray.config.run import run_config
+from ddoq_ray.config.run import RunConfig, configured
 from ddoq_ray.config.schema import plain
 
 OWN = ["dataset.path=shards", "dataset.val_path=val"]
@@ -184,4 +184,4 @@ def with_data(experiment: str) -> list[str]:
 @pytest.mark.parametrize("overrides", [[], [*OWN, *NETWORKS], *map(with_data, EXPERIMENTS)])
 def test_the_published_configuration_is_the_whole_truth(overrides: list[str]) -> None:
     config = load_config(overrides)
-    assert run_config(yaml.safe_load(to_yaml(config))) == config
+    assert configured(RunConfig, yaml.safe_load(to_yaml(config))) == config

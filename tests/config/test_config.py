@@ -20,7 +20,7 @@ from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.grammar import leaves
 from ddoq_ray.config.network_training import TrainPriorConfig, TuneDecoderConfig
 from ddoq_ray.config.quantizer import QUANTIZERS
-from ddoq_ray.config.run import run_config
+from ddoq_ray.config.run import configured
 from ddoq_ray.config.schema import plain
 
 # A file that sets several groups at once ("@package _global_") has tests of its own.
@@ -111,7 +111,7 @@ def test_values_given_reach_the_dataclass() -> None:
 
 def test_yaml_of_a_resolved_configuration_composes_to_itself() -> None:
     config = load_config(["quantizer=minibatch_kmeans", "ipc=3", "protocol=ddoq-v1", "weights=sqrt"])
-    assert run_config(yaml.safe_load(to_yaml(config))) == config
+    assert configured(RunConfig, yaml.safe_load(to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(

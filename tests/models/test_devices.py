@@ -34,10 +34,11 @@ from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.autoencoder import Autoencoder
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.ensemble import Ensemble, for_teacher
-from ddoq_ray.models.labelling import Labeller, view_spec
+from ddoq_ray.models.labelling import Labeller
 from ddoq_ray.models.priors.base import STARTS, Sampling, Start
 from ddoq_ray.models.priors.class_conditional import ClassConditionalPrior
 from ddoq_ray.models.priors.loading import Loading
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.images import Gathered, Resident
 from ddoq_ray.models.training.student import (
     HardTargets,
@@ -211,6 +212,19 @@ def test_a_labeller_packs_and_costs_every_codec(gpu: torch.device, kind: str, vi
     for codec, logits in there.items():
         torch.testing.assert_close(logits, here[codec], atol=2e-2, rtol=1e-2)
         assert costs[codec]["nbytes"] == expected[codec]["nbytes"]
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_images_that_stay_beside_a_teachers_gpu_get_the_same_labels(gpu: torch.device, views: str) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))
+    index, spec = np.array([4, 0, 8, 2, 7]), view_spec(ProtocolConfig(min_scale=0.08, flip=True, **VIEWS[views]), 16)
+    teacher = build_classifier("convnet3-w8", 5, 16).to(gpu).eval()
+    (there, told), (beside, told_beside) = (
+        Labeller(teacher, "logits", spec, seed=1, batch=2).labels(where, index, 3) for where in (images.to(gpu), images)
+    )
+    assert np.array_equal(there, beside) and told == told_beside
+    costs = Labeller(teacher, "logits", spec, seed=1, batch=2).codec_costs(images, index, 2.0)
+    assert 0 < costs["logits_int8"]["kl"] < 0.1
 
 
 @pytest.mark.parametrize("kept", ["device", "file"])

@@ -10,7 +10,8 @@ from ddoq_ray.core.labels import make_codec
 from ddoq_ray.core.views.params import ViewSpec, view_params
 from ddoq_ray.core.views.render import batch_views
 from ddoq_ray.models.classifiers import Classifier, build_classifier
-from ddoq_ray.models.labelling import Labeller, for_teacher
+from ddoq_ray.models.ensemble import for_teacher
+from ddoq_ray.models.labelling import Labeller
 
 SPEC = ViewSpec(size=16, min_scale=0.2, flip=True, cutmix=True)
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 20), dtype=np.uint8))

@@ -21,7 +21,7 @@ from ddoq_ray.core.views.params import epoch_orders, view_params
 from ddoq_ray.core.views.render import batch_views, render_epochs
 from ddoq_ray.data.pixel_rows import Chosen, FileRows, MemoryRows
 from ddoq_ray.models.classifiers import Classifier, build_classifier
-from ddoq_ray.models.labelling import view_spec
+from ddoq_ray.models.protocol_views import view_spec
 from ddoq_ray.models.training.images import Gathered, Images, Resident, Views
 from ddoq_ray.models.training.student import (
     HardTargets,

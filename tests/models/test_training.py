@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddoq_ray.config.network_training import DecoderTuning
+from ddoq_ray.config.schema import from_mapping
 from ddoq_ray.data.image_file import ImageFile
 from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import build_classifier, load_classifier
@@ -186,6 +187,17 @@ def test_passes_see_every_row_once_and_any_step_alone():
     assert sorted(Passes(3, 8, (0,)).rows(7)) == [0, 1, 2]
 
 
+def test_a_step_takes_its_rows_and_copies_no_pass():
+    passes = Passes(1_000_000, 8, (0, "large"))
+    passes.rows(0)  # which draws the pass
+    tracemalloc.start()
+    try:
+        assert len(set(passes.rows(1)) - set(passes.rows(0))) == 8
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_features_of_a_teacher_make_reconstructions_that_it_knows(tmp_path):
     images, ids = data(64)
     train_teacher(images, ids, CLASSES, tmp_path / "t", config=TeacherTraining(arch="convnet3-w8", epochs=10))
@@ -285,11 +297,11 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
     for options in ({"denoiser": "mlp"}, {"dtype": "int8"}, {"ema": 1.0}, {"unet_widths": (12,)},
                     {"prediction_type": "sample"}, {"denoiser_steps": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"training\."):
-            PriorTraining(**options)
+            from_mapping(PriorTraining, options, "training.")
     for options in ({"epochs": 0}, {"optimizer": "lion"}, {"dtype": "bfloat16"}, {"augment": "auto"}, {"mixup": -1.0},
                     {"ema": 1.0}, {"minutes": 0.0}, {"precision": "fp8"}, {"checkpoint_every": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"training\."):
-            TeacherTraining(**options)
+            from_mapping(TeacherTraining, options, "training.")
 
 
 def test_a_tuned_decoder_keeps_latents_and_what_the_teacher_sees(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from ddoq_ray.config.network_training import TeacherTraining
+from ddoq_ray.data.image_file import ImageFile
+from ddoq_ray.models.accuracy import top1_top5
 from ddoq_ray.models.classifiers import build_classifier, load_classifier
 from ddoq_ray.models.training import teacher as teachers
 from ddoq_ray.models.training.checkpoints import Checkpoints
@@ -60,6 +63,46 @@ def test_a_stopped_teacher_training_goes_on_to_the_same_bytes(tmp_path, monkeypa
     train_teacher(images[::-1], ids[::-1], CLASSES, tmp_path / "cut", config=config)  # shards may come in any order
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1] and sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_images_in_files_are_not_held_to_be_learnt_or_to_be_scored(tmp_path):
+    peaks = []
+    for n in (1024, 8192):  # of 3,072 bytes
+        images, ids = data(n, 32)
+        files = [ImageFile(tmp_path / f"{n}-{split}", {}) for split in ("train", "held-out")]
+        for file in files:
+            file.write(zip(ids.tolist(), images, strict=True), 32)
+        found = TrainingSet.mapped(files[0].open(), CLASSES, files[1].open())
+        del images
+        tracemalloc.start()
+        try:
+            config = TeacherTraining(arch="convnet3-w8", minutes=1e-6)
+            record = teachers.train_teacher(found, Destination(tmp_path / f"t{n}"), config)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert record["held_out_images"] == n
+        assert (
+            record["held_out_accuracy"]
+            == top1_top5(
+                load_classifier(tmp_path / f"t{n}"),
+                *map(torch.from_numpy, (np.array(found.held_out[0]), found.held_out[1])),
+            )[0]
+        )
+    assert (peaks[1] - peaks[0]) / 7168 < 100, peaks  # bytes an image: rows of a pass
+
+
+@pytest.mark.parametrize("left", [b"", b"PK\x03\x04 half of a file", b"not a checkpoint at all"])
+def test_a_damaged_checkpoint_is_named_and_may_be_begun_anew(tmp_path, left):
+    images, ids = data()
+    place = tmp_path / "t.training/checkpoint.pt"
+    place.parent.mkdir()
+    place.write_bytes(left)
+    config = TeacherTraining(arch="convnet3-w8", epochs=1)
+    with pytest.raises(ValueError, match=r"t\.training/checkpoint\.pt is damaged.*overwrite=true"):
+        train_teacher(images, ids, CLASSES, tmp_path / "t", config=config)
+    teachers.train_teacher(TrainingSet(images, ids, CLASSES), Destination(tmp_path / "t", overwrite=True), config)
+    assert not place.exists()
 
 
 def test_a_teacher_by_time_says_how_many_steps_it_took(tmp_path):

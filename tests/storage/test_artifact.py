@@ -45,6 +45,29 @@ def test_publish_read_names_remove(folder: Folder) -> None:
     assert folder.names("*") == []
 
 
+def test_what_goes_while_it_is_removed_is_gone(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "run"))
+    names = [f"some/{i:03d}.json" for i in range(300)]
+    for name in names:
+        folder.publish(name, b"{}")
+    failed: list[BaseException] = []
+
+    def remove() -> None:
+        try:
+            for name in names:
+                folder.remove(name)
+            folder.remove("some")
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and not folder.exists("some")
+
+
 def test_writing_piece_by_piece(folder: Folder) -> None:
     folder.publish("b/x", b"old")
     with folder.writing("b/x") as f:

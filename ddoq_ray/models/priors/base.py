@@ -125,8 +125,7 @@ class Prior(ABC):
         """
         pixels = self.autoencoder.decode(latents)
         # No row is named here: callers know whose they are.
-        bad = [i for i, row in enumerate(pixels) if not bool(torch.isfinite(row).all())]
-        if bad:
+        if bad := (~torch.isfinite(pixels).flatten(1).all(1)).nonzero()[:, 0].tolist():  # one wait for a GPU
             raise NonFiniteImages(bad)
         pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -198,7 +198,7 @@ class Sampler:
             if kind == "epsilon":
                 eps = output
                 clean = (z - sigma * eps) / signal
-            else:  # v_prediction: there is no third that `_check_inversion` lets through
+            else:  # v_prediction: there is no third that `_check_clean` lets through
                 clean, eps = signal * z - sigma * output, signal * output + sigma * z
             alpha = alphas[t]
             z = alpha.sqrt() * clean + (1 - alpha).sqrt() * eps

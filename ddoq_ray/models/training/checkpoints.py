@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,14 @@ class Checkpoints:
         """The state that was saved last, or None; the folder exists afterwards.
 
         Raises:
-            ValueError: the folder holds the state of another training.
+            ValueError: the folder holds the state of another training, or a damaged one.
         """
         file = self.folder / CHECKPOINT
         if file.exists():
-            # Tensors and plain values only: a checkpoint is no program.
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            if saved["identity"] == self.identity:
+            saved = self._read(file)
+            if saved is not None and saved["identity"] == self.identity:
                 return dict(saved["state"])
-            if not self.overwrite:
+            if saved is not None and not self.overwrite:
                 theirs, ours = saved["identity"], self.identity
                 keys = [key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)]
                 raise ValueError(
@@ -72,11 +72,30 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         return None
 
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        """What was saved; None where that is damaged and may be replaced.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            # Tensors and plain values only: a checkpoint is no program.
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            if self.overwrite:
+                return None
+            raise ValueError(
+                f"{file} is damaged ({type(error).__name__}): give overwrite=true to begin the training anew"
+            ) from error
+
     def save(self, state: dict[str, Any]) -> None:
         """Keep a state of tensors and plain values; it replaces the last one in one step."""
         file = self.folder / CHECKPOINT
         work = file.with_suffix(".tmp")
-        torch.save({"identity": self.identity, "state": state}, work)
+        with open(work, "wb") as f:
+            torch.save({"identity": self.identity, "state": state}, f)
+            f.flush()
+            os.fsync(f.fileno())  # else a machine that goes down may keep the new name and no bytes
         os.replace(work, file)
 
     def remove(self) -> None:

@@ -97,8 +97,9 @@ class Passes:
         size = min(self.n, self.batch)
         first = step * size
         passes = range(first // self.n, (first + size - 1) // self.n + 1)
-        order = np.concatenate([_pass(self.n, (*self.key, "pass", p)) for p in passes])
-        return order[first - passes[0] * self.n :][:size]
+        # Cut before they are joined: a pass over a large set is a hundred megabytes, and a step a few rows.
+        cuts = [(p, max(0, first - p * self.n), min(self.n, first + size - p * self.n)) for p in passes]
+        return np.concatenate([_pass(self.n, (*self.key, "pass", p))[start:end] for p, start, end in cuts])
 
 
 @lru_cache(maxsize=2)  # neighbouring steps are of one pass, or of two

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ddoq_ray.config.network_training import DecoderTuning, PriorTraining
-from ddoq_ray.models.autoencoder import cast, encoder_digest, load_network, network_kind
+from ddoq_ray.models.autoencoder import cast, encoder_digest, load_autoencoder, load_network, network_kind
 from ddoq_ray.models.classifiers import Classifier
 from ddoq_ray.models.features import FeatureLevels
 from ddoq_ray.models.folders import check_free, published_folder, read_json, resolve_folder, write_json
@@ -77,7 +77,8 @@ def tune_decoder(
         "torch": str(torch.__version__), "diffusers": str(diffusers.__version__),
         **machine(ranks),
     }  # fmt: skip
-    before = seen_by.judged_autoencoder(prior.autoencoder, data) if ranks.rank == 0 else {}
+    # Where it is tuned; the prior, whose denoiser has no part in this, stays on the CPU.
+    before = seen_by.judged_autoencoder(load_autoencoder(folder, device=ranks.device), data) if ranks.rank == 0 else {}
     checkpoints = Checkpoints(out.folder, identity, overwrite=out.overwrite)
     phases = Phases(checkpoints, config.checkpoint_every, on_progress, ranks)
     phases.open()
@@ -88,7 +89,7 @@ def tune_decoder(
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)
         _write(work, tuned, record, prior.latents_id)
-        record["after"] = seen_by.judged_autoencoder(load_prior(work).autoencoder, data)
+        record["after"] = seen_by.judged_autoencoder(load_prior(work, device=ranks.device).autoencoder, data)
         _write(work, tuned, record, prior.latents_id)
     phases.checkpoints.remove()
     return record

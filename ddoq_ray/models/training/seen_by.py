@@ -40,6 +40,7 @@ class Classifiers:
         judge = self.judge or self.perceptual
         assert judge is not None, "asked where a classifier was given"
         real, class_ids = _looked_at(data)
+        judge.to(autoencoder.device)
         return {"held_out": data.held_out is not None, **judge_autoencoder(autoencoder, judge, real, class_ids)}
 
     def judged(self, prior: Prior, data: TrainingSet) -> dict[str, Any]:
@@ -47,6 +48,7 @@ class Classifiers:
         judge = self.judge or self.perceptual
         if judge is None:
             return {}
+        judge.to(prior.device)
         real, class_ids = _looked_at(data)
         classes = [ClassInfo(int(c), data.classes[c], data.classes[c], int(c), int(c)) for c in class_ids]
         how = Sampling(1.0, 25, "noise", prior.guidance_of(None) if prior.has_null else 1.0)

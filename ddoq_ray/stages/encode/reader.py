@@ -25,6 +25,7 @@ from ddoq_ray.storage.quarantine import Refusal, publish_refusals
 # Of pixels: small enough that several wait in memory, large enough to hide a call's cost (with half of it readers lose
 # a sixth of their rate, with twice as much they gain nothing).
 CHUNK_BYTES = 48 << 20
+MOST_BYTES = 2**31 - 1  # of pixels in a value of a table, whose ends are int32
 TASK_BYTES = 512 << 20  # of shards: ten seconds and more, beside the 0.2 s until Ray Data follows a task up
 READER_BYTES = 4 * CHUNK_BYTES  # a chunk is collected while the one before is put into a block and stored
 
@@ -94,9 +95,18 @@ def with_lost(bad: list[Refusal], missing: int) -> list[Refusal]:
 
 
 def read_tables(batch: dict[str, np.ndarray], **reading: Any) -> Iterator[pa.Table]:
-    """Ray Data UDF: the rows of `read_chunks` as Arrow tables; their pixels are not copied once more on the way."""
+    """Ray Data UDF: the rows of `read_chunks` as Arrow tables; their pixels are not copied once more on the way.
+
+    Raises:
+        ValueError: A chunk of as many samples as were asked for is too large for a table.
+    """
     for row in read_chunks(batch, **reading):
         pixels = row.pop("pixels")[0]
+        if len(pixels) > MOST_BYTES:
+            raise ValueError(
+                f"encoder.chunk_samples: a chunk of {len(json.loads(row['keys'][0])):,} images has {len(pixels):,} "
+                f"bytes of pixels, and can have at most {MOST_BYTES:,}; give fewer, or leave the key out"
+            )
         ends = np.array([0, len(pixels)], np.int32)
         column = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(pixels)])
         yield pa.table({**row, "pixels": column})

@@ -30,6 +30,7 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import ResultRow, Scored, StudentManifest
 
 BATCH = 500  # images of a forward pass
+HELD_BYTES = 4 << 30  # of students in one task, about: a comparison may have hundreds
 
 
 @ray.remote
@@ -117,7 +118,8 @@ def evaluate(parts: Sequence[Part]) -> None:
             places = [s.place for _, steps in seen for s in steps]
             whole = [place for place in places if not trained[place].get("diverged")]
             progress.advance(len(places) - len(whole))
-            found, scored = _measure(run, whole, progress)
+            tasks = tasks_for(len(whole), sum(trained[place]["bytes"] for place in whole))
+            found, scored = _measure(run, whole, tasks, progress)
             measured |= found
             facts |= dict.fromkeys(places, scored)
     told = next(iter(facts.values()))
@@ -150,10 +152,22 @@ def _alike(parts: Sequence[Part]) -> dict[tuple[Any, ...], list[Part]]:
     return found
 
 
-def _measure(run: Run, whole: list[str], progress: Progress) -> tuple[dict[str, tuple[float, float]], Scored]:
-    """(folder -> (top-1, top-5), what was scored) of the students that did not diverge."""
+def tasks_for(students: int, nbytes: int) -> int:
+    """Tasks that score students of so many bytes in all: two, and more where one would hold more than `HELD_BYTES`.
+
+    Each of them reads all validation images.
+
+    >>> tasks_for(0, 0), tasks_for(1, 10**6), tasks_for(30, 10**9), tasks_for(400, 40 * 10**9)
+    (1, 1, 2, 10)
+    """
+    return max(1, min(students, max(2, -(-nbytes // HELD_BYTES))))
+
+
+def _measure(
+    run: Run, whole: list[str], tasks: int, progress: Progress
+) -> tuple[dict[str, tuple[float, float]], Scored]:
+    """(folder -> (top-1, top-5), what was scored) of the students that did not diverge, in so many tasks."""
     config = run.config
-    tasks = max(1, min(len(whole), 2))
     resources = config.cluster.evaluator
     task = _evaluate.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
     validation = Validation.of(config, run.data)

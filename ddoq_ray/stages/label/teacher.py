@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch: only in the actor
 
 TORCHVISION = "torchvision:"
 COST_VIEWS = 256  # of which it is measured what codecs cost
+PART = 0.5  # of the memory that is free on a GPU, for an image set: beside it are activations, and other actors
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Teacher:
         return {"labels": unit.file.labels, "bytes": size}
 
     def _labeller(self, codec: str) -> Labeller:
-        from ddoq_ray.models.labelling import Labeller, view_spec
+        from ddoq_ray.models.labelling import Labeller
+        from ddoq_ray.models.protocol_views import view_spec
 
         config = self.config
         spec = view_spec(config.protocol, config.student.image_size)
@@ -126,14 +128,16 @@ class Teacher:
         return self._labeller("logits").codec_costs(pixels, index, self.config.protocol.temperature)
 
     def _images_of(self, name: str, images: SharedImages) -> Any:
-        """uint8 [N, 3, H, W] on the device: on the CPU the pages that all actors of the node share."""
+        """uint8 [N, 3, H, W]: on the GPU where there is room, else the pages that all actors of the node share."""
         import torch
 
         if self._set is None or self._set[0] != name:
             self._set = None  # the old one goes first
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                self._set = (name, torch.from_numpy(images.array()).to(self.device))
+                pixels = torch.from_numpy(images.array())
+            room = self.device == "cpu" or pixels.nbytes <= PART * torch.cuda.mem_get_info()[0]
+            self._set = (name, pixels.to(self.device) if room else pixels)
         return self._set[1]
 
     def save_head(self, labels: str) -> None:

@@ -109,7 +109,7 @@ def exact_codebooks(
     Args:
         found: The arrays are kept, and written to where they shrink.
         chunks_of: Reads classes from the log, in one pass.
-        shrink: Draw centroids to the class mean (`core.shrinkage`); a second pass gives counts and distortion of these.
+        shrink: Draw centroids towards their neighbours (`core.shrinkage`); a second pass measures these.
         pooling: Of the latents that `found` are centroids of; a first pass gives those of the whole ones.
     """
     if pooling is not None and pooling.side > 1:

@@ -28,9 +28,9 @@ from ddoq_ray.config.quantizer import BalancedConfig, ClvqConfig, QuantizerConfi
 from ddoq_ray.core.clvq import Clvq
 from ddoq_ray.core.pooling import Pooling
 from ddoq_ray.core.sizing import GIB, clvq_bytes, clvq_seeding_bytes, gram_bytes
-from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.class_quantizers import BATCH_BYTES, READ_BYTES, algorithm_of
 from ddoq_ray.stages.quantize.worker import Pending, enough_to_finish, shards_of
+from ddoq_ray.storage.prepared import Data
 
 BASE_BYTES = 240 << 20  # of a worker process that has done nothing yet
 LIBRARY_BYTES = 160 << 20  # scikit-learn, faiss

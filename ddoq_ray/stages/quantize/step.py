@@ -1,14 +1,14 @@
 """quantize: actors, sharded over classes, pull the latent log while encoders still run.
 
 Order matters only within a class: each class has its own cursor over the shards that hold it and takes them in
-order, whatever the order of their completion (`quantize_worker`). So the codebook is the same bytes under any number
+order, whatever the order of their completion (`worker`). So the codebook is the same bytes under any number
 of actors, any order of arrival, any death.
 
 Classes are written in parts (fixed ranges of class ids, which do not depend on the number of actors). When the last
 shard of a part's last class is consumed, each class of the part gets its exact assignment pass over the log, the part
 is published, and its state is freed.
 
-What an actor may hold is planned, checked and asked of Ray first (`quantize_memory`).
+What an actor may hold is planned, checked and asked of Ray first (`memory`).
 """
 
 from __future__ import annotations

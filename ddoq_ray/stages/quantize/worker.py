@@ -2,9 +2,9 @@
 
 Order matters only within a class. `advance` is idempotent, and the state of the open classes is snapshotted with
 their cursors in one atomic file; so an actor may die at any moment, restart without limit as long as it gets on
-(`quantizer_deaths`), and the codebook is the same bytes.
+(`deaths`), and the codebook is the same bytes.
 
-Memory: `quantize_memory.plan_memory` states it, and the driver asks Ray for it.
+Memory: `memory.plan_memory` states it, and the driver asks Ray for it.
 """
 
 from __future__ import annotations

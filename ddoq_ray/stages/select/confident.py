@@ -7,6 +7,7 @@ without an image (its centroid is a copy of another's) takes the surest of those
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,14 +51,17 @@ def choose(choice: Choice) -> Selection:
             before = int(held[:at].sum())
             best = found.setdefault(c, _Best.of(np.asarray(weights)))
             best.take(cells, before)
-            best.spare += [(loss, before + position) for loss, position in spare]
+            best.keep(spare, before)
     chosen = {c: best.positions() for c, best in sorted(found.items())}
     return Selection(chosen, {c: best.weights for c, best in found.items()})
 
 
 @dataclass
 class _Best:
-    """The surest image of each cell of a class, so far: its loss and its position among the class's images."""
+    """The surest image of each cell of a class, so far: its loss and its position among the class's images.
+
+    `spare`: (loss, position) of the surest of all, for empty cells.
+    """
 
     weights: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
@@ -73,6 +77,13 @@ class _Best:
         for cell, loss, position in cells:
             if (loss, before + position) < (self.losses[cell], self.places[cell]) or self.places[cell] < 0:
                 self.losses[cell], self.places[cell] = loss, before + position
+
+    def keep(self, spare: Rows, before: int) -> None:
+        """Take (loss, position) of a shard's surest images, whatever their cells; as `take`."""
+        self.spare += [(loss, before + position) for loss, position in spare]
+        enough = 2 * len(self.weights)  # of the surest, cells that are not empty take at most half
+        if len(self.spare) > 8 * enough:
+            self.spare = heapq.nsmallest(enough, self.spare)
 
     def positions(self) -> npt.NDArray[np.int64]:
         """Of each cell; an empty one has the next of the spare ones."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch: only in the actor
     from ddoq_ray.models.classifiers import Classifier
 
 Rows = list[list[Any]]  # of plain numbers
+MOST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,17 @@ class Looking:
         return self.judge.image_size
 
     def losses(self, pictures: Sequence[npt.NDArray[np.uint8]], classes: Sequence[int], *, pad: bool = False) -> Any:
-        """float32 [n], cross-entropies of pictures uint8 [H, W, 3] of one size; see `class_losses`."""
+        """float32 [n], cross-entropies of pictures uint8 [H, W, 3] of one size; see `class_losses`.
+
+        One that is no number, which no file of answers can hold, is the largest that there is.
+        """
         from ddoq_ray.models.confidence import class_losses
 
         found = [np.empty(0, np.float32)]
         for first in range(0, len(pictures), self.batch):
             part = slice(first, first + self.batch)
             found.append(class_losses(self.judge, np.stack(pictures[part]), self.indices[classes[part]], pad=pad))
-        return np.concatenate(found)
+        return np.nan_to_num(np.concatenate(found), nan=MOST, posinf=MOST)
 
 
 Ask = Callable[[Looking, Shard], Rows]

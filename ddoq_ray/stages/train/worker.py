@@ -126,7 +126,7 @@ class Trainer:
     def _begin(self, row: Cell, state: dict[str, Any] | None, digest: object = None) -> Student:
         from ddoq_ray.core.losses import image_weights
         from ddoq_ray.core.transfers import on_device
-        from ddoq_ray.models.labelling import view_spec
+        from ddoq_ray.models.protocol_views import view_spec
         from ddoq_ray.models.training.student import StudentTraining
 
         found = self.sets.get(row.images, self.job.real, digest)

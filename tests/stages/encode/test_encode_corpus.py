@@ -108,3 +108,16 @@ def test_chunks_hold_the_squares_that_were_asked_for(tmp_path: Path, mode: str) 
     pixels = b"".join(row["pixels"][0] for row in rows)
     samples = read_samples(str(path), 3, lambda bad: pytest.fail(str(bad)))
     assert pixels == b"".join(to_square(s.image, 16, mode).tobytes() for s in samples)
+
+
+def test_a_chunk_that_is_too_large_for_a_table_is_told_by_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(CORPUS["formats"].tar())
+    batch = {"shard": np.array([0]), "url": np.array([str(path)])}
+    how = {"quarantine": Folder(str(tmp_path)), "num_classes": 3, "image_size": 16}
+    monkeypatch.setattr(encode_reader, "MOST_BYTES", 3 * 3 * 16**2)
+    assert all(table.num_rows == 1 for table in encode_reader.read_tables(batch, chunk_samples=3, **how))
+    with pytest.raises(ValueError, match=r"encoder\.chunk_samples: .* 4 images .* at most 2,304; give fewer"):
+        list(encode_reader.read_tables(batch, chunk_samples=4, **how))

@@ -20,7 +20,9 @@ def test_balanced_centroids_are_better_for_uniform_weights_than_those_of_k_means
         BalancedConfig(rounds=20), settings, {0: 59, 1: 59}, {0: 0, 1: 0}, lambda wanted: ((c, x[c]) for c in wanted)
     )
     uniform = np.full(4, 0.25)
-    for book in whole.codebooks([0, 1]):
+    books = list(whole.codebooks([0, 1]))
+    assert [book.class_id for book in books] == [0, 1]
+    for book in books:
         latents = x[book.class_id].astype(np.float32)
         start, _ = lloyd(latents, 4, seed=3, class_id=book.class_id)
         assert (book.centroids == balanced(latents, start, max_rounds=20).centroids).all()

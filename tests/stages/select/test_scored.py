@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddoq_ray.core.distortion import assign
@@ -69,12 +71,33 @@ def test_the_best_of_several_shards_is_the_best_of_all() -> None:
                 at = min(inside, key=lambda i: (losses[i], i))
                 rows.append([cell, float(losses[at]), at - first])
         best.take(rows, first)
-        best.spare += [(float(losses[i]), i) for i in mine]
+        best.keep([[float(losses[i]), i - first] for i in mine], first)
     found = best.positions().tolist()
     for cell in (0, 1, 3, 4):
         assert found[cell] == min(np.flatnonzero(cells == cell).tolist(), key=lambda i: (losses[i], i))
     left = [i for i in range(40) if i not in set(found) - {found[2]}]
     assert found[2] == min(left, key=lambda i: (losses[i], i)) and len(set(found)) == 5
+
+
+def test_spare_images_are_kept_as_far_as_cells_can_ask_for_them() -> None:
+    losses = np.random.default_rng(0).integers(0, 300, 3000)
+    best = confident._Best.of(np.full(4, 0.25))
+    for first in np.random.default_rng(1).permutation(300) * 10:
+        mine = sorted((float(losses[i]), int(i - first)) for i in range(first, first + 10))
+        best.keep([list(pair) for pair in mine[:8]], int(first))
+        assert len(best.spare) < 100, "however many shards hold the class"
+    surest = np.lexsort((np.arange(3000), losses)).tolist()
+    best.take([[0, 0.0, surest[0]], [3, 0.0, surest[2]]], 0)
+    assert best.positions().tolist() == [surest[0], surest[1], surest[3], surest[2]]
+
+
+def test_an_image_that_the_teacher_has_no_number_for_comes_last(shard: Shard) -> None:
+    judge = load_classifier("shipped:digits-teacher")
+    with torch.no_grad():
+        judge.head.bias[3] = torch.nan
+    losses = Looking(judge, 2, np.arange(10)).losses([np.zeros((16, 16, 3), np.uint8)] * 3, [0, 1, 2])
+    json.dumps(losses.tolist(), allow_nan=False)
+    assert (losses > 1e30).all()
 
 
 def test_the_surest_crop_of_each_pooled_image(shard: Shard, looking: Looking) -> None:
