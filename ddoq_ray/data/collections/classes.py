@@ -8,7 +8,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,6 +21,7 @@ REMEDY = (
     'give dataset.classes=classes.json, a JSON list of {"name": ..., "prompt": ...} in label order, '
     "with the names that the source has"
 )
+SUBTRACT = "They begin at 1: subtract one, or begin the class list (dataset.classes) with a class that is not used"
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 # Positions of some WordNet ids among ImageNet's 1,000 in sorted order, beside the ten that torchvision's Imagenette
@@ -135,15 +136,39 @@ def numbered_classes(
     else:
         if labels != set(range(len(labels))):
             raise ValueError(
-                f"{where}: labels {shown(sorted(labels))} without names; expected 0 to C - 1 without a gap; {REMEDY}"
+                f"{where}: labels {shown(sorted(labels))} without names; expected 0 to C - 1 without a gap"
+                + (f". {SUBTRACT}" if begin_at_one(labels, len(labels)) else f"; {REMEDY}")
             )
         classes = [_plain(i, str(i)) for i in range(len(labels))]
     outside = sorted(label for label in labels if not 0 <= label < len(classes))
     if outside:
         raise ValueError(
-            f"{where}: labels {shown(outside)} are outside the class list (0 to {len(classes) - 1}); {REMEDY}"
+            f"{where}: labels {shown(outside)} are outside the class list (0 to {len(classes) - 1})"
+            + (f". {SUBTRACT}" if begin_at_one(labels, len(classes)) else f"; {REMEDY}")
         )
     return classes
+
+
+def begin_at_one(labels: Collection[int], num_classes: int) -> bool:
+    """Whether labels count the classes from 1: each would be taken for its neighbour, and only the last is outside.
+
+    >>> begin_at_one({1, 2, 3}, 3), begin_at_one({0, 1, 3}, 3), begin_at_one({1, 2}, 3)
+    (True, False, False)
+    """
+    return bool(labels) and min(labels) >= 1 and max(labels) == num_classes
+
+
+def check_first_label(labels: Collection[int], num_classes: int, where: str) -> None:
+    """Refuse labels that count the classes from 1, however few of them are outside the class list.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if begin_at_one(labels, num_classes):
+        raise ValueError(
+            f"{where}: the labels go from {min(labels)} to {num_classes}, and the class list from 0 to "
+            f"{num_classes - 1}. {SUBTRACT}"
+        )
 
 
 def wordnet_classes(wnids: Sequence[str], where: str) -> list[ClassInfo]:

@@ -8,7 +8,13 @@ from itertools import islice
 
 import numpy as np
 
-from ddoq_ray.data.collections.classes import check_class_lists, given_classes, numbered_classes, shown
+from ddoq_ray.data.collections.classes import (
+    check_class_lists,
+    check_first_label,
+    given_classes,
+    numbered_classes,
+    shown,
+)
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Survey, harmless, image_extension
 from ddoq_ray.data.collections.metadata import metadata_classes, usable_labels
@@ -122,6 +128,7 @@ class Parquet(Containers):
         """A class list that does not fit stops; a few wild labels are for max_bad_fraction to judge."""
         for listing in listings.values():
             wild = [r.reason.rpartition(": ")[2] for r in listing.refused if not harmless(r)]
+            check_first_label({*map(int, wild), *listing.class_ids.tolist()}, len(classes), self.path)
             if len(wild) > (1 - FIT) * (len(wild) + len(listing.names)):
                 raise ValueError(
                     f"{self.path}: labels {shown(sorted(set(wild)))} are outside the class list (0 to "
