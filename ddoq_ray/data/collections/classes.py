@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import posixpath
@@ -16,6 +17,7 @@ import fsspec
 
 from ddoq_ray.data.samples import read_classes
 from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.transport import read_file
 
 REMEDY = (
     'give dataset.classes=classes.json, a JSON list of {"name": ..., "prompt": ...} in label order, '
@@ -86,13 +88,16 @@ def check_class_lists(files: Iterable[str], classes: Sequence[ClassInfo]) -> Non
             )
 
 
-def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) -> list[ClassInfo]:
+def class_list(
+    names: Sequence[str], given: list[ClassInfo] | None, where: str, words_in: Sequence[str] = ()
+) -> list[ClassInfo]:
     """Classes in the order of their sorted names (numbers as numbers), or as given.
 
     Args:
         names: The source's own names, each once.
         given: A class list that must name exactly these.
         where: Words for the source in an error.
+        words_in: Folders where a list of what WordNet ids mean may lie.
 
     Raises:
         ValueError: When which class is which would have to be guessed; shows the candidates and the remedy.
@@ -108,7 +113,7 @@ def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) 
             )
         return [_plain(i, name) for i, name in enumerate(sorted(names, key=float))]
     if names and all(_WNID.fullmatch(name) for name in names):
-        return wordnet_classes(sorted(names), where)
+        return wordnet_classes(sorted(names), where, words_in)
     return [_plain(i, name) for i, name in enumerate(sorted(names))]
 
 
@@ -171,8 +176,11 @@ def check_first_label(labels: Collection[int], num_classes: int, where: str) -> 
         )
 
 
-def wordnet_classes(wnids: Sequence[str], where: str) -> list[ClassInfo]:
+def wordnet_classes(wnids: Sequence[str], where: str, words_in: Sequence[str] = ()) -> list[ClassInfo]:
     """Classes named by WordNet ids, with readable prompts where the id's word is known for certain.
+
+    Args:
+        words_in: Folders where a list of what the ids mean may lie.
 
     ImageNet's 1,000 ids in sorted order are the outputs of its classifiers and priors, so these places are filled in.
     For fewer classes they are not: which network is used decides, and it finds the prompt.
@@ -187,12 +195,28 @@ def wordnet_classes(wnids: Sequence[str], where: str) -> list[ClassInfo]:
     if whole:
         return [ClassInfo(i, w, _IMAGENET_CATEGORIES[i], i, i) for i, w in enumerate(wnids)]
     unknown = [w for w in wnids if w not in known]
+    words = wordnet_words(words_in) if unknown else {}
+    unknown = [w for w in unknown if w not in words]
     if unknown:
         raise ValueError(
             f"{where}: {len(wnids)} classes named by WordNet ids that are not ImageNet's 1,000, and the words of "
-            f"{len(unknown)} of them are not known here ({shown(unknown)}); {REMEDY}"
+            f"{len(unknown)} of them are not known here ({shown(unknown)}); "
+            + ("put a words.txt there, with an id and its words in each line, or " if words_in else "")
+            + REMEDY
         )
-    return [ClassInfo(i, w, _IMAGENET_CATEGORIES[known[w]]) for i, w in enumerate(wnids)]
+    return [ClassInfo(i, w, _IMAGENET_CATEGORIES[known[w]] if w in known else words[w]) for i, w in enumerate(wnids)]
+
+
+def wordnet_words(folders: Iterable[str]) -> dict[str, str]:
+    """WordNet id -> its first word, by the lists that ImageNet's kinds come with, in any of some folders."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt", "Labels.json"):
+            with contextlib.suppress(OSError):
+                text = read_file(posixpath.join(folder, name)).decode("utf-8", "replace")
+                for wnid, words in re.findall(r'(n\d{8})[\s":]+([^",\r\n]+)', text):
+                    found.setdefault(wnid, words.strip())
+    return found
 
 
 def _positions() -> dict[str, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ddoq_ray.data.collections.classes import shown
 from ddoq_ray.data.collections.listing import LEFTOVER, NO_IMAGE, image_extension
@@ -22,6 +23,7 @@ _OTHERS = frozenset((
     "xlsx", "ppt", "pptx", "npy", "npz", "mat", "pkl", "pt", "pth", "h5", "hdf5", "parquet", "arrow", "db", "sqlite",
     "mp4", "avi", "mov", "mkv", "mp3", "wav", "lnk", "url", "bak", "tmp", "part", "crdownload",
 ))  # fmt: skip
+_MASK = re.compile(r"(.*[^/])[ _.-](?:masks?|seg|segmentation|superpixels|trimap|depth)(?:[ _-]?\d+)?", re.IGNORECASE)
 
 
 def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
@@ -48,6 +50,17 @@ def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
         elif kind not in READ:
             why[name] = NO_IMAGE
     return why
+
+
+def masks(images: Iterable[str]) -> list[str]:
+    """Those of a folder's images that are named as masks of others in it.
+
+    >>> masks(["a/1.jpg", "a/1_mask.png", "a/1_mask_2.png", "a/2_mask.png", "b/1_depth.png"])
+    ['a/1_mask.png', 'a/1_mask_2.png']
+    """
+    stems = {name: posixpath.splitext(name)[0] for name in images}
+    there = set(stems.values())
+    return [name for name, stem in stems.items() if (found := _MASK.fullmatch(stem)) and found[1] in there]
 
 
 def _leads_nowhere(path: str) -> bool:

@@ -28,8 +28,9 @@ NO_LABEL = "no label"
 NO_LABEL_IN_TABLE = "no label in the metadata"
 NO_CLASS_IMAGE = "class folder without an image"
 OTHER_SPLIT = "of a split that is not used"
+MASK = "mask of an image beside it"
 # Kinds of refusal by which no labelled image is lost: they are told, and are no damage that max_bad_fraction limits.
-HARMLESS = frozenset((NO_IMAGE, LEFTOVER, NO_LABEL, NO_LABEL_IN_TABLE, NO_CLASS_IMAGE, OTHER_SPLIT))
+HARMLESS = frozenset((NO_IMAGE, LEFTOVER, NO_LABEL, NO_LABEL_IN_TABLE, NO_CLASS_IMAGE, OTHER_SPLIT, MASK))
 # Pillow's word for a format -> the extension that a file of it gets in a shard if its own is none of the usual.
 _EXTENSIONS = {
     "PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm",

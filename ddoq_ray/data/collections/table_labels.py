@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddoq_ray.data.collections.classes import escaped, shown
+from ddoq_ray.data.collections.classes import escaped, shown, text_of
 from ddoq_ray.data.collections.listing import NO_LABEL_IN_TABLE, OTHER_SPLIT, Listing, Survey, sorted_listing
 from ddoq_ray.data.collections.metadata import Names, Row, labelled_rows, metadata_classes, usable_labels
 from ddoq_ray.storage.quarantine import Refusal
@@ -41,23 +41,37 @@ class _Labels:
 
 
 def survey_tables(
-    root: str, trees: dict[str, Tree], above: Sequence[str], label_column: str | None, given: list[ClassInfo] | None
+    root: str,
+    trees: dict[str, Tree],
+    above: Sequence[str],
+    label_column: str | None,
+    given: list[ClassInfo] | None,
+    words_in: Sequence[str] = (),
 ) -> Survey:
     """Classes and listings by the tables of the trees and those directly in `root`, above its splits.
 
+    A split without a table has its class folders for labels.
+
+    Args:
+        words_in: Folders where a list of what WordNet ids mean may lie.
+
     Raises:
-        ValueError: When tables are ambiguous or contradict each other, or a split has none.
+        ValueError: When tables are ambiguous or contradict each other, or a split has neither table nor class folders.
     """
     found = {split: _read(tree, label_column) for split, tree in trees.items()}
     for table in above:
         _read_above(root, table, trees, found, label_column)
     for split, tree in trees.items():
         _check_there(tree, found[split])
+    for split, tree in trees.items():
+        if not found[split].rows and not found[split].absent:
+            folders = {n: n.partition("/")[0] for n in tree.files if "/" in n and n not in tree.no_image}
+            found[split].rows.update({n: Row(n, text_of(folder), None) for n, folder in folders.items()})
     missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
     if missing:
         raise ValueError(
-            f"{shown(missing)} has no metadata.csv or metadata.jsonl, but the other split has one; give each its "
-            "own, or one above both with the splits in its file names"
+            f"{shown(missing)} has neither class folders nor a metadata.csv or metadata.jsonl, but the other split has "
+            "one; give each its own, or one above both with the splits in its file names"
         )
     notes: list[str] = []
     parts = _by_split(root, trees, found, notes)
@@ -65,7 +79,7 @@ def survey_tables(
     labels = {split: {meant[r.label] for r in rows.values()} for split, rows in parts.items()}
     if "val" in labels and labels["val"] == {None}:
         notes[:] = ["no validation image has a label: they cannot be used to measure (dataset.heldout holds some out)"]
-    classes, class_ids = metadata_classes(labels, given, root)
+    classes, class_ids = metadata_classes(labels, given, root, words_in)
     listings: dict[str, Listing] = {}
     for split, rows in parts.items():
         tree = trees.get(split, trees["train"])
