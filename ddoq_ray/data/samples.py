@@ -41,6 +41,8 @@ class Sample:
 def read_classes(path: str) -> list[ClassInfo]:
     """Read ``classes.json``: a list of names, or of objects with the fields of `ClassInfo`.
 
+    Dictionaries that number all names from 0 (class_to_idx, id2label, ImageNet's class index) are such lists too.
+
     Raises:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
     """
@@ -105,10 +107,35 @@ def _rows(path: str) -> list[Any]:
         raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
     except (ValueError, ImportError) as error:  # a protocol that nobody knows, a library to install, a store
         raise ValueError(f"cannot read the class list {path}: {error}; set dataset.classes to a file") from None
+    if isinstance(rows, dict):
+        rows = _listed(rows) or rows
     if not isinstance(rows, list) or not rows:
         came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
         raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
     return rows
+
+
+def _listed(rows: dict[str, Any]) -> list[Any] | None:
+    """The list that a dictionary stands for; None where it numbers no classes from 0.
+
+    >>> _listed({"dog": 1, "cat": 0}), _listed({"1": ["n02", "dog"], "0": ["n01", "cat"]})
+    (['cat', 'dog'], [{'name': 'n01', 'prompt': 'cat'}, {'name': 'n02', 'prompt': 'dog'}])
+    >>> _listed({"id2label": {"0": "cat"}}), _listed({"n01": "cat"})
+    (['cat'], None)
+    """
+    if isinstance(rows.get("id2label"), dict):
+        return _listed(rows["id2label"])
+    by_number: dict[int, Any] = {}
+    for key, value in rows.items():
+        if isinstance(value, int) and not isinstance(value, bool):  # class_to_idx
+            by_number[value] = key
+        elif key.isdecimal() and isinstance(value, list) and len(value) == 2:  # ImageNet's: an id and a word
+            by_number[int(key)] = {"name": value[0], "prompt": value[1]}
+        elif key.isdecimal() and isinstance(value, str):  # id2label
+            by_number[int(key)] = value
+    if len(by_number) != len(rows) or sorted(by_number) != list(range(len(rows))):
+        return None
+    return [by_number[i] for i in range(len(rows))]
 
 
 def read_samples(shard: str, num_classes: int, on_bad: OnBad, sha256: str = "") -> Iterator[Sample]:

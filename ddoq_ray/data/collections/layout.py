@@ -65,6 +65,7 @@ def find_layout(root: str, val_path: str | None, named: Collection[str]) -> Layo
         raise ValueError(
             f"{here}: {' or '.join(train)} could each be the training images; say which: "
             + " or ".join(f"dataset.path={root}/{name}" for name in train)
+            + "; of parts of one set, make a folder train with links to the class folders of all"
         )
     if val_path is not None:
         held = []

@@ -105,8 +105,11 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
         images = [image_column]
     if len(images) != 1:
         raise ValueError(
-            f"{file}: which column is the image? Candidates: {shown(images) or 'none'}; expected a column of "
-            "struct{bytes, path} or binary; say which by dataset.image_column=NAME"
+            f"{file}: which column is the image? Candidates: {shown(images)}; say which by dataset.image_column=NAME"
+            if images
+            else f"{file}: no column holds images as bytes (there: "
+            f"{shown([f'{name} of {kind}' for name, kind in fields.items()])}); expected a column of "
+            "struct{bytes, path} or binary with each image's file (JPEG, PNG): write one"
         )
     able = [n for n, kind in fields.items() if _may_be_label(kind) and not n.startswith("__")]
     labels = [n for n in fields if kinds.get(n) == "ClassLabel"]

@@ -58,21 +58,7 @@ def survey_tables(
     Raises:
         ValueError: When tables are ambiguous or contradict each other, or a split has neither table nor class folders.
     """
-    found = {split: _read(tree, label_column) for split, tree in trees.items()}
-    for table in above:
-        _read_above(root, table, trees, found, label_column)
-    for split, tree in trees.items():
-        _check_there(tree, found[split])
-    for split, tree in trees.items():
-        if not found[split].rows and not found[split].absent:
-            folders = {n: n.partition("/")[0] for n in tree.files if "/" in n and n not in tree.no_image}
-            found[split].rows.update({n: Row(n, text_of(folder), None) for n, folder in folders.items()})
-    missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
-    if missing:
-        raise ValueError(
-            f"{shown(missing)} has neither class folders nor a metadata.csv or metadata.jsonl, but the other split has "
-            "one; give each its own, or one above both with the splits in its file names"
-        )
+    found = _read_all(root, trees, above, label_column)
     notes: list[str] = []
     parts = _by_split(root, trees, found, notes)
     meant = usable_labels({r.label for rows in parts.values() for r in rows.values()}, root)
@@ -113,6 +99,28 @@ def survey_tables(
     return Survey(classes, train, val, notes)
 
 
+def _read_all(root: str, trees: dict[str, Tree], above: Sequence[str], label_column: str | None) -> dict[str, _Labels]:
+    """What the tables say of each split, and of a split that none speaks of its class folders.
+
+    Raises:
+        ValueError: When a split has neither.
+    """
+    found = {split: _read(tree, label_column) for split, tree in trees.items()}
+    for table in above:
+        _read_above(root, table, trees, found, label_column)
+    for split, tree in trees.items():
+        _check_there(tree, found[split])
+        if not found[split].rows and not found[split].absent:
+            found[split].rows = _by_folder(tree)
+    missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
+    if missing:
+        raise ValueError(
+            f"{shown(missing)} has neither class folders nor a metadata.csv or metadata.jsonl, but the other split has "
+            "one; give each its own, or one above both with the splits in its file names"
+        )
+    return found
+
+
 def _read(tree: Tree, label_column: str | None) -> _Labels:
     labels = _Labels({}, [])
     names = Names(tree.files)
@@ -134,6 +142,12 @@ def _read(tree: Tree, label_column: str | None) -> _Labels:
             else:
                 _add(labels, name, row, path)
     return labels
+
+
+def _by_folder(tree: Tree) -> dict[str, Row]:
+    """What the class folders of a tree without a table say."""
+    images = [name for name in tree.files if "/" in name and name not in tree.no_image]
+    return {name: Row(name, text_of(name.partition("/")[0]), None) for name in images}
 
 
 def _check_there(tree: Tree, labels: _Labels) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support.collection_trees import found, put, survey, table, tree
+from support.collection_trees import found, picture, put, rows_of, survey, table, tree
+
+from ddoq_ray.data.collections.listing import Picture, no_image
+from ddoq_ray.data.samples import read_classes
+from ddoq_ray.data.tar_writing import write_tar
 
 WNIDS = ("n01443537", "n01629819", "n02086240")
 
@@ -135,3 +142,82 @@ def test_lists_of_splits_beside_class_folders_are_told(tmp_path: Path) -> None:
     put(tmp_path / "b/train_test_split.txt", b"1 0\n")
     for root, names in ((tmp_path / "a", "test.csv, train.csv"), (tmp_path / "b/images", "train_test_split.txt")):
         assert any(note.startswith(f"{names} are not read") for note in survey(root).notes)
+
+
+def told(place: Path | str, **keys: str) -> str:
+    with pytest.raises(ValueError) as error:
+        survey(place, **keys)
+    return str(error.value)
+
+
+def test_shards_of_captions_are_not_called_archives(tmp_path: Path) -> None:
+    members = [m for i in range(3) for m in ((f"{i}.jpg", picture("JPEG")), (f"{i}.json", b"{}"), (f"{i}.txt", b"a"))]
+    put(tmp_path / "a/00000.tar", write_tar(members))
+    assert "00000.tar holds images with .json and .txt of the same key, and no label" in told(tmp_path / "a")
+    put(tmp_path / "b/cifar-10-python.tar", write_tar([("cifar-10-batches-py/data_batch_1", b"x")]))
+    assert "is an archive, not shards" in told(tmp_path / "b/cifar-10-python.tar")
+    put(tmp_path / "c/s-0.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(60))
+    for place in (tmp_path / "c", tmp_path / "c/s-0.tar.zst"):
+        assert "unzstd" in told(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("pathmnist.npz", "NumPy's arrays"), ("train_32x32.mat", "MATLAB"), ("x/train.tfrecord", "TFRecord"),
+     ("train.lmdb/data.mdb", "LMDB"), ("train.beton", "FFCV"), ("train.rec", "RecordIO"), ("split_train_x.h5", "HDF5"),
+     ("train/shard.00000.mds", "Streaming"), ("x.feather", "Feather"), ("stl10_binary/train_X.bin", "raw bytes")],
+)  # fmt: skip
+def test_files_of_other_programs_are_named_with_the_way_out(tmp_path: Path, name: str, words: str) -> None:
+    put(tmp_path / name, b"\x89" + bytes(60))
+    for place in (tmp_path, tmp_path / name):
+        assert words in told(place) and "write its images as files in a folder for each class" in told(place)
+
+
+def test_cifar_where_torchvision_leaves_it(tmp_path: Path) -> None:
+    put(tmp_path / "cifar-10-batches-py/data_batch_1", b"\x80\x02")
+    assert "add dataset=torchvision dataset.torchvision=CIFAR10" in told(tmp_path)
+    assert "give the folder above it" in told(tmp_path / "cifar-10-batches-py")
+
+
+def test_what_a_contest_wants_is_no_table_of_labels(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"train/cat.{i}.png" for i in range(3)), "test/1.png")
+    put(tmp_path / "sampleSubmission.csv", b"id,label\n1,0\n")
+    assert "submission" not in told(tmp_path).lower()
+    put(tmp_path / "labels.csv", b"id,label\ncat.0,cat\n")
+    assert "is labels.csv its table?" in told(tmp_path)
+
+
+def test_tables_by_partitions_and_without_images(tmp_path: Path) -> None:
+    for c in ("cat", "dog"):
+        (tmp_path / f"a/label={c}").mkdir(parents=True)
+        pq.write_table(rows_of([0, 1]), tmp_path / f"a/label={c}/0.parquet")
+    assert "its tables are apart by label (label=cat, label=dog)" in told(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    pq.write_table(pa.table({"image": ["aGk="] * 4, "label": [0, 1] * 2}), tmp_path / "b/train.parquet")
+    assert "no column holds images as bytes (there: image of string, label of int64)" in told(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "given",
+    ['{"dog": 1, "cat": 0}', '{"0": "cat", "1": "dog"}', '{"id2label": {"1": "dog", "0": "cat"}, "model_type": "vit"}'],
+)
+def test_class_lists_as_other_programs_write_them(tmp_path: Path, given: str) -> None:
+    put(tmp_path / "classes.json", given.encode())
+    assert [(c.class_id, c.name) for c in read_classes(str(tmp_path / "classes.json"))] == [(0, "cat"), (1, "dog")]
+    for bad in ('{"dog": 1, "cat": 1}', '{"dog": 1, "cat": 2}', '{"0": "cat", "dog": 1, "x": {}}'):
+        put(tmp_path / "classes.json", bad.encode())
+        with pytest.raises(ValueError, match=r"expected a non-empty JSON list of classes, got a JSON dict"):
+            read_classes(str(tmp_path / "classes.json"))
+
+
+def test_a_tiff_of_many_bands_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    bands, head = 13, struct.pack("<H", 9)
+    tags = [(256, 4, 2), (257, 4, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, bands), (278, 4, 2),
+            (279, 4, 8 * bands)]  # fmt: skip
+    bits = 8 + 8 * bands
+    for tag, kind, value in tags:
+        count, value = (bands, bits) if tag == 258 else (1, value)
+        head += struct.pack("<HHII", tag, kind, count, value)
+    data = b"II*\0" + struct.pack("<I", bits + 2 * bands) + bytes(8 * bands) + struct.pack("<H", 16) * bands + head
+    assert "a TIFF of 13 x 16-bit samples" in str(no_image(Picture(data + bytes(4), "tif")))
+    assert capfd.readouterr().err == ""

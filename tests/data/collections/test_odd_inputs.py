@@ -131,10 +131,10 @@ def test_patterns_of_folders_and_files_that_are_no_tars(tmp_path: Path) -> None:
     for pattern in ("*", "{a,b}"):
         with pytest.raises(ValueError, match=rf"names folders without \*.tar, such as {tmp_path}/a;"):
             open_source(DatasetConfig(path=f"{tmp_path}/{pattern}"))
-    put(tmp_path / "x.npz", b"PK\3\4" + bytes(60))
+    put(tmp_path / "x.data", b"PK\3\4" + bytes(60))
     fsspec.filesystem("memory").pipe("/odd/photos.zip", b"PK")
     for path, words in (
-        (tmp_path / "x.npz", "a zip archive; expected class folders"),
+        (tmp_path / "x.data", "a zip archive; expected class folders"),
         ("/dev/null", "a device"),
         ("memory://odd/photos.zip", "is an archive, not shards"),
     ):

@@ -40,9 +40,9 @@ def surveyed(path: Path, *keys: str) -> Packed:
     [
         (
             "json",
-            r"6 samples, such as 0 of s-0.tar, no label \(.cls\): a .json is there, but labels are read from .cls",
+            r"6 samples, such as 0 of s-0.tar, no label \(.cls\): .*, and its members are json, png",
         ),
-        ("txt", r"6 samples, such as 0 of s-0.tar, no label \(.cls\)\)"),
+        ("txt", r"6 samples, such as 0 of s-0.tar, no label \(.cls\): .*, and its members are png, txt"),
     ],
 )
 def test_shards_without_a_label_say_what_they_have(tmp_path: Path, ray_here: None, label: str, words: str) -> None:
