@@ -24,6 +24,7 @@ REMEDY = (
     "with the names that the source has"
 )
 SUBTRACT = "They begin at 1: subtract one, or begin the class list (dataset.classes) with a class that is not used"
+_WORD_LISTS = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt", "Labels.json", "imagenet_class_index.json")
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 # Positions of some WordNet ids among ImageNet's 1,000 in sorted order, beside the ten that torchvision's Imagenette
@@ -211,10 +212,10 @@ def wordnet_words(folders: Iterable[str]) -> dict[str, str]:
     """WordNet id -> its first word, by the lists that ImageNet's kinds come with, in any of some folders."""
     found: dict[str, str] = {}
     for folder in folders:
-        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt", "Labels.json"):
+        for name in _WORD_LISTS:
             with contextlib.suppress(OSError):
                 text = read_file(posixpath.join(folder, name)).decode("utf-8", "replace")
-                for wnid, words in re.findall(r'(n\d{8})[\s":]+([^",\r\n]+)', text):
+                for wnid, words in re.findall(r'(n\d{8})[\s":,]+([^",\r\n]+)', text):
                     found.setdefault(wnid, words.strip())
     return found
 

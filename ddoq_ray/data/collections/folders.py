@@ -114,6 +114,11 @@ class ImageFolder(Source):
             if len(usable[split]) > 1:
                 check_shelf(tree.root, list(usable[split]), names, {c.name for c in given or []})
         notes = []
+        if len(filled) == 1 and given is None:
+            notes.append(
+                f"there is one class, {escaped(filled[0])}: where its images are of several, expected is a folder for "
+                "each, or a metadata.csv with file_name and label"
+            )
         if masked:
             notes.append(f"{len(masked):,} images are masks of others by their names, and not used: {shown(masked, 2)}")
         if "val" in trees:
@@ -227,7 +232,7 @@ def _refuse_one_folder_twice(root: str, folders: Sequence[str]) -> None:
 
 def _nested(root: str, usable: dict[str, list[str]]) -> list[str]:
     """A note where all images lie in folders of class folders: these may be the classes."""
-    inner = [{name.split("/")[1] for name in names if name.count("/") > 1} for names in usable.values()]
+    inner = [{posixpath.dirname(name).partition("/")[2] for name in names} for names in usable.values()]
     deep = all(name.count("/") > 1 for names in usable.values() for name in names)
     if not deep or len(inner) < 2 or all(len(heads) < 2 for heads in inner):
         return []

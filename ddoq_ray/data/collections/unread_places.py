@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 
 import braceexpand
@@ -141,6 +142,13 @@ def _refuse_folder(path: str, place: str) -> None:
             f"dataset.path={path} holds IDX files further down: give dataset.path="
             f"{posixpath.join(path, posixpath.dirname(idx[0]))}"
         )
+    other = [name for name in inside if "idx3-ubyte" in posixpath.basename(name)]
+    if other:
+        raise ValueError(
+            f"dataset.path={path} holds IDX files of other names than MNIST's ({shown(other, 3)}): give a folder "
+            "in which train-images-idx3-ubyte and train-labels-idx1-ubyte (and t10k-...) are these files, or links to "
+            "them"
+        )
     if "data_batch_1" in (name for name, _ in there):
         raise ValueError(
             f"dataset.path={path} holds CIFAR-10's pickles: give the folder above it, with dataset=torchvision "
@@ -157,7 +165,10 @@ def _refuse_folder(path: str, place: str) -> None:
         raise ValueError(
             f"dataset.path={path} holds {kind} ({there_in(place)}), which is not read: {_WRITE}; {EXPECTED}"
         )
-    raise ValueError(f"dataset.path={path} holds no *.tar and no images ({there_in(place)}); {EXPECTED}")
+    endings = Counter(f"*.{name.rpartition('.')[2]}" for name in inside if "." in posixpath.basename(name))
+    counts = ", ".join(f"{n:,} {ending}" for ending, n in endings.most_common(3))
+    every = f"; in all {counts}" if counts else ""
+    raise ValueError(f"dataset.path={path} holds no *.tar and no images ({there_in(place)}{every}); {EXPECTED}")
 
 
 def _other_kind(names: Sequence[str]) -> str | None:

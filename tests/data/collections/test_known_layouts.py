@@ -210,6 +210,35 @@ def test_class_lists_as_other_programs_write_them(tmp_path: Path, given: str) ->
             read_classes(str(tmp_path / "classes.json"))
 
 
+@pytest.mark.parametrize("text", ["cat\nhot dog\n", "0 cat\r\n1 hot dog\r\n", "1,cat\n\n2,hot dog"])
+def test_class_lists_of_lines(tmp_path: Path, text: str) -> None:
+    put(tmp_path / "classnames.txt", text.encode())
+    assert [c.name for c in read_classes(str(tmp_path / "classnames.txt"))] == ["cat", "hot dog"]
+
+
+def test_idx_files_of_other_names_and_files_that_are_no_pictures(tmp_path: Path) -> None:
+    for part in ("train-images-idx3", "train-labels-idx1"):
+        put(tmp_path / f"a/emnist-letters-{part}-ubyte.gz", b"\x1f\x8b")
+    assert "IDX files of other names than MNIST's (emnist-letters-train-images-idx3" in told(tmp_path / "a")
+    for c in ("cat", "dog"):
+        put(tmp_path / "b" / c / "1.mp4", b"x")
+    assert "(there: cat/, dog/; in all 2 *.mp4)" in told(tmp_path / "b")
+
+
+def test_folders_of_domains_and_a_single_folder_are_noted(tmp_path: Path) -> None:
+    tree(tmp_path / "a", *(f"{domain}/images/{c}/1.png" for domain in ("amazon", "dslr") for c in ("bike", "mug")))
+    assert any("each holds images/bike, images/mug" in note for note in survey(tmp_path / "a").notes)
+    tree(tmp_path / "b", *(f"UTKFace/{i}_0_0.png" for i in range(3)))
+    assert any("there is one class, UTKFace" in note for note in survey(tmp_path / "b").notes)
+
+
+def test_tables_that_the_hub_converted_in_part(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"default/partial-{split}").mkdir(parents=True)
+        pq.write_table(rows_of([0, 1]), tmp_path / f"default/partial-{split}/0000.parquet")
+    assert found(survey(tmp_path)) == (["0", "1"], 2, 2)
+
+
 def test_a_tiff_of_many_bands_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     bands, head = 13, struct.pack("<H", 9)
     tags = [(256, 4, 2), (257, 4, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, bands), (278, 4, 2),
