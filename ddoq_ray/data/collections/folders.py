@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import fsspec
 
-from ddoq_ray.config.split_words import SPLIT_WORDS, tokens
+from ddoq_ray.config.split_words import FILLERS, SPLIT_WORDS, tokens
 from ddoq_ray.data.collections.classes import class_list, escaped, given_classes, shown, text_of
 from ddoq_ray.data.collections.contents import masks, not_images, unread_notes
 from ddoq_ray.data.collections.layout import (
@@ -42,6 +42,8 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 from ddoq_ray.storage.transport import read_file
+
+_LISTS = frozenset(("list", "lists", "label", "labels", "annotations", "anno", "class", "classes", "ids", "index"))
 
 
 class ImageFolder(Source):
@@ -82,13 +84,15 @@ class ImageFolder(Source):
         beside = "://" not in root and is_shelf(posixpath.basename(root))
         places = [root, posixpath.dirname(root)] if beside else [root]
         lists = [n for place in places for n in top(place)[1] if n.lower().endswith((".csv", ".tsv", ".txt", ".json"))]
-        lists = [n for n in lists if SPLIT_WORDS.keys() & set(tokens(n.rpartition(".")[0]))]
+        words = {name: set(tokens(name.rpartition(".")[0])) for name in lists}
+        lists = [
+            n for n in lists if SPLIT_WORDS.keys() & words[n] and words[n] <= SPLIT_WORDS.keys() | FILLERS | _LISTS
+        ]
         if not lists:
             return []
         return [
-            f"{shown(lists, 4)} are not read, and all images of {root} are taken, but for those that dataset.heldout "
-            "holds out; where these lists say which are for a test, write a metadata.csv with file_name, label and "
-            "split"
+            f"not read: {shown(lists, 4)}. All images of {root} are taken, but for those that dataset.heldout holds "
+            "out; where such a list says which are for a test, write a metadata.csv with file_name, label and split"
         ]
 
     def _survey_folders(self, trees: dict[str, Tree], given: list[ClassInfo] | None) -> Survey:
@@ -181,7 +185,7 @@ def _tree(root: str) -> Tree:
 
 
 def _leave_out_masks(tree: Tree) -> list[str]:
-    found = masks(name for name in tree.files if name not in tree.no_image)
+    found = masks([name for name in tree.files if name not in tree.no_image])
     tree.no_image |= dict.fromkeys(found, MASK)
     return found
 

@@ -185,7 +185,8 @@ def check_shelf(root: str, classes: Collection[str], images: Sequence[str], name
         raise ValueError(
             f"{where}: its folders {shown(sorted(asked))} are named as parts of one collection, not as classes: "
             "expected a folder for each class, or all images with a metadata.csv that has file_name and label beside "
-            "these folders; where they are classes, give dataset.classes with their names"
+            "these folders. Where they hold the class folders, make a folder for each class with the images (or links) "
+            "of all; where they are classes, give dataset.classes with their names"
         )
     for folder in asked:
         inside = {name.split("/")[1] for name in images if name.startswith(f"{folder}/") and name.count("/") > 1}

@@ -116,7 +116,8 @@ def _read_all(root: str, trees: dict[str, Tree], above: Sequence[str], label_col
     if missing:
         raise ValueError(
             f"{shown(missing)} has neither class folders nor a metadata.csv or metadata.jsonl, but the other split has "
-            "one; give each its own, or one above both with the splits in its file names"
+            "one; give each its own, or one above both with the splits in its file names; what has no labels, as a "
+            "contest's test images, is to be moved away (dataset.heldout=0.1 holds training images out)"
         )
     return found
 

@@ -134,6 +134,15 @@ def test_masks_beside_images_are_not_trained_on(tmp_path: Path) -> None:
     assert any("8 images are masks of others by their names" in note for note in s.notes)
 
 
+def test_folders_of_masks_are_not_trained_on(tmp_path: Path) -> None:
+    tree(
+        tmp_path, *(f"{c}/{part}/{i}.png" for c in ("COVID", "Normal") for part in ("images", "masks") for i in (1, 2))
+    )
+    s = survey(tmp_path)
+    assert found(s) == (["COVID", "Normal"], 4, None) and all("/images/" in name for name in s.train.names)
+    assert len(s.notes) == 1 and "4 images are masks of others" in s.notes[0]
+
+
 def test_lists_of_splits_beside_class_folders_are_told(tmp_path: Path) -> None:
     tree(tmp_path / "a", *(f"{c}/{i}.png" for c in ("Forest", "River") for i in range(3)))
     for name in ("train.csv", "test.csv", "label_map.json"):
@@ -141,7 +150,8 @@ def test_lists_of_splits_beside_class_folders_are_told(tmp_path: Path) -> None:
     tree(tmp_path / "b", *(f"images/{c}/{i}.png" for c in ("albatross", "wren") for i in range(3)))
     put(tmp_path / "b/train_test_split.txt", b"1 0\n")
     for root, names in ((tmp_path / "a", "test.csv, train.csv"), (tmp_path / "b/images", "train_test_split.txt")):
-        assert any(note.startswith(f"{names} are not read") for note in survey(root).notes)
+        put(root / "training_log.txt", b"epoch 1")
+        assert any(note.startswith(f"not read: {names}. All images") for note in survey(root).notes)
 
 
 def told(place: Path | str, **keys: str) -> str:
