@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,7 +26,7 @@ from ddoq_ray.storage.transport import read_file
 TINY_IMAGENET = "val_annotations.txt"  # of its validation images: a name, a class and a box in each line
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LABELS = ("label", "labels", "class", "class_name", "label_name", "category", "target")
-_SPLITS = ("split", "set", "subset", "partition")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _FLAGS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
 _ROW_NUMBERS = re.compile(r"(Unnamed: [0-9]+)?")  # the name of such a column, as pandas writes and reads it
@@ -88,7 +89,7 @@ def _split_column(table: str, rows: list[dict[str, Any]], columns: Sequence[str]
     Raises:
         ValueError: When several could be it, or it has values that say no split.
     """
-    named = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
+    named = next((c for c in columns if str(c).casefold() in SPLIT_COLUMNS and _is_split(table, rows, c)), None)
     if named is not None:
         return named
     found = []
@@ -249,13 +250,6 @@ class Names:
         for name in self._exact:
             key = _fold(name)
             self._folded[key] = None if key in self._folded else name  # two that differ only so are not told apart
-        self._short: dict[str, str | None] = {}
-        for name in self._exact:
-            if image_extension(name) is not None:
-                key = _fold(name)
-                stem = posixpath.splitext(key)[0]
-                for short in {stem, posixpath.basename(key), posixpath.basename(stem)} - {key}:
-                    self._short[short] = None if short in self._short else name
 
     def find(self, name: str, below: str) -> str | None:
         """The file that a table in the folder `below` calls `name`; None when there is none, or more than one."""
@@ -279,6 +273,18 @@ class Names:
             if found is not None:
                 return found
         return self._short.get(_fold(parts[0])) if len(parts) == 1 else None
+
+    @cached_property
+    def _short(self) -> dict[str, str | None]:
+        """Images by their names without ending, folder or both; made where a name is not found as it is."""
+        found: dict[str, str | None] = {}
+        for name in self._exact:
+            if image_extension(name) is not None:
+                key = _fold(name)
+                stem = posixpath.splitext(key)[0]
+                for short in {stem, posixpath.basename(key), posixpath.basename(stem)} - {key}:
+                    found[short] = None if short in found else name
+        return found
 
     def _one(self, name: str) -> str | None:
         return name if name in self._exact else self._folded.get(_fold(name))

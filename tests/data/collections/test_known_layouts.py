@@ -242,6 +242,20 @@ def test_folders_of_domains_and_a_single_folder_are_noted(tmp_path: Path) -> Non
     assert any("there is one class, UTKFace" in note for note in survey(tmp_path / "b").notes)
 
 
+def test_a_column_of_splits_in_a_parquet_file(tmp_path: Path) -> None:
+    splits = ["train", "train", "train", "validation", "test", "train"]
+    pq.write_table(rows_of([0, 1, 0, 1, 0, 1], {"split": splits}), tmp_path / "a.parquet")
+    s = survey(tmp_path)
+    assert found(s) == (["0", "1"], 4, 1)
+    assert s.val is not None and s.val.names == ["000000#000000003"]
+    assert any("holds val rows: they serve as validation and others are not used" in note for note in s.notes)
+    for values in ([0, 0, 1, 1, 2, 2], ["train", "train", "x", "test", "train", "test"]):
+        pq.write_table(rows_of([0, 1] * 3, {"split": values}), tmp_path / "a.parquet")
+        assert "the column split holds " in told(tmp_path)
+    pq.write_table(rows_of([0, 1] * 3, {"set": ["A", "B"] * 3}), tmp_path / "a.parquet")  # of a game, say
+    assert found(survey(tmp_path)) == (["0", "1"], 6, None)
+
+
 def test_tables_that_the_hub_converted_in_part(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"default/partial-{split}").mkdir(parents=True)
