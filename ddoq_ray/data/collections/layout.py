@@ -188,9 +188,13 @@ def check_shelf(root: str, classes: Collection[str], images: Sequence[str], name
             "these folders. Where they hold the class folders, make a folder for each class with the images (or links) "
             "of all; where they are classes, give dataset.classes with their names"
         )
+    inner: dict[str, set[str]] = {}  # the folders in each class folder; "" where it has images itself
+    for place in {name.rpartition("/")[0] for name in images}:
+        folder, _, rest = place.partition("/")
+        inner.setdefault(folder, set()).add(rest.partition("/")[0])
     for folder in asked:
-        inside = {name.split("/")[1] for name in images if name.startswith(f"{folder}/") and name.count("/") > 1}
-        again = sorted(inside & set(classes))
+        inside = inner.get(folder, set()) - {""}
+        again = sorted(inside.intersection(classes))
         if again and len(again) >= min(2, len(classes) - 1):
             raise ValueError(
                 f"{where}: {folder} holds {shown(again)}, which are folders beside it too: a copy of the collection in "
@@ -206,7 +210,7 @@ def check_shelf(root: str, classes: Collection[str], images: Sequence[str], name
                 f"{folder} is a class, give dataset.classes with the names of all"
             )
         heads = sorted(inside)
-        if len(heads) > 1 and all(name.count("/") > 1 for name in images if name.startswith(f"{folder}/")):
+        if len(heads) > 1 and "" not in inner[folder]:
             raise ValueError(
                 f"{where}: {folder} is beside {shown(sorted(set(classes) - {folder}))}, and holds "
                 f"{shown(heads)}: give dataset.path={root}/{folder} where these are the classes; where {folder} is "

@@ -94,7 +94,7 @@ def _split_column(table: str, rows: list[dict[str, Any]], columns: Sequence[str]
         return named
     found = []
     for column in columns:
-        if str(column).casefold() not in _LABELS:
+        if str(column).casefold() not in _LABELS and _split_meant(column, rows[0].get(column)) is not None:
             meant = {_split_meant(column, row.get(column)) for row in rows}
             found += [column] if None not in meant and "train" in meant and len(meant) > 1 else []
     if len(found) > 1:
@@ -122,7 +122,7 @@ def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
     Raises:
         ValueError: When it does for some rows only, or by numbers: the others would be trained on.
     """
-    values = [str(row.get(column) or "") for row in rows]
+    values = ["" if row.get(column) is None else str(row[column]) for row in rows]
     others = [value for value in values if split_of(value) is None]
     numbers = len(set(values)) > 1 and all(_NUMBER.fullmatch(value) for value in values)
     if (others and len(others) < len(values)) or numbers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.collection_trees import found, picture, put, rows_of, survey, table, tree
 
+from ddoq_ray.data.collections.layout import check_shelf
 from ddoq_ray.data.collections.listing import Picture, no_image
 from ddoq_ray.data.samples import read_classes
 from ddoq_ray.data.tar_writing import write_tar
@@ -98,6 +100,14 @@ def test_splits_that_are_numbers_or_in_two_columns_are_asked_about(tmp_path: Pat
         put(tmp_path / "metadata.csv", "\n".join([f"file_name,label,{head}", *rows]).encode())
         with pytest.raises(ValueError, match=r"is no split \(0, 2\)|Candidates: phase, stage"):
             survey(tmp_path)
+
+
+def test_many_classes_are_looked_through_once(tmp_path: Path) -> None:
+    classes = [f"class{chr(97 + i % 26)}{i}" for i in range(2000)]
+    images = [f"{c}/{i}.png" for c in classes for i in range(100)]
+    start = time.monotonic()
+    check_shelf("there", classes, images, set())
+    assert time.monotonic() - start < 10  # seconds; a look through all images for each class takes minutes
 
 
 @pytest.mark.parametrize("labels", [["cat", "dog", "cat dog"], ["[0]", "[1]", "[0, 1]"]])
