@@ -17,7 +17,7 @@ SPLIT_WORDS = {
 FILLERS = frozenset((
     "set", "sets", "image", "images", "img", "imgs", "data", "dataset", "split", "splits", "photo", "photos", "picture",
     "pictures", "pics", "sample", "samples", "folder", "part", "subset", "full", "small", "raw", "original", "public",
-    "private", "jpg", "jpeg", "png", "files", "the",
+    "private", "partial", "jpg", "jpeg", "png", "files", "the",
 ))  # fmt: skip
 _TOKEN = re.compile(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z]")
 

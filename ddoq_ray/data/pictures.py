@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from typing import get_args
 
 import numpy as np
@@ -19,6 +20,8 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content: a name may be wrong
 MAX_MEGAPIXELS = 80  # 240 MB decoded; PIL itself warns from 89 on and refuses from 179 on
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of a picture is in the refusal's reason
 
 RESIZE_MODES: tuple[Resize, ...] = get_args(Resize)
 
@@ -112,6 +115,11 @@ def _check_tiff(image: Image.Image) -> None:
 
 def _why_unknown(data: bytes) -> str:
     """Why PIL knows nothing to do with it: another format by name, or the tags of a TIFF."""
+    return tiff_words(data) or unread(data) or "not in any known format"
+
+
+def tiff_words(data: bytes) -> str | None:
+    """What a TIFF that PIL does not read holds, by its tags; None where that cannot be told, or it is none."""
     kind = signature(data)
     if kind in ("TIFF", "BIGTIFF"):
         with contextlib.suppress(Exception):
@@ -125,7 +133,7 @@ def _why_unknown(data: bytes) -> str:
                 f"a TIFF of {len(bits)} x {max(bits)}-bit {samples}samples (photometric "
                 f"{directory.get(PHOTOMETRIC)}), which is not read; write it as 8-bit RGB"
             )
-    return unread(data) or "not in any known format"
+    return None
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ offset and the reason. What a sample is: `tar_samples`.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Sample:
 
 def read_classes(path: str) -> list[ClassInfo]:
     """Read ``classes.json``: a list of names, or of objects with the fields of `ClassInfo`.
+
+    Dictionaries that number all names from 0 (class_to_idx, id2label, ImageNet's class index) are such lists too, and
+    so is a ``.txt`` with a name in each line.
 
     Raises:
         ValueError: When the file is missing, is not such a list, or does not number its classes 0 to C - 1.
@@ -91,7 +95,8 @@ def _rows(path: str) -> list[Any]:
         ValueError: When the file cannot be read, or holds something else.
     """
     try:
-        rows = json.loads(read_file(path))
+        text = read_file(path)
+        rows = _lines(text.decode("utf-8-sig")) if path.lower().endswith(".txt") else json.loads(text)
     except FileNotFoundError:
         raise ValueError(
             f"no class list at {path}: expected a classes.json, a JSON list of class names in label order "
@@ -105,10 +110,50 @@ def _rows(path: str) -> list[Any]:
         raise ValueError(f"{path} is not JSON: {error}; expected a JSON list of class names in label order") from None
     except (ValueError, ImportError) as error:  # a protocol that nobody knows, a library to install, a store
         raise ValueError(f"cannot read the class list {path}: {error}; set dataset.classes to a file") from None
+    if isinstance(rows, dict):
+        rows = _listed(rows) or rows
     if not isinstance(rows, list) or not rows:
         came = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
+        came += " that does not number all its names from 0" if isinstance(rows, dict) else ""
         raise ValueError(f"{path}: expected a non-empty JSON list of classes, got {came}")
     return rows
+
+
+def _lines(text: str) -> list[str]:
+    """The names of a text with one in each line, behind its number where all lines have theirs.
+
+    >>> _lines("cat\\nhot dog\\n"), _lines("1 cat\\n2 hot dog"), _lines("1 cat\\n7 dog")
+    (['cat', 'hot dog'], ['cat', 'hot dog'], ['1 cat', '7 dog'])
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = [re.fullmatch(r"([0-9]+)[\s,:]+(.+)", line) for line in lines]
+    numbers = [int(n[1]) for n in numbered if n is not None]
+    if numbers and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return [n[2] for n in numbered if n is not None]
+    return lines
+
+
+def _listed(rows: dict[str, Any]) -> list[Any] | None:
+    """The list that a dictionary stands for; None where it numbers no classes from 0.
+
+    >>> _listed({"dog": 1, "cat": 0}), _listed({"1": ["n02", "dog"], "0": ["n01", "cat"]})
+    (['cat', 'dog'], [{'name': 'n01', 'prompt': 'cat'}, {'name': 'n02', 'prompt': 'dog'}])
+    >>> _listed({"id2label": {"0": "cat"}}), _listed({"n01": "cat"})
+    (['cat'], None)
+    """
+    if isinstance(rows.get("id2label"), dict):
+        return _listed(rows["id2label"])
+    by_number: dict[int, Any] = {}
+    for key, value in rows.items():
+        if isinstance(value, int) and not isinstance(value, bool):  # class_to_idx
+            by_number[value] = key
+        elif key.isdecimal() and isinstance(value, list) and len(value) == 2:  # ImageNet's: an id and a word
+            by_number[int(key)] = {"name": value[0], "prompt": value[1]}
+        elif key.isdecimal() and isinstance(value, str):  # id2label
+            by_number[int(key)] = value
+    if len(by_number) != len(rows) or sorted(by_number) != list(range(len(rows))):
+        return None
+    return [by_number[i] for i in range(len(rows))]
 
 
 def read_samples(shard: str, num_classes: int, on_bad: OnBad, sha256: str = "") -> Iterator[Sample]:

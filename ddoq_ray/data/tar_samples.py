@@ -257,9 +257,7 @@ def labelled(
         unread = [UNREAD[e] for e in sorted(group.members) if e in UNREAD]
         lack = unread_words(unread[0]) if unread else f"no image among its members: {names}"
         if "cls" not in group.members:
-            lack = "no label (.cls)" + (
-                ": a .json is there, but labels are read from .cls" if "json" in group.members else ""
-            )
+            lack = f"no label (.cls): labels are read from .cls, and its members are {names}"
         on_bad(Refusal(group.key, NOT_ADJACENT if group.key in again else lack, offset=group.offset))
 
 

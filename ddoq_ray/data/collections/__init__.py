@@ -142,12 +142,11 @@ def _opened(kind: str, dataset: DatasetConfig) -> Source | None:
 
         return ImageFolder(path, dataset.val_path, dataset.classes, dataset.label_column)
     if kind == "torchvision":
-        from ddoq_ray.data.collections.torchvision_sets import TorchvisionSet
+        from ddoq_ray.data.collections.torchvision_sets import TorchvisionSet, found_there
 
         if dataset.torchvision is None:
-            raise ValueError(
-                f"dataset.path={path} holds files of torchvision's; add dataset=torchvision dataset.torchvision=NAME"
-            )
+            names = " or ".join(f"dataset.torchvision={name}" for name in found_there(top(absolute(path))[0]))
+            raise ValueError(f"dataset.path={path} holds files of torchvision's; add dataset=torchvision {names}")
         return TorchvisionSet(dataset.torchvision, dataset.path, dataset.classes)
     if kind == "idx":
         from ddoq_ray.data.collections.idx import Idx

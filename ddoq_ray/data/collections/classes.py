@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,11 +17,14 @@ import fsspec
 
 from ddoq_ray.data.samples import read_classes
 from ddoq_ray.storage.records import ClassInfo
+from ddoq_ray.storage.transport import read_file
 
 REMEDY = (
     'give dataset.classes=classes.json, a JSON list of {"name": ..., "prompt": ...} in label order, '
     "with the names that the source has"
 )
+SUBTRACT = "They begin at 1: subtract one, or begin the class list (dataset.classes) with a class that is not used"
+_WORD_LISTS = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt", "Labels.json", "imagenet_class_index.json")
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 # Positions of some WordNet ids among ImageNet's 1,000 in sorted order, beside the ten that torchvision's Imagenette
@@ -85,13 +89,16 @@ def check_class_lists(files: Iterable[str], classes: Sequence[ClassInfo]) -> Non
             )
 
 
-def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) -> list[ClassInfo]:
+def class_list(
+    names: Sequence[str], given: list[ClassInfo] | None, where: str, words_in: Sequence[str] = ()
+) -> list[ClassInfo]:
     """Classes in the order of their sorted names (numbers as numbers), or as given.
 
     Args:
         names: The source's own names, each once.
         given: A class list that must name exactly these.
         where: Words for the source in an error.
+        words_in: Folders where a list of what WordNet ids mean may lie.
 
     Raises:
         ValueError: When which class is which would have to be guessed; shows the candidates and the remedy.
@@ -107,7 +114,7 @@ def class_list(names: Sequence[str], given: list[ClassInfo] | None, where: str) 
             )
         return [_plain(i, name) for i, name in enumerate(sorted(names, key=float))]
     if names and all(_WNID.fullmatch(name) for name in names):
-        return wordnet_classes(sorted(names), where)
+        return wordnet_classes(sorted(names), where, words_in)
     return [_plain(i, name) for i, name in enumerate(sorted(names))]
 
 
@@ -135,19 +142,46 @@ def numbered_classes(
     else:
         if labels != set(range(len(labels))):
             raise ValueError(
-                f"{where}: labels {shown(sorted(labels))} without names; expected 0 to C - 1 without a gap; {REMEDY}"
+                f"{where}: labels {shown(sorted(labels))} without names; expected 0 to C - 1 without a gap"
+                + (f". {SUBTRACT}" if begin_at_one(labels, len(labels)) else f"; {REMEDY}")
             )
         classes = [_plain(i, str(i)) for i in range(len(labels))]
     outside = sorted(label for label in labels if not 0 <= label < len(classes))
     if outside:
         raise ValueError(
-            f"{where}: labels {shown(outside)} are outside the class list (0 to {len(classes) - 1}); {REMEDY}"
+            f"{where}: labels {shown(outside)} are outside the class list (0 to {len(classes) - 1})"
+            + (f". {SUBTRACT}" if begin_at_one(labels, len(classes)) else f"; {REMEDY}")
         )
     return classes
 
 
-def wordnet_classes(wnids: Sequence[str], where: str) -> list[ClassInfo]:
+def begin_at_one(labels: Collection[int], num_classes: int) -> bool:
+    """Whether labels count the classes from 1: each would be taken for its neighbour, and only the last is outside.
+
+    >>> begin_at_one({1, 2, 3}, 3), begin_at_one({0, 1, 3}, 3), begin_at_one({1, 2}, 3)
+    (True, False, False)
+    """
+    return bool(labels) and min(labels) >= 1 and max(labels) == num_classes
+
+
+def check_first_label(labels: Collection[int], num_classes: int, where: str) -> None:
+    """Refuse labels that count the classes from 1, however few of them are outside the class list.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if begin_at_one(labels, num_classes):
+        raise ValueError(
+            f"{where}: the labels go from {min(labels)} to {num_classes}, and the class list from 0 to "
+            f"{num_classes - 1}. {SUBTRACT}"
+        )
+
+
+def wordnet_classes(wnids: Sequence[str], where: str, words_in: Sequence[str] = ()) -> list[ClassInfo]:
     """Classes named by WordNet ids, with readable prompts where the id's word is known for certain.
+
+    Args:
+        words_in: Folders where a list of what the ids mean may lie.
 
     ImageNet's 1,000 ids in sorted order are the outputs of its classifiers and priors, so these places are filled in.
     For fewer classes they are not: which network is used decides, and it finds the prompt.
@@ -162,12 +196,28 @@ def wordnet_classes(wnids: Sequence[str], where: str) -> list[ClassInfo]:
     if whole:
         return [ClassInfo(i, w, _IMAGENET_CATEGORIES[i], i, i) for i, w in enumerate(wnids)]
     unknown = [w for w in wnids if w not in known]
+    words = wordnet_words(words_in) if unknown else {}
+    unknown = [w for w in unknown if w not in words]
     if unknown:
         raise ValueError(
             f"{where}: {len(wnids)} classes named by WordNet ids that are not ImageNet's 1,000, and the words of "
-            f"{len(unknown)} of them are not known here ({shown(unknown)}); {REMEDY}"
+            f"{len(unknown)} of them are not known here ({shown(unknown)}); "
+            + ("put a words.txt there, with an id and its words in each line, or " if words_in else "")
+            + REMEDY
         )
-    return [ClassInfo(i, w, _IMAGENET_CATEGORIES[known[w]]) for i, w in enumerate(wnids)]
+    return [ClassInfo(i, w, _IMAGENET_CATEGORIES[known[w]] if w in known else words[w]) for i, w in enumerate(wnids)]
+
+
+def wordnet_words(folders: Iterable[str]) -> dict[str, str]:
+    """WordNet id -> its first word, by the lists that ImageNet's kinds come with, in any of some folders."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for name in _WORD_LISTS:
+            with contextlib.suppress(OSError):
+                text = read_file(posixpath.join(folder, name)).decode("utf-8", "replace")
+                for wnid, words in re.findall(r'(n\d{8})[\s":,]+([^",\r\n]+)', text):
+                    found.setdefault(wnid, words.strip())
+    return found
 
 
 def _positions() -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ _OTHERS = frozenset((
     "xlsx", "ppt", "pptx", "npy", "npz", "mat", "pkl", "pt", "pth", "h5", "hdf5", "parquet", "arrow", "db", "sqlite",
     "mp4", "avi", "mov", "mkv", "mp3", "wav", "lnk", "url", "bak", "tmp", "part", "crdownload",
 ))  # fmt: skip
+# Of a name without its ending, and of a folder in a class folder.
+_MASK = re.compile(r"[ _.-](?:masks?|seg|segmentation|superpixels|trimap|depth)(?:[ _-]?\d+)?$", re.IGNORECASE)
+_MASK_FOLDER = re.compile(r"(?<=[^/])/(?:masks?|segmentations?|trimaps|superpixels)/(?=[^/]+$)", re.IGNORECASE)
 
 
 def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
@@ -48,6 +52,36 @@ def not_images(root: str, files: Sequence[Entry]) -> dict[str, str]:
         elif kind not in READ:
             why[name] = NO_IMAGE
     return why
+
+
+def masks(images: Sequence[str]) -> list[str]:
+    """Those of a collection's images that are named as masks of others: in the same folder, or in one beside it.
+
+    >>> masks(["a/1.jpg", "a/1_mask.png", "a/1_mask_2.png", "a/2_mask.png", "b/1_depth.png"])
+    ['a/1_mask.png', 'a/1_mask_2.png']
+    >>> masks(["a/images/1.jpg", "a/masks/1.png", "a/masks/2.png", "masks/images/1.png"])
+    ['a/masks/1.png']
+    >>> masks(["a/1.jpg", "a/mask/1.png", "b/mask/1.png"])
+    ['a/mask/1.png']
+    """
+    candidates = [n for n in images if _MASK.search(posixpath.splitext(n)[0]) or _MASK_FOLDER.search(n)]
+    if not candidates:
+        return []
+    others = set(images) - set(candidates)
+    there = {posixpath.splitext(name)[0] for name in others}
+    there |= {place for stem in there for place in _beside(stem)}
+    found = []
+    for name in candidates:
+        stem = _MASK.sub("", posixpath.splitext(name)[0])
+        if _MASK_FOLDER.sub("/*/", stem) in there:
+            found.append(name)
+    return found
+
+
+def _beside(stem: str) -> tuple[str, str]:
+    """Names of what lies in a folder beside an image's own, or beside the image itself."""
+    head, _, name = stem.rpartition("/")
+    return f"{head.rpartition('/')[0]}/*/{name}", f"{head}/*/{name}"
 
 
 def _leads_nowhere(path: str) -> bool:

@@ -9,11 +9,21 @@ from collections.abc import Iterator, Sequence
 
 import fsspec
 
+from ddoq_ray.config.split_words import FILLERS, SPLIT_WORDS, tokens
 from ddoq_ray.data.collections.classes import class_list, escaped, given_classes, shown, text_of
-from ddoq_ray.data.collections.contents import not_images, unread_notes
-from ddoq_ray.data.collections.layout import Layout, check_depth, check_order, check_shelf, find_layout, no_class_folder
+from ddoq_ray.data.collections.contents import masks, not_images, unread_notes
+from ddoq_ray.data.collections.layout import (
+    Layout,
+    check_depth,
+    check_order,
+    check_shelf,
+    find_layout,
+    is_shelf,
+    no_class_folder,
+)
 from ddoq_ray.data.collections.listing import (
     LEFTOVER,
+    MASK,
     NO_CLASS_IMAGE,
     NO_LABEL,
     Listing,
@@ -33,6 +43,8 @@ from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
 from ddoq_ray.storage.transport import read_file
 
+_LISTS = frozenset(("list", "lists", "label", "labels", "annotations", "anno", "class", "classes", "ids", "index"))
+
 
 class ImageFolder(Source):
     """Files in class folders, or with metadata tables that have a label column (as Hugging Face's)."""
@@ -50,7 +62,7 @@ class ImageFolder(Source):
             trees["val"] = _tree(layout.val)
         above = [] if layout.train == self.root else [n for n in top(self.root)[1] if is_metadata(n)]
         if above or any(tree.tables for tree in trees.values()):
-            survey = survey_tables(self.root, trees, above, self.label_column, given)
+            survey = survey_tables(self.root, trees, above, self.label_column, given, self._around())
         elif self.label_column is not None:
             raise ValueError(f"{self.root}: dataset.label_column has no effect without a metadata.csv or .jsonl there")
         else:
@@ -63,7 +75,28 @@ class ImageFolder(Source):
         given = given_classes(self.classes, posixpath.join(self.root, "classes.json"))
         return given, find_layout(self.root, self.val_path, {c.name for c in given or []})
 
+    def _around(self) -> list[str]:
+        """Where a list of what WordNet ids mean may lie."""
+        return [self.root] if "://" in self.root else [self.root, posixpath.dirname(self.root)]
+
+    def _split_lists(self, root: str) -> list[str]:
+        """A note where lists beside the class folders are named as splits: they may say which images to train on."""
+        beside = "://" not in root and is_shelf(posixpath.basename(root))
+        places = [root, posixpath.dirname(root)] if beside else [root]
+        lists = [n for place in places for n in top(place)[1] if n.lower().endswith((".csv", ".tsv", ".txt", ".json"))]
+        words = {name: set(tokens(name.rpartition(".")[0])) for name in lists}
+        lists = [
+            n for n in lists if SPLIT_WORDS.keys() & words[n] and words[n] <= SPLIT_WORDS.keys() | FILLERS | _LISTS
+        ]
+        if not lists:
+            return []
+        return [
+            f"not read: {shown(lists, 4)}. All images of {root} are taken, but for those that dataset.heldout holds "
+            "out; where such a list says which are for a test, write a metadata.csv with file_name, label and split"
+        ]
+
     def _survey_folders(self, trees: dict[str, Tree], given: list[ClassInfo] | None) -> Survey:
+        masked = [f"{tree.root}/{name}" for tree in trees.values() for name in _leave_out_masks(tree)]
         by_class = {split: _by_class(tree) for split, tree in trees.items()}
         root, (train, _) = trees["train"].root, by_class["train"]
         hint = table_hint(self.root)
@@ -85,18 +118,27 @@ class ImageFolder(Source):
             if len(usable[split]) > 1:
                 check_shelf(tree.root, list(usable[split]), names, {c.name for c in given or []})
         notes = []
+        if len(filled) == 1 and given is None:
+            notes.append(
+                f"there is one class, {escaped(filled[0])}: where its images are of several, expected is a folder for "
+                "each, or a metadata.csv with file_name and label"
+            )
+        if masked:
+            notes.append(f"{len(masked):,} images are masks of others by their names, and not used: {shown(masked, 2)}")
         if "val" in trees:
             _same_classes(trees, usable, {split: set(found[0]) for split, found in by_class.items()})
         for split, tree in trees.items():
             empty = sorted(set(by_class[split][0]) - set(usable[split]))
             if empty:
                 notes.append(f"{len(empty):,} class folders of {tree.root} hold no image: {shown(empty)}")
+        else:
+            notes += self._split_lists(root)
         if given is None:
             notes += _nested(root, usable["train"])
         odd = [escaped(n) for n in filled if escaped(n) != n]
         if odd:
             notes.append(f"{len(odd):,} class folders have names that are no UTF-8; they are written {shown(odd)}")
-        classes = class_list(_one_form(filled, root, notes), given, self.root)
+        classes = class_list(_one_form(filled, root, notes), given, self.root, self._around())
         listings = {split: _listing(*by_class[split], trees[split], classes) for split in trees}
         return Survey(classes, listings["train"], listings.get("val"), notes)
 
@@ -140,6 +182,12 @@ def _tree(root: str) -> Tree:
     tables = [name for name, _ in files if is_metadata(name)]
     others = [f for f in files if f[0] != "classes.json" and f[0] not in tables]
     return Tree(root, dict(others), folders, not_images(root, others), tables)
+
+
+def _leave_out_masks(tree: Tree) -> list[str]:
+    found = masks([name for name in tree.files if name not in tree.no_image])
+    tree.no_image |= dict.fromkeys(found, MASK)
+    return found
 
 
 def _why_none(tree: Tree) -> str:
@@ -187,11 +235,18 @@ def _refuse_one_folder_twice(root: str, folders: Sequence[str]) -> None:
 
 
 def _nested(root: str, usable: dict[str, list[str]]) -> list[str]:
-    """A note where all images lie in folders of class folders that are the same in each: these may be the classes."""
-    inner = [{name.split("/")[1] for name in names if name.count("/") > 1} for names in usable.values()]
+    """A note where all images lie in folders of class folders: these may be the classes."""
+    inner = [{posixpath.dirname(name).partition("/")[2] for name in names} for names in usable.values()]
     deep = all(name.count("/") > 1 for names in usable.values() for name in names)
-    if not deep or len(inner) < 2 or any(heads != inner[0] for heads in inner) or len(inner[0]) < 2:
+    if not deep or len(inner) < 2 or all(len(heads) < 2 for heads in inner):
         return []
+    if any(heads != inner[0] for heads in inner):
+        places = sorted(f"{folder}/{head}" for folder, heads in zip(usable, inner, strict=True) for head in heads)
+        return [
+            f"the classes are the folders of {root} ({shown(sorted(usable), 4)}), which hold {len(places):,} folders "
+            f"with images ({shown(places, 4)}): where these are the classes, give a folder that holds them, or links "
+            "to them, side by side"
+        ]
     return [
         f"the classes are the folders of {root} ({shown(sorted(usable), 4)}); each holds {shown(sorted(inner[0]), 4)}: "
         "where these are the classes, put the images of each together in one folder of its name"

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 import fsspec
 
+from ddoq_ray.config.split_words import tokens
 from ddoq_ray.data.collections.classes import shown, text_of
 from ddoq_ray.data.collections.listing import image_extension
 from ddoq_ray.data.collections.metadata import is_metadata
 from ddoq_ray.data.collections.splits import split_of, splits_of
 from ddoq_ray.data.collections.tree import top, walk
+
+_ANY = frozenset((
+    "image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pics", "jpg", "jpeg", "png", "files",
+    "data", "dataset",
+))  # fmt: skip
+_PARTS = _ANY | {"part", "parts", "batch", "chunk", "shard"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def find_layout(root: str, val_path: str | None, named: Collection[str]) -> Layo
         raise ValueError(
             f"{here}: {' or '.join(train)} could each be the training images; say which: "
             + " or ".join(f"dataset.path={root}/{name}" for name in train)
+            + "; of parts of one set, make a folder train with links to the class folders of all"
         )
     if val_path is not None:
         held = []
@@ -97,7 +105,14 @@ def _check_apart(train: str, val: str | None) -> None:
 def _unlabelled(root: str) -> bool:
     """Whether a split's folder has images, and neither class folders nor a table that says their classes."""
     folders, files = top(root)
+    if len(folders) == 1 and is_shelf(folders[0]) and not any(map(is_metadata, files)):
+        folders, files = top(posixpath.join(root, folders[0]))
     return not folders and not any(map(is_metadata, files)) and any(image_extension(n) is not None for n in files)
+
+
+def is_shelf(folder: str) -> bool:
+    """Whether a folder is named as folders of any images are, such as images and photos: hardly a class."""
+    return bool(tokens(folder)) and split_of(f"train {folder}") == "train"
 
 
 def has_image(root: str) -> bool:
@@ -146,7 +161,7 @@ def check_depth(root: str, images: Sequence[str], key: str = "dataset.path", hin
             f"{key}={posixpath.join(root, *inner[:-1])} where {inner[-1]} is the only class; where {inner[0]} is it, "
             "give dataset.classes with its name"
         )
-    if inner and split_of(f"train {inner[0]}") == "train":  # only words such as images and photos
+    if inner and is_shelf(inner[0]):
         raise ValueError(
             f"{key}={root}: all images are in one folder, {inner[0]}: expected a folder for each class, or a "
             f"metadata.csv with file_name and label{hint}; where {inner[0]} is one class, give dataset.classes "
@@ -155,22 +170,49 @@ def check_depth(root: str, images: Sequence[str], key: str = "dataset.path", hin
 
 
 def check_shelf(root: str, classes: Collection[str], images: Sequence[str], named: Collection[str]) -> None:
-    """Ask about a folder that is named as folders of any images are, beside others, and has folders of images itself.
+    """Ask about folders that hardly are classes: of any images, of parts of a collection, of a copy of the others.
 
     Args:
         named: Names of the class list given: what it names is a class.
 
     Raises:
-        ValueError: When its folders rather than it look like the classes.
+        ValueError: When what they hold rather than they look like the classes.
     """
-    for folder in classes:
-        if split_of(f"train {folder}") != "train" or text_of(folder) in named:
-            continue
-        inside = [name.split("/")[1:] for name in images if name.startswith(f"{folder}/")]
-        heads = sorted({parts[0] for parts in inside if len(parts) > 1})
-        if len(heads) > 1 and all(len(parts) > 1 for parts in inside):
+    where = f"dataset.path={root}"
+    asked = [folder for folder in classes if text_of(folder) not in named]
+    kinds = {tuple(tokens(folder)) for folder in asked}
+    if len(asked) == len(classes) and len(kinds) == 1 and _PARTS.intersection(*kinds):
+        raise ValueError(
+            f"{where}: its folders {shown(sorted(asked))} are named as parts of one collection, not as classes: "
+            "expected a folder for each class, or all images with a metadata.csv that has file_name and label beside "
+            "these folders. Where they hold the class folders, make a folder for each class with the images (or links) "
+            "of all; where they are classes, give dataset.classes with their names"
+        )
+    inner: dict[str, set[str]] = {}  # the folders in each class folder; "" where it has images itself
+    for place in {name.rpartition("/")[0] for name in images}:
+        folder, _, rest = place.partition("/")
+        inner.setdefault(folder, set()).add(rest.partition("/")[0])
+    for folder in asked:
+        inside = inner.get(folder, set()) - {""}
+        again = sorted(inside.intersection(classes))
+        if again and len(again) >= min(2, len(classes) - 1):
             raise ValueError(
-                f"dataset.path={root}: {folder} is beside {shown(sorted(set(classes) - {folder}))}, and holds "
+                f"{where}: {folder} holds {shown(again)}, which are folders beside it too: a copy of the collection in "
+                f"itself? Move it away, or give dataset.path={root}/{folder}; where it is a class, give "
+                "dataset.classes with the names of all"
+            )
+        if not is_shelf(folder):
+            continue
+        if not inside and _ANY.issuperset(tokens(folder)):
+            raise ValueError(
+                f"{where}: {folder} is beside {shown(sorted(set(classes) - {folder}))}, and its images are in no class "
+                "folder: expected a folder for each class, or a metadata.csv with file_name and label; where "
+                f"{folder} is a class, give dataset.classes with the names of all"
+            )
+        heads = sorted(inside)
+        if len(heads) > 1 and "" not in inner[folder]:
+            raise ValueError(
+                f"{where}: {folder} is beside {shown(sorted(set(classes) - {folder}))}, and holds "
                 f"{shown(heads)}: give dataset.path={root}/{folder} where these are the classes; where {folder} is "
                 "one, give dataset.classes with the names of all"
             )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ddoq_ray.data.picture_kinds import HEAD_BYTES, READ, signature, unread
 from ddoq_ray.data.pictures import FORMATS as READ_FORMATS
-from ddoq_ray.data.pictures import IMAGE_EXTENSIONS
+from ddoq_ray.data.pictures import IMAGE_EXTENSIONS, tiff_words
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
@@ -28,8 +28,9 @@ NO_LABEL = "no label"
 NO_LABEL_IN_TABLE = "no label in the metadata"
 NO_CLASS_IMAGE = "class folder without an image"
 OTHER_SPLIT = "of a split that is not used"
+MASK = "mask of an image beside it"
 # Kinds of refusal by which no labelled image is lost: they are told, and are no damage that max_bad_fraction limits.
-HARMLESS = frozenset((NO_IMAGE, LEFTOVER, NO_LABEL, NO_LABEL_IN_TABLE, NO_CLASS_IMAGE, OTHER_SPLIT))
+HARMLESS = frozenset((NO_IMAGE, LEFTOVER, NO_LABEL, NO_LABEL_IN_TABLE, NO_CLASS_IMAGE, OTHER_SPLIT, MASK))
 # Pillow's word for a format -> the extension that a file of it gets in a shard if its own is none of the usual.
 _EXTENSIONS = {
     "PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm",
@@ -110,7 +111,7 @@ def no_image(picture: Picture) -> str | None:
     if kind is None:
         kind = signature(picture.data[:HEAD_BYTES])
         damaged = f"damaged, or cut off: it begins as {kind}" if kind in READ else ""
-        return unread(picture.data) or damaged or "not an image in a known format"
+        return unread(picture.data) or tiff_words(picture.data) or damaged or "not an image in a known format"
     if not _keeps_name(picture) and kind not in _EXTENSIONS:
         return f"image format {kind} is not one that is read"
     return None
@@ -178,6 +179,8 @@ def absolute(path: str) -> str:
     Raises:
         ValueError: For a URL whose protocol nobody knows, or needs a library that is not there.
     """
+    if path.startswith("pipe:"):
+        raise ValueError(f"{path}: commands are not run; give the address itself (https://, s3://, gs://), or a path")
     if "::" in path and "://" not in path:
         raise ValueError(
             f"{path}: fsspec takes a path with :: for a chain of several; rename the folder, or link to it"

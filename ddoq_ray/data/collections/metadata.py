@@ -9,20 +9,25 @@ import math
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
+from ddoq_ray.config.split_words import tokens
 from ddoq_ray.data.collections.classes import class_list, numbered_classes, shown, text_of
+from ddoq_ray.data.collections.listing import image_extension
 from ddoq_ray.data.collections.splits import split_of
 from ddoq_ray.data.picture_kinds import LFS_POINTER
 from ddoq_ray.storage.records import ClassInfo
 from ddoq_ray.storage.transport import read_file
 
+TINY_IMAGENET = "val_annotations.txt"  # of its validation images: a name, a class and a box in each line
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LABELS = ("label", "labels", "class", "class_name", "label_name", "category", "target")
-_SPLITS = ("split", "set", "subset", "partition")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+_FLAGS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
 _ROW_NUMBERS = re.compile(r"(Unnamed: [0-9]+)?")  # the name of such a column, as pandas writes and reads it
 _NOTHING = ("", "nan", "<na>", "#n/a", "n/a")  # as tables write a value that is not there
@@ -39,7 +44,7 @@ class Row:
 
 
 def is_metadata(name: str) -> bool:
-    return posixpath.basename(name).lower() in METADATA_FILES
+    return posixpath.basename(name).lower() in METADATA_FILES or name == TINY_IMAGENET  # which is of one split only
 
 
 def labelled_rows(table: str, label_column: str | None) -> list[Row]:
@@ -52,39 +57,75 @@ def labelled_rows(table: str, label_column: str | None) -> list[Row]:
     if not rows:
         raise ValueError(f"{table} holds no row; expected one for each image, with file_name and label")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    if "file_name" not in columns:
+    names = [c for c in columns if re.sub(r"[\s_-]", "", str(c)).casefold() == "filename"]
+    names = ["file_name"] if "file_name" in names else names
+    if len(names) != 1:
         first = " of the first line" if table.lower().endswith(".csv") else ""
         raise ValueError(
             f"{table}: no column file_name (the columns{first}: {shown(columns)}); it names each row's image; rename "
             "that column so, or the table if it is none of the images' labels"
         )
-    split = next((c for c in columns if str(c).casefold() in _SPLITS and _is_split(table, rows, c)), None)
-    others = [c for c in columns if c not in ("file_name", split) and not _ROW_NUMBERS.fullmatch(str(c))]
+    split = _split_column(table, rows, [c for c in columns if c not in (*names, label_column)])
+    others = [c for c in columns if c not in (*names, split) and not _ROW_NUMBERS.fullmatch(str(c))]
     column = label_column or _label_column(table, others, rows)
     if column not in columns:
         raise ValueError(f"{table}: no column dataset.label_column={column} (there: {shown(columns)})")
     out = []
     for row in rows:
-        name = str(row.get("file_name") or "")
+        name = str(row.get(names[0]) or "")
         if "\n" in name or "\n" in str(row.get(column) or ""):
             raise ValueError(
                 f"{table}: a file_name or {column} of several lines, beginning {shown([name.split(chr(10))[0][:60]])}: "
                 "a quote there is opened and not closed, and takes the rows behind it; close or remove it"
             )
         label = _label(table, name, column, row.get(column))
-        out.append(Row(name, label, None if split is None else split_of(str(row[split]))))
+        out.append(Row(name, label, None if split is None else _split_meant(split, row[split])))
     return out
 
 
-def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
-    """Whether a column says each image's split.
+def _split_column(table: str, rows: list[dict[str, Any]], columns: Sequence[str]) -> str | None:
+    """The column that says each image's split: by its name, else by its values.
 
     Raises:
-        ValueError: When it does for some rows only: the others would be trained on.
+        ValueError: When several could be it, or it has values that say no split.
     """
-    values = [str(row.get(column) or "") for row in rows]
+    named = next((c for c in columns if str(c).casefold() in SPLIT_COLUMNS and _is_split(table, rows, c)), None)
+    if named is not None:
+        return named
+    found = []
+    for column in columns:
+        if str(column).casefold() not in _LABELS and _split_meant(column, rows[0].get(column)) is not None:
+            meant = {_split_meant(column, row.get(column)) for row in rows}
+            found += [column] if None not in meant and "train" in meant and len(meant) > 1 else []
+    if len(found) > 1:
+        raise ValueError(
+            f"{table}: which column says each image's split? Candidates: {shown(found)}; rename it split, and the "
+            "others so that they hold no split's word, or remove them"
+        )
+    return found[0] if found else None
+
+
+def _split_meant(column: str, value: Any) -> str | None:
+    """The split that a value means: by its own words, or as the answer to a column such as is_training."""
+    text = str(value).strip()
+    words = tokens(str(column))
+    asked = split_of(" ".join(w for w in words if w != "is")) if "is" in words else None
+    answer = _FLAGS.get(text.casefold().removesuffix(".0"))
+    if asked is None or answer is None:
+        return split_of(text)
+    return asked if answer else "test" if asked == "train" else "train"
+
+
+def _is_split(table: str, rows: list[dict[str, Any]], column: str) -> bool:
+    """Whether a column that is named so says each image's split.
+
+    Raises:
+        ValueError: When it does for some rows only, or by numbers: the others would be trained on.
+    """
+    values = ["" if row.get(column) is None else str(row[column]) for row in rows]
     others = [value for value in values if split_of(value) is None]
-    if others and len(others) < len(values):
+    numbers = len(set(values)) > 1 and all(_NUMBER.fullmatch(value) for value in values)
+    if (others and len(others) < len(values)) or numbers:
         raise ValueError(
             f"{table}: {len(others):,} of {len(values):,} rows have a {column} that is no split ("
             f"{shown(sorted({v or 'nothing' for v in others}), 4)}); expected train, val or test in each; mend these "
@@ -100,7 +141,7 @@ def _label(table: str, name: str, column: str, value: Any) -> str | None:
         if math.isinf(value) or value != int(value):
             raise ValueError(f"{table}: {name} has {column}={value!r}; expected a class's name or whole number")
         value = int(value)
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict)) or re.fullmatch(r"\[.*\]|\{.*\}", str(value).strip()):
         raise ValueError(f"{table}: {name} has {column}={value!r}; expected a class's name or whole number")
     return None if value is None else text_of(str(value).strip())
 
@@ -127,9 +168,15 @@ def usable_labels(labels: Iterable[str | None], where: str) -> dict[str | None, 
 
 
 def metadata_classes(
-    labels: Mapping[str, set[str | None]], given: list[ClassInfo] | None, where: str
+    labels: Mapping[str, set[str | None]],
+    given: list[ClassInfo] | None,
+    where: str,
+    words_in: Sequence[str] = (),
 ) -> tuple[list[ClassInfo], dict[str, int]]:
     """The class list, and label -> class_id, of usable labels by split.
+
+    Args:
+        words_in: Folders where a list of what WordNet ids mean may lie.
 
     Raises:
         ValueError: When the classes are ambiguous, or a validation label has no training image.
@@ -148,7 +195,7 @@ def metadata_classes(
             raise ValueError(f"{where}: labels that are the same number written differently: {shown(sorted(train))}")
         classes = numbered_classes({int(label) for label in train}, None, given, where)
         return classes, {label: int(label) for label in train}
-    classes = class_list(sorted(train), given, where)
+    classes = class_list(sorted(train), given, where, words_in)
     return classes, {c.name: c.class_id for c in classes}
 
 
@@ -160,8 +207,9 @@ def _refuse_joined(labels: set[str], given: list[ClassInfo] | None, where: str) 
     """
     named = {c.name for c in given or []}
     for label in sorted(labels - named):
-        parts = [part.strip() for part in re.split(r"[|;,]", label)]
-        if len(parts) > 1 and all(part in labels for part in parts):
+        ways = [[part.strip() for part in re.split(mark, label)] for mark in (r"[|;,]", r"\s+")]
+        parts = next((parts for parts in ways if len(parts) > 1 and all(part in labels for part in parts)), None)
+        if parts is not None:
             raise ValueError(
                 f"{where}: {shown([label])} is several labels of one image, as {shown(parts)} are labels too; an image "
                 "has one: keep one of them, or leave such rows out; where it is a class, name all classes by "
@@ -190,7 +238,11 @@ def _label_column(table: str, others: list[str], rows: list[dict[str, Any]]) -> 
 
 
 class Names:
-    """The files of a tree, found by what tables call them: other slashes, cases and Unicode forms, absolute paths."""
+    """The files of a tree, found by what tables call them.
+
+    Other slashes, cases and Unicode forms and absolute paths find a file; so does an image's name without its ending or
+    its folder, where no other image has it.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._exact = set(names)
@@ -216,7 +268,23 @@ class Names:
             found = self._one(posixpath.normpath(posixpath.join(below, *parts[start:])))
             if found is not None:
                 return found
-        return None
+        for start in range(len(parts) if far else 1):
+            found = self._short.get(_fold(posixpath.normpath(posixpath.join(below, *parts[start:]))))
+            if found is not None:
+                return found
+        return self._short.get(_fold(parts[0])) if len(parts) == 1 else None
+
+    @cached_property
+    def _short(self) -> dict[str, str | None]:
+        """Images by their names without ending, folder or both; made where a name is not found as it is."""
+        found: dict[str, str | None] = {}
+        for name in self._exact:
+            if image_extension(name) is not None:
+                key = _fold(name)
+                stem = posixpath.splitext(key)[0]
+                for short in {stem, posixpath.basename(key), posixpath.basename(stem)} - {key}:
+                    found[short] = None if short in found else name
+        return found
 
     def _one(self, name: str) -> str | None:
         return name if name in self._exact else self._folded.get(_fold(name))
@@ -242,6 +310,9 @@ def _rows(table: str) -> list[dict[str, Any]]:
         except (ValueError, OSError) as error:  # both are Arrow's, too
             raise ValueError(f"{table} is not a parquet file, or is damaged: {error}; get it anew") from error
     try:
+        if posixpath.basename(table).lower() == TINY_IMAGENET:
+            lines = [line.split("\t") for line in data.decode().splitlines() if line.strip()]
+            return [{"file_name": parts[0], "label": parts[1] if len(parts) > 1 else None} for parts in lines]
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if kind == "csv":
             text = text.lstrip("\r\n")

@@ -8,11 +8,17 @@ from itertools import islice
 
 import numpy as np
 
-from ddoq_ray.data.collections.classes import check_class_lists, given_classes, numbered_classes, shown
+from ddoq_ray.data.collections.classes import (
+    check_class_lists,
+    check_first_label,
+    given_classes,
+    numbered_classes,
+    shown,
+)
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import NO_LABEL, Listing, Survey, harmless, image_extension
 from ddoq_ray.data.collections.metadata import metadata_classes, usable_labels
-from ddoq_ray.data.collections.table_columns import Columns, Label, columns_of, read_images, read_labels
+from ddoq_ray.data.collections.table_columns import Columns, Label, columns_of, read_images, read_labels, read_splits
 from ddoq_ray.data.collections.table_files import by_split, list_tables, part_notes
 from ddoq_ray.storage.quarantine import Refusal
 from ddoq_ray.storage.records import ClassInfo
@@ -60,6 +66,8 @@ class Parquet(Containers):
         rows = {"train": self._rows(self.train, 0, known)}
         if self.val:
             rows["val"] = self._rows(self.val, len(self.train), known)
+        elif apart := self._apart(rows["train"]):
+            rows = apart
         if not any(label is not None for _, label, _ in rows["train"]):
             raise ValueError(f"dataset.path={self.path}: no labelled row in {len(self.train)} parquet files")
         classes, class_ids = self._classes(rows, first, given)
@@ -90,6 +98,29 @@ class Parquet(Containers):
             names = row_names(container, range(len(indices)))
             rows += [(name, labels[i], size) for name, i in zip(names, indices.tolist(), strict=True)]
         return rows
+
+    def _apart(self, rows: list[tuple[str, Label, int]]) -> dict[str, list[tuple[str, Label, int]]]:
+        """The rows by split where a column says which to train on and which not; nothing where none does.
+
+        Raises:
+            ValueError: When it says so in some files only.
+        """
+        found = [read_splits(file) for file in self.train]
+        splits = [split for part in found if part is not None for split in part]
+        held = [split for split in ("val", "test") if split in splits]
+        if not held or "train" not in splits:
+            return {}
+        if None in found:
+            raise ValueError(
+                f"{self.train[found.index(None)]} has no column that says each row's split, and other files have one: "
+                "are they of one collection? Give the files of one kind (dataset.path=PATTERN)"
+            )
+        others = " and others are not used" if len(held) > 1 else ""
+        self.notes.append(f"the files' column of splits holds {held[0]} rows: they serve as validation{others}")
+        return {
+            name: [row for row, split in zip(rows, splits, strict=True) if split == of]
+            for name, of in (("train", "train"), ("val", held[0]))
+        }
 
     def _classes(
         self, rows: dict[str, list[tuple[str, Label, int]]], columns: Columns, given: list[ClassInfo] | None
@@ -122,6 +153,7 @@ class Parquet(Containers):
         """A class list that does not fit stops; a few wild labels are for max_bad_fraction to judge."""
         for listing in listings.values():
             wild = [r.reason.rpartition(": ")[2] for r in listing.refused if not harmless(r)]
+            check_first_label({*map(int, wild), *listing.class_ids.tolist()}, len(classes), self.path)
             if len(wild) > (1 - FIT) * (len(wild) + len(listing.names)):
                 raise ValueError(
                     f"{self.path}: labels {shown(sorted(set(wild)))} are outside the class list (0 to "

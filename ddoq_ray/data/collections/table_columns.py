@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ddoq_ray.data.collections.classes import shown, text_of
-from ddoq_ray.data.collections.metadata import nearly_unique
+from ddoq_ray.data.collections.metadata import SPLIT_COLUMNS, nearly_unique
+from ddoq_ray.data.collections.splits import split_of
 from ddoq_ray.data.picture_kinds import LFS_POINTER
 from ddoq_ray.storage.transport import open_file, read_file
 
@@ -105,8 +106,11 @@ def columns_of(file: str, image_column: str | None, label_column: str | None, *,
         images = [image_column]
     if len(images) != 1:
         raise ValueError(
-            f"{file}: which column is the image? Candidates: {shown(images) or 'none'}; expected a column of "
-            "struct{bytes, path} or binary; say which by dataset.image_column=NAME"
+            f"{file}: which column is the image? Candidates: {shown(images)}; say which by dataset.image_column=NAME"
+            if images
+            else f"{file}: no column holds images as bytes (there: "
+            f"{shown([f'{name} of {kind}' for name, kind in fields.items()])}); expected a column of "
+            "struct{bytes, path} or binary with each image's file (JPEG, PNG): write one"
         )
     able = [n for n, kind in fields.items() if _may_be_label(kind) and not n.startswith("__")]
     labels = [n for n in fields if kinds.get(n) == "ClassLabel"]
@@ -171,6 +175,33 @@ def read_labels(file: str, columns: Columns, given: bool) -> tuple[npt.NDArray[n
         )
     indices = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
     return indices, [*(_label(v, file, str(columns.label)) for v in values), None], average
+
+
+def read_splits(file: str) -> list[str | None] | None:
+    """The split of each row, where a column says it; None where none does.
+
+    Raises:
+        ValueError: When it says so of some rows only, or by numbers.
+    """
+    schema, _ = schema_of(file)
+    names = [f.name for f in schema if f.name.casefold() in SPLIT_COLUMNS and _may_be_label(_value_type(f.type))]
+    for name in names:
+        with _opened(file) as f:
+            if file.lower().endswith(".arrow"):
+                values = [value for batch in _arrow_batches(f) for value in batch.column(name).to_pylist()]
+            else:
+                values = pq.ParquetFile(f).read(columns=[name]).column(name).to_pylist()
+        meant = {value: split_of(str(value)) for value in set(values)}
+        odd = sorted(str(value) for value, split in meant.items() if split is None)
+        if len(meant) > 1 and odd and (len(odd) < len(meant) or all(isinstance(value, int) for value in meant)):
+            raise ValueError(
+                f"{file}: the column {name} holds {shown(odd, 4)}, which is no split; expected train, val or test in "
+                "each row, or a file for each split (train-*.parquet, test-*.parquet); mend these rows, or rename the "
+                "column where it means something else"
+            )
+        if not odd:
+            return [meant[value] for value in values]
+    return None
 
 
 def read_images(file: str, image: str) -> Iterator[Any]:

@@ -123,6 +123,12 @@ def _one_configuration(root: str, names: Sequence[str], key: str) -> None:
     for name in names:
         folders = [f for f in name.split("/")[:-1] if f != "data" and split_of(f) is None]
         groups.setdefault("/".join(folders), name)
+    columns = {group.rpartition("/")[2].partition("=")[0] for group in groups}
+    if len(groups) > 1 and len(columns) == 1 and all("=" in group for group in groups):
+        raise ValueError(
+            f"{key}={root}: its tables are apart by {columns.pop()} ({shown(sorted(groups), 3)}), and what folders' "
+            "names say is not read: write the tables with that as a column of its own, in one folder"
+        )
     if len(groups) > 1:
         folder, ending = posixpath.split(groups.get("", ""))[0], posixpath.splitext(groups.get("", ""))[1]
         places = [posixpath.join(root, g) if g else posixpath.join(root, folder, f"*{ending}") for g in sorted(groups)]

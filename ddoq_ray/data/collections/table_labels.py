@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddoq_ray.data.collections.classes import escaped, shown
+from ddoq_ray.data.collections.classes import escaped, shown, text_of
 from ddoq_ray.data.collections.listing import NO_LABEL_IN_TABLE, OTHER_SPLIT, Listing, Survey, sorted_listing
 from ddoq_ray.data.collections.metadata import Names, Row, labelled_rows, metadata_classes, usable_labels
 from ddoq_ray.storage.quarantine import Refusal
@@ -41,31 +41,31 @@ class _Labels:
 
 
 def survey_tables(
-    root: str, trees: dict[str, Tree], above: Sequence[str], label_column: str | None, given: list[ClassInfo] | None
+    root: str,
+    trees: dict[str, Tree],
+    above: Sequence[str],
+    label_column: str | None,
+    given: list[ClassInfo] | None,
+    words_in: Sequence[str] = (),
 ) -> Survey:
     """Classes and listings by the tables of the trees and those directly in `root`, above its splits.
 
+    A split without a table has its class folders for labels.
+
+    Args:
+        words_in: Folders where a list of what WordNet ids mean may lie.
+
     Raises:
-        ValueError: When tables are ambiguous or contradict each other, or a split has none.
+        ValueError: When tables are ambiguous or contradict each other, or a split has neither table nor class folders.
     """
-    found = {split: _read(tree, label_column) for split, tree in trees.items()}
-    for table in above:
-        _read_above(root, table, trees, found, label_column)
-    for split, tree in trees.items():
-        _check_there(tree, found[split])
-    missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
-    if missing:
-        raise ValueError(
-            f"{shown(missing)} has no metadata.csv or metadata.jsonl, but the other split has one; give each its "
-            "own, or one above both with the splits in its file names"
-        )
+    found = _read_all(root, trees, above, label_column)
     notes: list[str] = []
     parts = _by_split(root, trees, found, notes)
     meant = usable_labels({r.label for rows in parts.values() for r in rows.values()}, root)
     labels = {split: {meant[r.label] for r in rows.values()} for split, rows in parts.items()}
     if "val" in labels and labels["val"] == {None}:
         notes[:] = ["no validation image has a label: they cannot be used to measure (dataset.heldout holds some out)"]
-    classes, class_ids = metadata_classes(labels, given, root)
+    classes, class_ids = metadata_classes(labels, given, root, words_in)
     listings: dict[str, Listing] = {}
     for split, rows in parts.items():
         tree = trees.get(split, trees["train"])
@@ -99,6 +99,29 @@ def survey_tables(
     return Survey(classes, train, val, notes)
 
 
+def _read_all(root: str, trees: dict[str, Tree], above: Sequence[str], label_column: str | None) -> dict[str, _Labels]:
+    """What the tables say of each split, and of a split that none speaks of its class folders.
+
+    Raises:
+        ValueError: When a split has neither.
+    """
+    found = {split: _read(tree, label_column) for split, tree in trees.items()}
+    for table in above:
+        _read_above(root, table, trees, found, label_column)
+    for split, tree in trees.items():
+        _check_there(tree, found[split])
+        if not found[split].rows and not found[split].absent:
+            found[split].rows = _by_folder(tree)
+    missing = [tree.root for split, tree in trees.items() if not found[split].rows and not found[split].absent]
+    if missing:
+        raise ValueError(
+            f"{shown(missing)} has neither class folders nor a metadata.csv or metadata.jsonl, but the other split has "
+            "one; give each its own, or one above both with the splits in its file names; what has no labels, as a "
+            "contest's test images, is to be moved away (dataset.heldout=0.1 holds training images out)"
+        )
+    return found
+
+
 def _read(tree: Tree, label_column: str | None) -> _Labels:
     labels = _Labels({}, [])
     names = Names(tree.files)
@@ -120,6 +143,12 @@ def _read(tree: Tree, label_column: str | None) -> _Labels:
             else:
                 _add(labels, name, row, path)
     return labels
+
+
+def _by_folder(tree: Tree) -> dict[str, Row]:
+    """What the class folders of a tree without a table say."""
+    images = [name for name in tree.files if "/" in name and name not in tree.no_image]
+    return {name: Row(name, text_of(name.partition("/")[0]), None) for name in images}
 
 
 def _check_there(tree: Tree, labels: _Labels) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ddoq_ray.data.collections.classes import check_class_lists
+from ddoq_ray.data.collections.classes import check_class_lists, check_first_label
 from ddoq_ray.data.collections.containers import Containers, row_names
 from ddoq_ray.data.collections.listing import Listing, Survey
 from ddoq_ray.data.samples import read_classes
@@ -49,12 +49,14 @@ class Tars(Containers):
         sizes: list[int] = []
         refused: list[Refusal] = []
         infos = []
+        labels: set[int] = set()
         for container, shard in enumerate(shards, offset):
             where = posixpath.basename(shard)
             bad: list[Refusal] = []
             rows, size = [], 0
             for row, (key, label, data, _) in enumerate(_pictures(shard, bad.append)):
                 size += len(data)
+                labels.add(label)
                 if 0 <= label < num_classes:
                     rows.append(row)
                     class_ids.append(label)
@@ -66,6 +68,7 @@ class Tars(Containers):
             damage = [b.reason for b in bad if b.reason.startswith(DAMAGE)]
             infos.append(ShardInfo(where, len(rows), size, ClassCounts({}), "", damage="; ".join(damage)))
             refused += [Refusal(f"{where}:{b.name}", b.reason) for b in bad if not b.reason.startswith(DAMAGE)]
+        check_first_label(labels, num_classes, posixpath.dirname(shards[0]))
         refused += [Refusal(s.path, s.damage, s.lost) for s in with_losses(infos) if s.damage]
         return Listing(names, np.asarray(class_ids, np.int32), np.asarray(sizes, np.int64), refused)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 
 import braceexpand
@@ -26,6 +27,15 @@ EXPECTED = (
     "file_name and label, WebDataset shards (*.tar), *.parquet or *.arrow files, or MNIST's IDX files "
     "(train-images-idx3-ubyte and its labels)"
 )
+# Files of many images that other programs write: an ending -> what it is.
+_OTHERS = {
+    "npz": "NumPy's arrays", "npy": "NumPy's arrays", "mat": "MATLAB's arrays", "h5": "HDF5", "hdf5": "HDF5",
+    "tfrecord": "TFRecord", "tfrecords": "TFRecord", "tfrec": "TFRecord", "mdb": "LMDB", "lmdb": "LMDB",
+    "beton": "FFCV's file", "rec": "MXNet's RecordIO", "mds": "a shard of MosaicML's Streaming", "pkl": "a pickle",
+    "pickle": "a pickle", "pt": "PyTorch's file", "pth": "PyTorch's file", "bin": "a file of raw bytes",
+    "feather": "a Feather file", "lance": "a Lance table",
+}  # fmt: skip
+_WRITE = "write its images as files in a folder for each class, or as rows of Parquet files with their bytes and labels"
 _LISTS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".xlsx")
 
 
@@ -84,7 +94,7 @@ def there_in(place: str) -> str:
 
 
 def _refuse_file(path: str, place: str) -> None:
-    """Refuse a single file that is an image, a list of images, or anything but a tar.
+    """Refuse a single file that is an image, a list of images, another program's, or anything but a tar.
 
     Raises:
         ValueError: With the way out.
@@ -96,6 +106,8 @@ def _refuse_file(path: str, place: str) -> None:
             f"dataset.path={path} is a table or a list: name it metadata.csv (or .jsonl), with file_name and label, "
             "and give the folder that it lies in"
         )
+    if (kind := _other_kind([path])) is not None:
+        raise ValueError(f"dataset.path={path} is {kind}, which is not read: {_WRITE}; {EXPECTED}")
     if not os.path.isfile(place):
         raise ValueError(f"dataset.path={path} is a device or a pipe; {EXPECTED}")
     bad: list[Refusal] = []
@@ -130,13 +142,39 @@ def _refuse_folder(path: str, place: str) -> None:
             f"dataset.path={path} holds IDX files further down: give dataset.path="
             f"{posixpath.join(path, posixpath.dirname(idx[0]))}"
         )
+    other = [name for name in inside if "idx3-ubyte" in posixpath.basename(name)]
+    if other:
+        raise ValueError(
+            f"dataset.path={path} holds IDX files of other names than MNIST's ({shown(other, 3)}): give a folder "
+            "in which train-images-idx3-ubyte and train-labels-idx1-ubyte (and t10k-...) are these files, or links to "
+            "them"
+        )
+    if "data_batch_1" in (name for name, _ in there):
+        raise ValueError(
+            f"dataset.path={path} holds CIFAR-10's pickles: give the folder above it, with dataset=torchvision "
+            "dataset.torchvision=CIFAR10"
+        )
     archives = [name for name in inside if is_archive(name)]
     if archives:
+        shards = " (.tar.zst of shards: decompress them by unzstd)" * any(n.endswith(".tar.zst") for n in archives)
         raise ValueError(
             f"dataset.path={path} holds archives ({shown(archives, 3)}) and no images beside them: unpack them where "
-            "they are, and give the folder again"
+            f"they are, and give the folder again{shards}"
         )
-    raise ValueError(f"dataset.path={path} holds no *.tar and no images ({there_in(place)}); {EXPECTED}")
+    if (kind := _other_kind(inside)) is not None:
+        raise ValueError(
+            f"dataset.path={path} holds {kind} ({there_in(place)}), which is not read: {_WRITE}; {EXPECTED}"
+        )
+    endings = Counter(f"*.{name.rpartition('.')[2]}" for name in inside if "." in posixpath.basename(name))
+    counts = ", ".join(f"{n:,} {ending}" for ending, n in endings.most_common(3))
+    every = f"; in all {counts}" if counts else ""
+    raise ValueError(f"dataset.path={path} holds no *.tar and no images ({there_in(place)}{every}); {EXPECTED}")
+
+
+def _other_kind(names: Sequence[str]) -> str | None:
+    """In words: what files of another program are, by the first ending that is known."""
+    endings = [part.rpartition(".")[2].lower() for name in names for part in name.split("/") if "." in part]
+    return next((_OTHERS[ending] for ending in endings if ending in _OTHERS), None)
 
 
 def _refuse_shards_below(path: str, tars: Sequence[str]) -> None:
@@ -164,4 +202,5 @@ def _refuse_shards_below(path: str, tars: Sequence[str]) -> None:
 def table_hint(place: str) -> str:
     """A question about a file that may be the table of images without a class folder; empty without one."""
     tables = [n for n in top(place)[1] if n.lower().endswith((".csv", ".tsv", ".jsonl"))]
+    tables = [n for n in tables if "submission" not in n.lower()]  # what a contest wants of its test images
     return f"; is {shown(tables, 3)} its table? Name it so, with these columns" if tables else ""

@@ -15,7 +15,7 @@ import ray
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.dataset import DatasetConfig
 from ddoq_ray.config.ineffective import WRITTEN
-from ddoq_ray.data.collections.classes import check_class_lists
+from ddoq_ray.data.collections.classes import SUBTRACT, begin_at_one, check_class_lists
 from ddoq_ray.data.collections.unread_places import refuse_other_kind
 from ddoq_ray.data.shard_index import Pictures, index_shard, shown, train_and_val, with_losses
 from ddoq_ray.execution.workers import Progress, in_tasks
@@ -183,7 +183,7 @@ def _index(
 
 
 def _check_labels(asked: str, shards: Sequence[ShardInfo], num_classes: int, allowed: float) -> None:
-    """A wild label among many is one bad sample; a class list that does not fit stops here.
+    """A wild label among many is one bad sample; a class list that does not fit stops here, and so do labels from 1.
 
     Counting such samples into another class, or leaving them all out, is the silent mistake that ruins a set.
     """
@@ -191,16 +191,16 @@ def _check_labels(asked: str, shards: Sequence[ShardInfo], num_classes: int, all
     if not outside:
         return
     wild, seen = sum(o.samples for o in outside), sum(s.expected for s in shards)
-    if wild <= allowed * seen:
-        return
-    first = next(s for s in shards if s.outside is not None)
     inside: Counter[int] = Counter()
     for s in shards:
         inside.update(s.images)
     least = min(min(o.least for o in outside), min(inside, default=10**18))
     largest = max(max(o.largest for o in outside), max(inside, default=-1))
-    one_based = largest == num_classes and not inside.get(0) and least >= 1
-    hint = " They begin at 1: subtract one, or begin the class list with a class that is not used." if one_based else ""
+    one_based = begin_at_one({least, largest}, num_classes)
+    if wild <= allowed * seen and not one_based:
+        return
+    first = next(s for s in shards if s.outside is not None)
+    hint = f" {SUBTRACT}." if one_based else ""
     assert first.outside is not None
     raise ValueError(
         f"{asked}: {wild:,} of {seen:,} labels are outside the class list (0 to {num_classes - 1}): the labels go from "

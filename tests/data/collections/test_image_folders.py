@@ -159,7 +159,7 @@ def test_metadata_tables(tmp_path: Path) -> None:
     root = fill(tmp_path / "json", "train/a.png", "train/b.png", "test/c.png")
     rows = [{"file_name": "a.png", "label": 1, "text": "x"}, {"file_name": "b.png", "label": 0, "text": "y"}]
     (root / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(folder(root), "test has no metadata.csv or metadata.jsonl")
+    refused(folder(root), "test has neither class folders nor a metadata.csv")
     (root / "test/metadata.jsonl").write_text(json.dumps({"file_name": "c.png", "label": 1}))
     survey = folder(root).survey()
     assert (survey.train.class_ids.tolist(), survey.val.class_ids.tolist()) == ([1, 0], [1])  # type: ignore[union-attr]

@@ -131,10 +131,10 @@ def test_patterns_of_folders_and_files_that_are_no_tars(tmp_path: Path) -> None:
     for pattern in ("*", "{a,b}"):
         with pytest.raises(ValueError, match=rf"names folders without \*.tar, such as {tmp_path}/a;"):
             open_source(DatasetConfig(path=f"{tmp_path}/{pattern}"))
-    put(tmp_path / "x.npz", b"PK\3\4" + bytes(60))
+    put(tmp_path / "x.data", b"PK\3\4" + bytes(60))
     fsspec.filesystem("memory").pipe("/odd/photos.zip", b"PK")
     for path, words in (
-        (tmp_path / "x.npz", "a zip archive; expected class folders"),
+        (tmp_path / "x.data", "a zip archive; expected class folders"),
         ("/dev/null", "a device"),
         ("memory://odd/photos.zip", "is an archive, not shards"),
     ):
@@ -172,7 +172,9 @@ def test_folders_that_may_be_the_classes_are_noted(tmp_path: Path) -> None:
     assert [c.name for c in s.classes] == ["fold0", "fold1", "fold2"]
     assert any("each holds cat, dog" in note for note in s.notes)
     tree(tmp_path, "fold0/owl/1.png")  # no longer the same in each: kinds of a class
-    assert not survey(tmp_path).notes
+    assert any("which hold 7 folders with images (fold0/cat, fold0/dog, fold0/owl" in n for n in survey(tmp_path).notes)
+    tree(tmp_path / "one", *(f"{c}/images/{i}.png" for c in CLASSES for i in range(2)))
+    assert not survey(tmp_path / "one").notes
 
 
 ROWS = [(f"{i}.png", CLASSES[i % 2]) for i in range(6)]

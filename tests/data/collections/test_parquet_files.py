@@ -111,3 +111,12 @@ def test_what_is_ambiguous_or_missing(tmp_path: Path) -> None:
     refused(
         write(tmp_path / "i/x.parquet", {"image": images, "y": pa.array([None, None], pa.int64())}), "no labelled row"
     )
+
+
+def test_labels_from_one_are_refused_however_many_classes_hide_the_last(tmp_path: Path) -> None:
+    listed = tmp_path / "classes.json"
+    listed.write_text(json.dumps([f"class {i}" for i in range(150)]))
+    write(tmp_path / "train.parquet", {"image": structs([IMAGES[0]] * 300), "label": [i % 150 + 1 for i in range(300)]})
+    refused(tmp_path, "labels go from 1 to 150", "class list from 0 to 149", "subtract one", classes=listed)
+    listed.unlink()
+    refused(tmp_path, "expected 0 to C - 1 without a gap. They begin at 1: subtract one")

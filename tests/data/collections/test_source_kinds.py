@@ -52,5 +52,5 @@ def test_two_kinds_in_one_folder(tmp_path: Path) -> None:
 
 def test_torchvisions_files_want_a_name(tmp_path: Path) -> None:
     root = touch(tmp_path, "cifar-10-batches-py/x")
-    with pytest.raises(ValueError, match=r"dataset=torchvision dataset\.torchvision=NAME"):
+    with pytest.raises(ValueError, match=r"dataset=torchvision dataset\.torchvision=CIFAR10"):
         open_source(DatasetConfig(path=str(root)))

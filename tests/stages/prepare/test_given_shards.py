@@ -40,9 +40,9 @@ def surveyed(path: Path, *keys: str) -> Packed:
     [
         (
             "json",
-            r"6 samples, such as 0 of s-0.tar, no label \(.cls\): a .json is there, but labels are read from .cls",
+            r"6 samples, such as 0 of s-0.tar, no label \(.cls\): .*, and its members are json, png",
         ),
-        ("txt", r"6 samples, such as 0 of s-0.tar, no label \(.cls\)\)"),
+        ("txt", r"6 samples, such as 0 of s-0.tar, no label \(.cls\): .*, and its members are png, txt"),
     ],
 )
 def test_shards_without_a_label_say_what_they_have(tmp_path: Path, ray_here: None, label: str, words: str) -> None:
@@ -82,3 +82,14 @@ def test_validation_images_that_are_no_shards(tmp_path: Path, ray_here: None) ->
     put(tmp_path / "val/cat/1.png")
     with pytest.raises(ValueError, match=r"val holds no \*.tar \(there: cat/\), but dataset.path holds shards"):
         surveyed(shards(tmp_path / "train"), f"dataset.val_path={tmp_path}/val")
+
+
+def test_labels_from_one_are_refused_however_many_classes_hide_the_last(tmp_path: Path, ray_here: None) -> None:
+    names = [f"class {i}" for i in range(150)]
+    members = [m for i in range(1, 151) for m in ((f"{i}.png", picture(value=i)), (f"{i}.cls", str(i).encode()))]
+    put(tmp_path / "s-0.tar", write_tar(members))
+    put(tmp_path / "classes.json", json.dumps(names).encode())
+    with pytest.raises(ValueError, match=r"labels go from 1 to 150.* They begin at 1: subtract one"):
+        surveyed(tmp_path)
+    with pytest.raises(ValueError, match=r"labels go from 1 to 150.* They begin at 1: subtract one"):
+        Tars(str(tmp_path), None, None).survey()
