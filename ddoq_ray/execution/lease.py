@@ -29,7 +29,9 @@ from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
 RENEW_SECONDS = 15.0
+MISSED_SECONDS = 2 * RENEW_SECONDS  # without a renewal: its holder may be gone, and a new run waits to see
 STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
+LOOK_SECONDS = 1.0  # between two looks at a lease that is waited for
 SETTLE_SECONDS = 1.0  # between writing and reading again on an object store
 # What a lease says, and of what kind; one that is not whole was written by no run that follows these rules.
 FACTS: dict[str, type | tuple[type, ...]] = {
@@ -85,11 +87,12 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the directory, or refuse.
+        """Take the directory, or refuse; of a holder that may be gone it is waited for a sign of life.
 
         Raises:
             ValueError: When a living run holds it.
         """
+        self._await_silent()
         for _ in range(3):
             there = self._read()
             if there is not None and there["token"] != self.token:
@@ -107,6 +110,27 @@ class Lease:
                 self._thread.start()
                 return
         raise ValueError(f"{self.run.uri} is taken by other runs at this moment; try again, or use another run_dir")
+
+    def _await_silent(self) -> None:
+        """Wait while another machine's holder is silent for longer than it should be, and not yet for as long as the dead.
+
+        What starts a lost run again (a RayJob's next attempt, Slurm's queue, a head's new container) does it sooner
+        than the lease runs out, and would spend its attempts on being refused.
+        """
+        there = self._read()
+        if there is None or there["machine"] == _machine():
+            return
+        silent = self._now(there) - there["renewed"]
+        if not MISSED_SECONDS < silent <= STALE_SECONDS:
+            return
+        left = STALE_SECONDS - silent + LOOK_SECONDS
+        say(
+            f"lease      {self.run.uri} is held by {holder(there)}, who has not renewed its lease for {silent:.0f} s: "
+            f"this run waits up to {left:.0f} s for a sign of life, and takes it over where none comes"
+        )
+        end = time.monotonic() + left
+        while time.monotonic() < end and self._read() == there:
+            time.sleep(LOOK_SECONDS)
 
     def check(self) -> None:
         """Raise ValueError when another run has taken the directory meanwhile."""
