@@ -82,7 +82,7 @@ class Folder:
                 with tempfile.NamedTemporaryFile() as held:
                     yield held
                     held.flush()
-                    fs.put_file(held.name, target)
+                    retried(self.path(name), lambda: fs.put_file(held.name, target), "write")  # whole, or not at all
                 return
             os.makedirs(os.path.dirname(target), exist_ok=True)
             temporary = f"{target}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
@@ -194,8 +194,12 @@ class Folder:
 
     def remove(self, name: str = "") -> None:
         fs, target = self._fs(name)
-        if fs.exists(target):
-            fs.rm(target, recursive=True)
+
+        def request() -> None:
+            if fs.exists(target):
+                fs.rm(target, recursive=True)
+
+        retried(self.path(name), request, "remove")  # NFS, too, refuses a folder in which another has a file open
 
     def check_writable(self) -> None:
         """Raise ValueError now, not after hours of work, when nothing can be written here."""
@@ -204,7 +208,7 @@ class Folder:
             self.publish(probe, bytes(1 << 16))  # a full disk takes an empty file
         except ValueError as error:
             raise ValueError(str(error).replace(self.path(probe), self.uri)) from error.__cause__
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.remove(probe)
 
 

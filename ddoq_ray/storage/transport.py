@@ -206,8 +206,11 @@ def read_heads(root: str, names: Sequence[str], length: int) -> list[bytes]:
     return retried(root, request) if paths else []
 
 
-def retried(url: str, call: Callable[[], T]) -> T:
+def retried(url: str, call: Callable[[], T], what: str = "read") -> T:
     """`call()`, again after a wait as long as it fails by what may pass: `len(WAITS)` times at most.
+
+    Args:
+        what: Is done with it, for the error.
 
     Raises:
         ValueError: When the last try failed too.
@@ -221,7 +224,7 @@ def retried(url: str, call: Callable[[], T]) -> T:
                 raise
             if wait is None:
                 raise ValueError(
-                    f"cannot read {url}: {len(WAITS) + 1} tries over {sum(WAITS):.0f} s or more failed, the last by "
+                    f"cannot {what} {url}: {len(WAITS) + 1} tries over {sum(WAITS):.0f} s or more failed, the last by "
                     f"{_words(error)}; when the store answers again, run again: what is done stays"
                 ) from error
             time.sleep(wait * random.SystemRandom().uniform(1, 1.5))  # else a thousand readers come back at once
