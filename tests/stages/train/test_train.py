@@ -18,6 +18,7 @@ from ray.train import ControllerError, WorkerGroupError
 from support import ranks
 from support.students import EPOCHS, IMAGES, Apart, small_job
 
+from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.core.labels import CODECS, make_codec
 from ddoq_ray.data.soft_labels import SoftLabels, load_head
 from ddoq_ray.execution.networks import Networks
@@ -26,7 +27,9 @@ from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.training.student import StudentTraining
 from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.train import fitting
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.fitting import RECORD
 from ddoq_ray.stages.train.memory import Room
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.sets import Real
@@ -277,6 +280,43 @@ def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
         assert (own_words(error), worth_retrying(error, workers)) == (words, again), found
     assert own_words(ControllerError(ours)) == "mend this" and not worth_retrying(ControllerError(ours), 1)
     assert own_words(RayActorError()) is None and worth_retrying(RayActorError(), 1)  # Ray Train's own controller died
+
+
+class Dies:
+    """Ray Train where the workers of each attempt die, with so much reached before."""
+
+    def __init__(self, storage: Folder, reached: list[bytes]) -> None:
+        self.storage, self.reached = storage, list(reached)
+
+    def fit(self) -> None:
+        if not self.reached:
+            return
+        if record := self.reached.pop(0):
+            self.storage.publish(f"train/{RECORD}", record)
+        raise WorkerGroupError("", {0: RayActorError()})
+
+
+@pytest.mark.parametrize(
+    "reached, told",
+    [
+        ([b""] * 3, [1, 2, 3]),
+        ([b"1", b"1", b"1"], [1, 2, 3]),
+        ([b"1", b"1", b"2", b"2", b"3", b"3", b"4"], [1, 2, 1, 2, 1, 2, 1]),  # days on nodes that may vanish
+    ],
+)
+def test_only_deaths_between_checkpoints_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: list[bytes], told: list[int]
+) -> None:
+    dies, deaths = Dies(Folder(str(tmp_path)), reached), []
+    monkeypatch.setattr(fitting, "_trainer", lambda *_: dies)
+    fitting.fit(print, {}, TrainerResources(), str(tmp_path), lambda _, count: deaths.append(count))
+    assert deaths == told
+
+    dies.reached, done = [b"5", *[b""] * 3], iter([1, 1, 1, 1])
+    with pytest.raises(WorkerGroupError):
+        fitting.fit(print, {}, TrainerResources(), str(tmp_path), lambda *_: None, reached=lambda: next(done))
+    dies.reached, done = [b"6", *[b""] * 4], iter([1, 1, 1, 2, 2])  # a short student has no checkpoint: it is done
+    fitting.fit(print, {}, TrainerResources(), str(tmp_path), lambda *_: None, reached=lambda: next(done))
 
 
 # The driver
