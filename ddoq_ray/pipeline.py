@@ -363,7 +363,9 @@ def _codebooks(run: Run, planned: Sequence[Step]) -> None:
     try:
         for book in books:
             book.plan()
-        check_memory([need for book in books for need in book.needs])
+        needs, cpus = [need for book in books for need in book.needs], run.config.cluster.quantizer.num_cpus
+        if words := check_memory(needs, cpus=cpus, may_grow=may_grow()):
+            say(f"waiting    {words}. It will wait until nodes join")
         for book in books:
             book.launch()
 
