@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 import threadpoolctl
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
 from ddoq_ray.execution.console import say as say
@@ -80,6 +82,22 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
             raise plain_error(error) from None
 
 
+_turns = itertools.count()
+
+
+def on_a_working_node() -> dict[str, Any]:
+    """Options of a task that asks Ray for no CPU: a node that has some, another one each time; none where none has.
+
+    Ray sends a task that asks for nothing to the driver's own node, spread or not: the head of a cluster, which has no
+    CPUs so that nothing should come to it, and whose memory and disk are for the books of all.
+    """
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    if not nodes:
+        return {}
+    here = nodes[next(_turns) % len(nodes)]
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}  # soft: it may have left
+
+
 def in_background(jobs: Sequence[Callable[[], Any]], at_once: int = 64) -> None:
     """Do small jobs of reading on the cluster, of which nothing is wanted but their errors, beside what has its CPUs.
 
@@ -95,7 +113,11 @@ def in_background(jobs: Sequence[Callable[[], Any]], at_once: int = 64) -> None:
         return
     task = ray.remote(num_cpus=0)(_called)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for _ in in_tasks([functools.partial(task.remote, job) for job in jobs], min(at_once, cpus)):
+
+    def submit(job: Callable[[], Any]) -> Any:
+        return task.options(**on_a_working_node()).remote(job)
+
+    for _ in in_tasks([functools.partial(submit, job) for job in jobs], min(at_once, cpus)):
         pass
 
 

@@ -1,0 +1,47 @@
+"""The head of a cluster has no CPUs and keeps the books: no work comes to it, that which asks for no CPU included."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from ddoq_ray.data.image_set import NewImage, encode_picture, write_images
+from ddoq_ray.execution.workers import in_background, on_a_working_node
+from ddoq_ray.stages.label.images import shared_images
+from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.manifests import ImageShard
+from tests.chaos.cells import Lab
+
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+
+
+def node_of(note: Path) -> None:
+    note.write_text(ray.get_runtime_context().get_node_id())
+
+
+def test_jobs_in_the_background_are_of_all_nodes_but_the_head(here: Lab, tmp_path: Path) -> None:
+    in_background([functools.partial(node_of, tmp_path / str(i)) for i in range(8)])
+    assert {note.read_text() for note in tmp_path.iterdir()} == {node.node_id for node in here.nodes}
+
+
+def test_a_set_for_teachers_is_decoded_and_kept_on_a_node_that_works(here: Lab, tmp_path: Path) -> None:
+    """It may be larger than the head's memory, and so is what is read of it there."""
+    images = Folder(str(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    made = [NewImage(0, i, 0.02, "", 0, encode_picture(pixels)) for i in range(50)]  # 0.6 MB: not in the reference
+    shared = shared_images(images, [ImageShard(**write_images(images, "images-000000", made))], 64, 64)
+    _, (_, ref) = shared.__reduce__()
+    ray.wait([ref], fetch_local=False)
+    places = ray.experimental.get_object_locations([ref])[ref]["node_ids"]
+    assert places and set(places) <= {node.node_id for node in here.nodes}
+
+
+def test_without_a_node_that_has_cpus_they_go_anywhere(here: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = [node for node in ray.nodes() if not node["Resources"].get("CPU")]
+    assert head
+    monkeypatch.setattr(ray, "nodes", lambda: head)
+    assert on_a_working_node() == {}
