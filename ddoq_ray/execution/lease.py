@@ -112,7 +112,7 @@ class Lease:
         raise ValueError(f"{self.run.uri} is taken by other runs at this moment; try again, or use another run_dir")
 
     def _await_silent(self) -> None:
-        """Wait while another machine's holder is silent for longer than it should be, and not yet for as long as the dead.
+        """Wait while another machine's holder is silent for longer than it should be, and not yet as long as the dead.
 
         What starts a lost run again (a RayJob's next attempt, Slurm's queue, a head's new container) does it sooner
         than the lease runs out, and would spend its attempts on being refused.
