@@ -131,13 +131,15 @@ def run(config: RunConfig) -> str | None:
         known = _known(parts) if config.prior.path is not None else None
         own_session = not ray.is_initialized()
         name = posixpath.basename(run_dir.uri)
+        named = list(dict.fromkeys(n for part in parts for n in places.named_paths(part)))
         with (
             ray_session(config.cluster, where),
             patience(config.cluster, own_session),
+            places.LateNodes(run_dir, named, own_session) if may_grow() else contextlib.nullcontext(),
             metrics.published(name) as hear,
         ):
             fitted = _fit(parts)
-            places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
+            places.check_nodes(run_dir, named)
             events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:

@@ -21,6 +21,8 @@ import pytest
 import ray
 import yaml
 
+from ddoq_ray.execution import signals
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 CLUSTER = CHECKOUT / "cluster"
 CRDS = Path(os.environ.get("DDOQ_ASSETS", CHECKOUT.parent / "shared/assets")) / "kuberay-crds"
@@ -115,6 +117,9 @@ def test_the_cluster_is_as_the_readme_says(name: str) -> None:
         assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
         assert {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]} == {"/shared", "/tmp"}
         assert "ephemeral-storage" in pod["containers"][0]["resources"]["requests"]
+    head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+    seconds = {e["name"]: float(e["value"]) for e in head["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert seconds > signals.GRACE_SECONDS, "`ray job stop` would kill a run that is on its way to its last words"
     kept = spec["headGroupSpec"]["template"]["metadata"]["annotations"]
     assert kept["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false", "the driver is there"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -15,12 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ddoq_ray.config import RunConfig
 from ddoq_ray.data.collections import kind_of
 from ddoq_ray.execution.console import doing, say
+from ddoq_ray.execution.ending import Onlooker
 from ddoq_ray.execution.workers import DEATHS
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.folder import TEMPORARY, Folder
 
 LEFT: tuple[type[BaseException], ...] = (*DEATHS, ray.exceptions.TaskUnschedulableError)  # a node that has just left
 LOOK_SECONDS = 60.0  # for a node to answer
+LATE_SECONDS = 5.0  # between two looks for nodes that have joined
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
 
@@ -158,19 +161,51 @@ def check_nodes(run: Folder, named: Sequence[Named]) -> None:
     Raises:
         ValueError: Naming the nodes that do not see the run directory or an input.
     """
-    nodes = [n for n in ray.nodes() if n["Alive"]]
-    workers = [n for n in nodes if n["Resources"].get("CPU", 0) > 0]
-    if len(nodes) < 2:
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
-    token = f".seen-{os.getpid()}-{time.time_ns()}"
-    run.publish(token, b"")
-    try:
-        with doing("nodes"):
-            complaints = complaint(each_node(workers, unseen, run, token, named))
-    finally:
-        run.remove(token)
+    with doing("nodes"):
+        complaints = _looked_at(_workers(), run, named)
     if complaints:
         raise ValueError(complaints)
+
+
+class LateNodes(Onlooker):
+    """Has the nodes that join while a run is at work looked at as `check_nodes` does those that are there.
+
+    On a cluster that grows from nothing these are all of them. What a worker on one without the shared disk publishes
+    would go to a folder of that name on its own.
+    """
+
+    error, code, every_s = ValueError, 2, LATE_SECONDS
+
+    def __init__(self, run: Folder, named: Sequence[Named], own_session: bool) -> None:
+        super().__init__(own_session)
+        self.run, self.named = run, named
+        self._known = {node["NodeID"] for node in _workers()}
+
+    def look(self) -> str:
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError, ValueError):  # head or disk are away
+            late = [node for node in _workers() if node["NodeID"] not in self._known]
+            if late and _looked_at(late, self.run, self.named):
+                time.sleep(LATE_SECONDS)  # a disk that is busy is asked once more
+                return _looked_at(late, self.run, self.named)
+            self._known |= {node["NodeID"] for node in late}
+        return ""
+
+
+def _workers() -> list[dict[str, Any]]:
+    """The nodes to which work comes."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _looked_at(nodes: Sequence[dict[str, Any]], run: Folder, named: Sequence[Named]) -> str:
+    """`complaint` of these nodes."""
+    token = f".seen-{os.getpid()}-{time.time_ns()}{TEMPORARY}"
+    run.publish(token, b"")
+    try:
+        return complaint(each_node(nodes, unseen, run, token, named))
+    finally:
+        run.remove(token)
 
 
 def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: Any) -> Iterator[tuple[str, T]]:

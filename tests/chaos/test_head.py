@@ -1,8 +1,13 @@
-"""The head of a cluster has no CPUs and keeps the books: no work comes to it, that which asks for no CPU included."""
+"""A cluster whose head has no CPUs and keeps the books, and whose nodes come later.
+
+No work comes to the head, not even what asks for no CPU; a node that joins is asked whether it sees what it needs.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ import pytest
 import ray
 
 from ddoq_ray.data.image_set import NewImage, encode_picture, write_images
+from ddoq_ray.execution import places
 from ddoq_ray.execution.workers import in_background, on_a_working_node
 from ddoq_ray.stages.label.images import shared_images
 from ddoq_ray.storage.folder import Folder
@@ -45,3 +51,32 @@ def test_without_a_node_that_has_cpus_they_go_anywhere(here: Lab, monkeypatch: p
     assert head
     monkeypatch.setattr(ray, "nodes", lambda: head)
     assert on_a_working_node() == {}
+
+
+def test_a_node_that_joins_without_the_shared_disk_ends_the_run_in_words(
+    here: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The input is a file that this process alone sees; nodes that were there from the start are not asked again."""
+    monkeypatch.setattr(places, "LATE_SECONDS", 0.5)
+    monkeypatch.setattr(places.LateNodes, "every_s", 0.5)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    only_here = f"/proc/self/fd/{os.dup2(descriptor, 333)}"
+    run, named = Folder(str(tmp_path / "run")), [("dataset.path", only_here)]
+    added = []
+    try:
+        with places.LateNodes(run, [], own_session=False):
+            added.append(here.add())
+            time.sleep(20.0)
+        with (
+            pytest.raises(ValueError, match=rf"^node \S+ \(\S+\) does not see dataset\.path \({only_here}\)\. Every"),
+            places.LateNodes(run, named, own_session=False),
+        ):
+            time.sleep(3.0)
+            added.append(here.add())
+            time.sleep(120.0)
+        assert os.listdir(run.uri) == []
+    finally:
+        for node in added:
+            here.remove(node)
+        os.close(descriptor)
+        os.close(333)
