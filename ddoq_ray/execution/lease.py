@@ -146,8 +146,7 @@ class Lease:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         with contextlib.suppress(Exception):
-            there = self._read()
-            if there is not None and there["token"] == self.token:
+            if self._is_ours():
                 self.run.remove(layout.LEASE)
 
     def _content(self) -> bytes:
@@ -155,6 +154,10 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         return read(self.run)
+
+    def _is_ours(self) -> bool:
+        there = self._read()
+        return there is not None and there["token"] == self.token
 
     def _now(self, there: Mapping[str, Any]) -> float:
         """What the clock shows by which a lease was renewed last; that of this machine where no file tells it."""
@@ -171,8 +174,7 @@ class Lease:
         if not self.run.local:
             self.run.publish(layout.LEASE, self._content())
             time.sleep(SETTLE_SECONDS)
-            there = self._read()
-            return there is not None and there["token"] == self.token
+            return self._is_ours()
         path = self.run.path(layout.LEASE)
         os.makedirs(self.run.uri, exist_ok=True)
         temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
@@ -185,8 +187,8 @@ class Lease:
         try:
             os.link(temporary, path)
             return True
-        except FileExistsError:
-            return False
+        except FileExistsError:  # NFS says so of this run's own link, too, where its first answer was lost
+            return self._is_ours()
         except OSError:  # a file system without hard links
             try:
                 with open(path, "xb") as f:

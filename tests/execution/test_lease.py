@@ -126,6 +126,20 @@ def test_a_stale_lease_is_replaced_and_never_absent(tmp_path: Path, monkeypatch:
         fast.release()
 
 
+def test_a_link_whose_first_answer_was_lost_is_this_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS asks again when an answer is lost, and is then told that the file is there: by its own first request."""
+    link = os.link
+
+    def answered_twice(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", answered_twice)
+    with held(Folder(str(tmp_path))):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> None:
     (tmp_path / "won").mkdir()
     (tmp_path / "run").mkdir()
