@@ -28,7 +28,8 @@ from ddoq_ray.models.training.ranks import Ranks
 from ddoq_ray.stages import demands
 from ddoq_ray.stages.step import Ask
 from ddoq_ray.stages.train import ranks as ray_ranks
-from ddoq_ray.stages.train.fitting import fit
+from ddoq_ray.stages.train.fitting import RAY_TRAIN, fit
+from ddoq_ray.storage.folder import Folder
 
 TOLD = "told.json"  # in the training's folder: rank 0's last words
 LOOK_SECONDS = 0.5
@@ -94,10 +95,11 @@ def fit_job(name: str, job: Job, resources: TrainerResources, on_progress: Progr
         count = f"{deaths} of at most {MAX_DEATHS} before the next checkpoint"
         say(f"{name} a worker was lost ({count}: {reason}); goes on from the last one")
 
+    own = Folder(str(folder)) / RAY_TRAIN
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        fit(train_loop, {"job": job}, resources, str(folder), lost, reached=lambda: _saved_at(folder))
+        fit(train_loop, {"job": job}, resources, own, lost, reached=lambda: _saved_at(folder))
     finally:
         stop.set()
         watcher.join()

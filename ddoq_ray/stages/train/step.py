@@ -227,7 +227,7 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_groups(run, students, jobs, shares, groups, lost, lambda: len(left))
+            _fit_groups(run, jobs, shares, groups, lost, lambda: len(left))
         finally:
             stop.set()
             watcher.join()
@@ -239,7 +239,6 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
 
 def _fit_groups(
     run: Run,
-    students: Folder,
     jobs: Sequence[Job],
     shares: Sequence[Sequence[Dealt]],
     groups: Sequence[int],
@@ -255,8 +254,8 @@ def _fit_groups(
 
     def fit_one(group: int) -> None:
         settings = {"jobs": tuple(replace(job, group=group) for job in jobs), "dealing": dealing}
-        trainer, name = run.config.cluster.trainer, _own_folder(group)
-        fit(train_loop, settings, trainer, students.uri, lost, name=name, reached=reached)
+        folder = run.dir / layout.STUDENTS / _own_folder(group)
+        fit(train_loop, settings, run.config.cluster.trainer, folder, lost, reached=reached)
 
     if len(groups) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
         fit_one(groups[0])
