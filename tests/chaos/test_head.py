@@ -25,12 +25,11 @@ from tests.chaos.cells import Lab
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 
-def node_of(note: Path) -> None:
-    note.write_text(ray.get_runtime_context().get_node_id())
-
-
 def test_jobs_in_the_background_are_of_all_nodes_but_the_head(here: Lab, tmp_path: Path) -> None:
-    in_background([functools.partial(node_of, tmp_path / str(i)) for i in range(8)])
+    def note_node(note: Path) -> None:
+        note.write_text(ray.get_runtime_context().get_node_id())
+
+    in_background([functools.partial(note_node, tmp_path / str(i)) for i in range(8)])
     assert {note.read_text() for note in tmp_path.iterdir()} == {node.node_id for node in here.nodes}
 
 
