@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from ddoq_ray.storage.folder import TEMPORARY, Folder
 LEFT: tuple[type[BaseException], ...] = (*DEATHS, ray.exceptions.TaskUnschedulableError)  # a node that has just left
 LOOK_SECONDS = 60.0  # for a node to answer
 LATE_SECONDS = 5.0  # between two looks for nodes that have joined
+LIBRARIES = ("torch", "diffusers", "numpy", "pillow")
+_MODULE = re.compile(r"No module named '([\w.]+)'")
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
 
@@ -203,9 +206,43 @@ def _looked_at(nodes: Sequence[dict[str, Any]], run: Folder, named: Sequence[Nam
     token = f".seen-{os.getpid()}-{time.time_ns()}{TEMPORARY}"
     run.publish(token, b"")
     try:
-        return complaint(each_node(nodes, unseen, run, token, named))
+        found = list(each_node(nodes, look_here, run, token, named))
     finally:
         run.remove(token)
+    for line in unlike([(node, versions) for node, (_, versions) in found], versions_here()):
+        say(line)
+    return complaint((node, missing) for node, (missing, _) in found)
+
+
+def look_here(run: Folder, token: str, named: Sequence[Named]) -> tuple[list[Named], dict[str, str]]:
+    """What this machine does not see, and its versions."""
+    return unseen(run, token, named), versions_here()
+
+
+def versions_here() -> dict[str, str]:
+    """The libraries that bytes follow from, as this process has them."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def unlike(nodes: Iterable[tuple[str, Mapping[str, str]]], here: Mapping[str, str]) -> list[str]:
+    """A line for each node whose versions are others than the driver's, which manifests name.
+
+    >>> unlike([("a", {"torch": "2.13"}), ("b", {"torch": "2.12"})], {"torch": "2.13"})
+    ['nodes      b has torch 2.12, and this process 2.13: its bytes may be others, and manifests name this process']
+    """
+    lines = []
+    for node, there in nodes:
+        other = [name for name in here if there.get(name) != here[name]]
+        if other:
+            told = ", ".join(f"{name} {there.get(name, 'not at all')}" for name in other)
+            ours = ", ".join(here[name] for name in other)
+            more = "its bytes may be others, and manifests name this process"
+            lines.append(f"nodes      {node} has {told}, and this process {ours}: {more}")
+    return lines
 
 
 def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: Any) -> Iterator[tuple[str, T]]:
@@ -214,6 +251,9 @@ def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: A
     Args:
         nodes: As `ray.nodes` has them.
         task: Picklable; called with `given`.
+
+    Raises:
+        ValueError: A node lacks a module that it needs.
     """
     look = ray.remote(num_cpus=0, max_retries=0)(task)
     refs = {
@@ -231,4 +271,11 @@ def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: A
             said = ray.get(ref)
         except LEFT:
             continue  # it has just left
+        except ray.exceptions.RayTaskError as error:
+            if lacking := _MODULE.search(str(error)):
+                raise ValueError(
+                    f"node {refs[ref]} has no module {lacking[1]}: every node needs the libraries of requirements.lock "
+                    "(cluster/README.md) and this package, which `ray job submit --working-dir .` brings along"
+                ) from None
+            raise
         yield refs[ref], said

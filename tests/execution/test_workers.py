@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from ddoq_ray.execution.places import each_node, look_here, versions_here
 from ddoq_ray.execution.workers import in_background, on_actor
+from ddoq_ray.storage.folder import Folder
 
 
 @ray.remote(num_cpus=1)
@@ -80,3 +84,20 @@ class TestInBackground:
 
         with pytest.raises(ValueError, match=r"^photos is missing$"):
             in_background([refuse])
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver whose package is on its own machine alone: workers find no module of it."""
+    here = types.ModuleType("only_here")
+    exec("def look():\n    return 1", here.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", here)
+    with pytest.raises(ValueError, match=r"node \S+ \(\S+\) has no module only_here: every node needs .*--working-dir"):
+        list(each_node(ray.nodes(), here.look))
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_node_is_asked_for_what_it_sees_and_for_its_versions(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    ((_, (missing, versions)),) = each_node(ray.nodes(), look_here, Folder(str(tmp_path)), "token", [("a", "/none")])
+    assert missing == [("a", "/none")] and versions == versions_here() and {"torch", "numpy"} <= versions.keys()
