@@ -202,11 +202,13 @@ def _workers() -> list[dict[str, Any]]:
 
 
 def _looked_at(nodes: Sequence[dict[str, Any]], run: Folder, named: Sequence[Named]) -> str:
-    """`complaint` of these nodes."""
+    """`complaint` of these nodes, or that one of them lacks the package."""
     token = f".seen-{os.getpid()}-{time.time_ns()}{TEMPORARY}"
     run.publish(token, b"")
     try:
         found = list(each_node(nodes, look_here, run, token, named))
+    except ValueError as error:  # one has not even what asks it
+        return str(error)
     finally:
         run.remove(token)
     for line in unlike([(node, versions) for node, (_, versions) in found], versions_here()):
