@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from ddoq_ray.execution.places import each_node, look_here, versions_here
-from ddoq_ray.execution.workers import in_background, on_actor
+from ddoq_ray.execution.workers import in_background, in_tasks, on_actor, twice_the_room
 from ddoq_ray.storage.folder import Folder
 
 
@@ -65,6 +65,31 @@ class TestOnActor:
     def test_what_the_user_can_mend_comes_in_its_own_words(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^your images are of another size$"):
             on_actor(lambda: Dies.remote(str(tmp_path), 0), lambda a: ray.get(a.refuse.remote()), print)
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestInTasks:
+    def test_more_are_submitted_when_nodes_have_joined(self) -> None:
+        """How many there is room for is asked again and again: a cluster that grows from nothing begins with two."""
+        task, submitted, room = ray.remote(num_cpus=0)(lambda number: number), [], [2]
+
+        def submit(number: int) -> Any:
+            submitted.append(number)
+            return task.remote(number)
+
+        ended = 0
+        for number, result in in_tasks([functools.partial(submit, i) for i in range(12)], lambda: room[0]):
+            assert result == number and len(submitted) - ended <= room[0]
+            ended += 1
+            if ended == 3:
+                room[0] = 6
+        assert ended == len(submitted) == 12
+
+    def test_room_is_that_of_the_nodes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        most = twice_the_room(0.5)
+        assert most() == 8  # of two CPUs
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})  # a head without CPUs
+        assert most() == 4
 
 
 @pytest.mark.usefixtures("ray_here")
