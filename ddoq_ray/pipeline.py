@@ -131,13 +131,15 @@ def run(config: RunConfig) -> str | None:
         known = _known(parts) if config.prior.path is not None else None
         own_session = not ray.is_initialized()
         name = posixpath.basename(run_dir.uri)
+        named = list(dict.fromkeys(n for part in parts for n in places.named_paths(part)))
         with (
             ray_session(config.cluster, where),
             patience(config.cluster, own_session),
+            places.LateNodes(run_dir, named, own_session) if may_grow() else contextlib.nullcontext(),
             metrics.published(name) as hear,
         ):
             fitted = _fit(parts)
-            places.check_nodes(run_dir, list(dict.fromkeys(n for part in parts for n in places.named_paths(part))))
+            places.check_nodes(run_dir, named)
             events = Events(None if beside else run_dir, hear)
             events.add("run started", stages=list(config.stages), command=sys.argv[1:])
             try:
@@ -363,7 +365,9 @@ def _codebooks(run: Run, planned: Sequence[Step]) -> None:
     try:
         for book in books:
             book.plan()
-        check_memory([need for book in books for need in book.needs])
+        needs, cpus = [need for book in books for need in book.needs], run.config.cluster.quantizer.num_cpus
+        if words := check_memory(needs, cpus=cpus, may_grow=may_grow()):
+            say(f"waiting    {words}. It will wait until nodes join")
         for book in books:
             book.launch()
 

@@ -95,6 +95,15 @@ def test_user_error_finds_the_words_at_the_bottom() -> None:
 
     assert user_error(Remote()) == "from a worker"
 
+    class OutOfMemoryError(RuntimeError):  # torch's, by its name: torch takes a second to import
+        __module__ = "torch"
+
+    class Filled(Exception):
+        cause = OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    told = user_error(Filled())
+    assert told is not None and "Tried to allocate 2.00 GiB" in told and "encoder.batch; teacher.batch" in told
+
 
 @pytest.mark.processes
 def test_the_module_is_the_command(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ import pytest
 import ray
 import yaml
 
+from ddoq_ray.execution import signals
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 CLUSTER = CHECKOUT / "cluster"
 CRDS = Path(os.environ.get("DDOQ_ASSETS", CHECKOUT.parent / "shared/assets")) / "kuberay-crds"
@@ -112,6 +114,26 @@ def test_the_cluster_is_as_the_readme_says(name: str) -> None:
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] and pod["containers"][0]["volumeMounts"][0]["name"] == "shared"
         assert group["template"]["metadata"]["labels"]["app"] == "ddoq-ray", "the network policy holds for it"
+        assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+        assert {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]} == {"/shared", "/tmp"}
+        assert "ephemeral-storage" in pod["containers"][0]["resources"]["requests"]
+    head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+    seconds = {e["name"]: float(e["value"]) for e in head["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert seconds > signals.GRACE_SECONDS, "`ray job stop` would kill a run that is on its way to its last words"
+    kept = spec["headGroupSpec"]["template"]["metadata"]["annotations"]
+    assert kept["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false", "the driver is there"
+
+
+def test_the_network_policy_lets_in_the_operator_and_what_reads_metrics() -> None:
+    policy = of_kind("raycluster.yaml", "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"] == {"app": "ddoq-ray"}
+    ports = {
+        rule["from"][0]["podSelector"]["matchLabels"].get("app.kubernetes.io/name", "own"): {
+            port["port"] for port in rule.get("ports", [])
+        }
+        for rule in policy["ingress"]
+    }
+    assert ports == {"own": set(), "kuberay-operator": {8265}, "prometheus": {8080, 44217, 44227}}
 
 
 def test_both_manifests_have_the_same_cluster() -> None:
@@ -135,6 +157,9 @@ def test_rays_launcher_takes_its_file() -> None:
     config = yaml.safe_load((CLUSTER / "ray-up-aws.yaml").read_text())
     jsonschema.validate(config, schema)
     assert config["head_node_type"] in config["available_node_types"]
+    # Ray itself gives /dev/shm as much as its store takes of each machine; what is given here would be for all alike.
+    assert not any("--shm-size" in option for option in config["docker"]["run_options"])
+    assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(config | {"max_worker": 3}, schema)
 
@@ -157,6 +182,8 @@ while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
 SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >> "$TOLD"
+[ "$1" = requeue ] && exit 0
 [ "$1 $2" = "show hostnames" ] && tr , '\\n' <<< "$3"
 """
 HOSTNAME = """#!/usr/bin/env bash
@@ -218,7 +245,10 @@ def test_slurm_starts_a_head_and_a_node_and_ends_with_the_runs_code(tmp_path: Pa
     nodes = [line for line in lines if line.startswith("ray start")]
     assert nodes[0].startswith(f"ray start {asked} --head --node-ip-address=127.0.0.1 --port={port}")
     assert len(nodes) <= 2 and all(f"--address=127.0.0.1:{port} TOKEN" in node for node in nodes[1:])
-    assert any("--nodelist=two" in line for line in lines if line.startswith("srun"))
+    steps = [line for line in lines if line.startswith("srun") and "ray start" in line]
+    assert any("--nodelist=two" in step for step in steps)
+    assert all("--cpus-per-task=3" in step for step in steps), "Slurm would give all of a node's Ray one core"
+    assert not any(line.startswith("scontrol requeue") for line in lines)
     run = next(line for line in lines if line.startswith("python -m ddoq_ray"))
     words = "ipc=1 run_dir=/shared/run dataset.path=/shared/a b/{0..3}.tar"
     assert run == f"python -m ddoq_ray {words} cluster.address=127.0.0.1:{port}"
@@ -226,16 +256,29 @@ def test_slurm_starts_a_head_and_a_node_and_ends_with_the_runs_code(tmp_path: Pa
 
 
 @pytest.mark.processes
-def test_slurms_warning_ends_the_run_in_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["time", "scancel"])
+def test_a_signal_ends_the_run_in_words_and_a_job_whose_time_is_over_is_queued_again(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     process, told = slurm(tmp_path, 0, seconds="60")
     deadline = time.monotonic() + 60
     while "python -m ddoq_ray" not in told.read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)  # until the stand-in has set its trap
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "run stopped" in told.read_text()
+    queued = f"scontrol requeue {os.getpid()}" in told.read_text().splitlines()
+    assert queued == ("it is put in the queue again" in out) == (number == signal.SIGUSR1)
+
+
+def test_slurm_gives_whole_nodes_warns_in_time_and_keeps_a_job_that_loses_a_node() -> None:
+    text = (CLUSTER / "slurm.sh").read_text()
+    options = re.findall(r"^#SBATCH (--[^\n#]+)$", text, re.M)
+    for option in ("--exclusive", "--mem=0", "--no-kill", "--requeue", "--open-mode=append", "--signal=B:USR1@180"):
+        assert option in options
+    assert text.count("#SBATCH") == len(options), "a word behind an option is one more option to Slurm"
 
 
 @pytest.mark.processes

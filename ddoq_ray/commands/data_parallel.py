@@ -22,13 +22,14 @@ from ddoq_ray.config.network_training import TrainingCommand
 from ddoq_ray.execution import signals
 from ddoq_ray.execution.session import locate, may_grow, own_node, ray_session
 from ddoq_ray.execution.workers import MAX_DEATHS, say
-from ddoq_ray.models.training.checkpoints import training_folder
+from ddoq_ray.models.training.checkpoints import CHECKPOINT, training_folder
 from ddoq_ray.models.training.data import Progress, TrainingSet
 from ddoq_ray.models.training.ranks import Ranks
 from ddoq_ray.stages import demands
 from ddoq_ray.stages.step import Ask
 from ddoq_ray.stages.train import ranks as ray_ranks
-from ddoq_ray.stages.train.fitting import fit
+from ddoq_ray.stages.train.fitting import RAY_TRAIN, fit
+from ddoq_ray.storage.folder import Folder
 
 TOLD = "told.json"  # in the training's folder: rank 0's last words
 LOOK_SECONDS = 0.5
@@ -91,12 +92,14 @@ def fit_job(name: str, job: Job, resources: TrainerResources, on_progress: Progr
             look()
 
     def lost(reason: str, deaths: int) -> None:
-        say(f"{name} a worker was lost ({deaths} of at most {MAX_DEATHS}: {reason}); goes on from the last checkpoint")
+        count = f"{deaths} of at most {MAX_DEATHS} before the next checkpoint"
+        say(f"{name} a worker was lost ({count}: {reason}); goes on from the last one")
 
+    own = Folder(str(folder)) / RAY_TRAIN
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        fit(train_loop, {"job": job}, resources, str(folder), lost)
+        fit(train_loop, {"job": job}, resources, own, lost, reached=lambda: _saved_at(folder))
     finally:
         stop.set()
         watcher.join()
@@ -142,6 +145,12 @@ def check_room(resources: TrainerResources, nodes: list[dict[str, float]]) -> No
             f"workers={resources.workers}: each takes {wanted} (threads, device), and Ray has {there}. Give fewer "
             "workers or threads, or the address of a cluster"
         )
+
+
+def _saved_at(folder: Path) -> int:
+    """When the last checkpoint was written; 0 where there is none."""
+    file = folder / CHECKPOINT
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def with_whole_paths(command: Any) -> Any:

@@ -59,6 +59,12 @@ class TrainerResources:
             f"cluster.trainer.min_workers={self.min_workers}, max_workers={self.max_workers}: give both, "
             "1 <= min_workers <= max_workers, or neither",
         )
+        ranks = self.max_workers or self.workers
+        require(
+            ranks == 1 or self.num_gpus >= 1 or not self.num_gpus,
+            f"cluster.trainer.num_gpus={self.num_gpus} with {ranks} workers: NCCL refuses two ranks on one GPU, where "
+            "Ray may place them; give each a whole one, or let students share it (workers=1, cluster.trainer.groups)",
+        )
         require(
             1 <= self.threads <= MOST_THREADS,
             f"cluster.trainer.threads={self.threads}: expected 1 or more, at most {MOST_THREADS}",

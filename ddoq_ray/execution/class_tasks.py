@@ -42,10 +42,11 @@ def readings(
 
     Args:
         dim: Flattened latent dimension.
-        nodes: Memory of every node in bytes; by default what the nodes of the cluster say.
+        nodes: Memory of every node in bytes; by default what those of the cluster say that have a CPU for a task.
     """
     if nodes is None:
-        nodes = [n["Resources"].get("memory", 0.0) for n in ray.nodes() if n["Alive"]]
+        there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        nodes = [room.get("memory", 0.0) for room in there if room.get("CPU")]
     least = min((m for m in nodes if m), default=0.0)  # a task may come to any of them
     most = int(PART * least) if least else UNKNOWN_BYTES
     counts = index.counts

@@ -10,6 +10,7 @@ import os
 import re
 import traceback
 
+from ddoq_ray.storage.calibration import BATCHES
 from ddoq_ray.storage.fitting_facts import OtherVersion
 
 # What Ray Data writes behind a worker's own words: how often it tried, and how to have it try more often.
@@ -33,7 +34,10 @@ def plain_error(error: BaseException) -> BaseException:
 
 
 def user_error(error: BaseException) -> str | None:
-    """The words of the ValueError at the bottom of an error, through Ray's wrappers; None for anything else."""
+    """What a user can mend, at the bottom of an error, through Ray's wrappers; None for anything else.
+
+    That is the words of a ValueError, or that a GPU's memory is too small.
+    """
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -41,8 +45,22 @@ def user_error(error: BaseException) -> str | None:
         inner = cause_of(current) if cause_of(current) is not current else current.__cause__
         if type(current) in (ValueError, OtherVersion):
             return _TRIED.sub("", str(current)) if _raised_here(error, current) else None
+        if told := device_memory(current):
+            return told
         current = inner if isinstance(inner, BaseException) else None
     return None
+
+
+def device_memory(error: BaseException) -> str | None:
+    """What to say of torch's error that a device has not the memory; None for another. Nothing here imports torch."""
+    if type(error).__name__ != "OutOfMemoryError" or not type(error).__module__.startswith("torch"):
+        return None
+    text = " ".join(str(error).split())
+    return (
+        f"a GPU's memory is too small for its worker ({text[:200]}): give a smaller batch of the stage that was at "
+        f"work ({'; '.join(dict.fromkeys(BATCHES.values()))}), a larger part of a GPU (num_gpus of its group in "
+        "cluster), or larger GPUs; where nodes have several kinds, the smallest counts. What is published stays"
+    )
 
 
 def _raised_here(outer: BaseException, error: BaseException) -> bool:

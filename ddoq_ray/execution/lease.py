@@ -29,7 +29,9 @@ from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import TEMPORARY, Folder, write_error
 
 RENEW_SECONDS = 15.0
+MISSED_SECONDS = 2 * RENEW_SECONDS  # without a renewal: its holder may be gone, and a new run waits to see
 STALE_SECONDS = 120.0  # without a renewal: its holder is gone, or cannot reach the directory
+LOOK_SECONDS = 1.0  # between two looks at a lease that is waited for
 SETTLE_SECONDS = 1.0  # between writing and reading again on an object store
 # What a lease says, and of what kind; one that is not whole was written by no run that follows these rules.
 FACTS: dict[str, type | tuple[type, ...]] = {
@@ -85,11 +87,12 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the directory, or refuse.
+        """Take the directory, or refuse; of a holder that may be gone it is waited for a sign of life.
 
         Raises:
             ValueError: When a living run holds it.
         """
+        self._await_silent()
         for _ in range(3):
             there = self._read()
             if there is not None and there["token"] != self.token:
@@ -108,6 +111,27 @@ class Lease:
                 return
         raise ValueError(f"{self.run.uri} is taken by other runs at this moment; try again, or use another run_dir")
 
+    def _await_silent(self) -> None:
+        """Wait while another machine's holder is silent for longer than it should be, and not yet as long as the dead.
+
+        What starts a lost run again (a RayJob's next attempt, Slurm's queue, a head's new container) does it sooner
+        than the lease runs out, and would spend its attempts on being refused.
+        """
+        there = self._read()
+        if there is None or there["machine"] == _machine():
+            return
+        silent = self._now(there) - there["renewed"]
+        if not MISSED_SECONDS < silent <= STALE_SECONDS:
+            return
+        left = STALE_SECONDS - silent + LOOK_SECONDS
+        say(
+            f"lease      {self.run.uri} is held by {holder(there)}, who has not renewed its lease for {silent:.0f} s: "
+            f"this run waits up to {left:.0f} s for a sign of life, and takes it over where none comes"
+        )
+        end = time.monotonic() + left
+        while time.monotonic() < end and self._read() == there:
+            time.sleep(LOOK_SECONDS)
+
     def check(self) -> None:
         """Raise ValueError when another run has taken the directory meanwhile."""
         if self.lost:
@@ -122,8 +146,7 @@ class Lease:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         with contextlib.suppress(Exception):
-            there = self._read()
-            if there is not None and there["token"] == self.token:
+            if self._is_ours():
                 self.run.remove(layout.LEASE)
 
     def _content(self) -> bytes:
@@ -131,6 +154,10 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         return read(self.run)
+
+    def _is_ours(self) -> bool:
+        there = self._read()
+        return there is not None and there["token"] == self.token
 
     def _now(self, there: Mapping[str, Any]) -> float:
         """What the clock shows by which a lease was renewed last; that of this machine where no file tells it."""
@@ -147,8 +174,7 @@ class Lease:
         if not self.run.local:
             self.run.publish(layout.LEASE, self._content())
             time.sleep(SETTLE_SECONDS)
-            there = self._read()
-            return there is not None and there["token"] == self.token
+            return self._is_ours()
         path = self.run.path(layout.LEASE)
         os.makedirs(self.run.uri, exist_ok=True)
         temporary = f"{path}.{self.token[:8]}{TEMPORARY}"
@@ -161,8 +187,8 @@ class Lease:
         try:
             os.link(temporary, path)
             return True
-        except FileExistsError:
-            return False
+        except FileExistsError:  # NFS says so of this run's own link, too, where its first answer was lost
+            return self._is_ours()
         except OSError:  # a file system without hard links
             try:
                 with open(path, "xb") as f:

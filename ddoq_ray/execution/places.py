@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -15,12 +17,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ddoq_ray.config import RunConfig
 from ddoq_ray.data.collections import kind_of
 from ddoq_ray.execution.console import doing, say
+from ddoq_ray.execution.ending import Onlooker
 from ddoq_ray.execution.workers import DEATHS
 from ddoq_ray.storage import layout
-from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.folder import TEMPORARY, Folder
 
 LEFT: tuple[type[BaseException], ...] = (*DEATHS, ray.exceptions.TaskUnschedulableError)  # a node that has just left
 LOOK_SECONDS = 60.0  # for a node to answer
+LATE_SECONDS = 5.0  # between two looks for nodes that have joined
+LIBRARIES = ("torch", "diffusers", "numpy", "pillow")
+_MODULE = re.compile(r"No module named '([\w.]+)'")
 _PACKAGES = {"working_dir_files", "py_modules_files"}  # under a Ray session's runtime_resources
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
 
@@ -158,19 +164,87 @@ def check_nodes(run: Folder, named: Sequence[Named]) -> None:
     Raises:
         ValueError: Naming the nodes that do not see the run directory or an input.
     """
-    nodes = [n for n in ray.nodes() if n["Alive"]]
-    workers = [n for n in nodes if n["Resources"].get("CPU", 0) > 0]
-    if len(nodes) < 2:
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
-    token = f".seen-{os.getpid()}-{time.time_ns()}"
-    run.publish(token, b"")
-    try:
-        with doing("nodes"):
-            complaints = complaint(each_node(workers, unseen, run, token, named))
-    finally:
-        run.remove(token)
+    with doing("nodes"):
+        complaints = _looked_at(_workers(), run, named)
     if complaints:
         raise ValueError(complaints)
+
+
+class LateNodes(Onlooker):
+    """Has the nodes that join while a run is at work looked at as `check_nodes` does those that are there.
+
+    On a cluster that grows from nothing these are all of them. What a worker on one without the shared disk publishes
+    would go to a folder of that name on its own.
+    """
+
+    error, code, every_s = ValueError, 2, LATE_SECONDS
+
+    def __init__(self, run: Folder, named: Sequence[Named], own_session: bool) -> None:
+        super().__init__(own_session)
+        self.run, self.named = run, named
+        self._known = {node["NodeID"] for node in _workers()}
+
+    def look(self) -> str:
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError, ValueError):  # head or disk are away
+            late = [node for node in _workers() if node["NodeID"] not in self._known]
+            if late and _looked_at(late, self.run, self.named):
+                time.sleep(LATE_SECONDS)  # a disk that is busy is asked once more
+                return _looked_at(late, self.run, self.named)
+            self._known |= {node["NodeID"] for node in late}
+        return ""
+
+
+def _workers() -> list[dict[str, Any]]:
+    """The nodes to which work comes."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def _looked_at(nodes: Sequence[dict[str, Any]], run: Folder, named: Sequence[Named]) -> str:
+    """`complaint` of these nodes, or that one of them lacks the package."""
+    token = f".seen-{os.getpid()}-{time.time_ns()}{TEMPORARY}"
+    run.publish(token, b"")
+    try:
+        found = list(each_node(nodes, look_here, run, token, named))
+    except ValueError as error:  # one has not even what asks it
+        return str(error)
+    finally:
+        run.remove(token)
+    for line in unlike([(node, versions) for node, (_, versions) in found], versions_here()):
+        say(line)
+    return complaint((node, missing) for node, (missing, _) in found)
+
+
+def look_here(run: Folder, token: str, named: Sequence[Named]) -> tuple[list[Named], dict[str, str]]:
+    """What this machine does not see, and its versions."""
+    return unseen(run, token, named), versions_here()
+
+
+def versions_here() -> dict[str, str]:
+    """The libraries that bytes follow from, as this process has them."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def unlike(nodes: Iterable[tuple[str, Mapping[str, str]]], here: Mapping[str, str]) -> list[str]:
+    """A line for each node whose versions are others than the driver's, which manifests name.
+
+    >>> unlike([("a", {"torch": "2.13"}), ("b", {"torch": "2.12"})], {"torch": "2.13"})
+    ['nodes      b has torch 2.12, and this process 2.13: its bytes may be others, and manifests name this process']
+    """
+    lines = []
+    for node, there in nodes:
+        other = [name for name in here if there.get(name) != here[name]]
+        if other:
+            told = ", ".join(f"{name} {there.get(name, 'not at all')}" for name in other)
+            ours = ", ".join(here[name] for name in other)
+            more = "its bytes may be others, and manifests name this process"
+            lines.append(f"nodes      {node} has {told}, and this process {ours}: {more}")
+    return lines
 
 
 def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: Any) -> Iterator[tuple[str, T]]:
@@ -179,6 +253,9 @@ def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: A
     Args:
         nodes: As `ray.nodes` has them.
         task: Picklable; called with `given`.
+
+    Raises:
+        ValueError: A node lacks a module that it needs.
     """
     look = ray.remote(num_cpus=0, max_retries=0)(task)
     refs = {
@@ -196,4 +273,11 @@ def each_node(nodes: Sequence[dict[str, Any]], task: Callable[..., T], *given: A
             said = ray.get(ref)
         except LEFT:
             continue  # it has just left
+        except ray.exceptions.RayTaskError as error:
+            if lacking := _MODULE.search(str(error)):
+                raise ValueError(
+                    f"node {refs[ref]} has no module {lacking[1]}: every node needs the libraries of requirements.lock "
+                    "(cluster/README.md) and this package, which `ray job submit --working-dir .` brings along"
+                ) from None
+            raise
         yield refs[ref], said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ import ray
 from ray.exceptions import RayError
 
 from ddoq_ray.config.cluster import ClusterConfig
-from ddoq_ray.execution import console, session, signals
+from ddoq_ray.execution import console, session
 from ddoq_ray.execution.console import say
+from ddoq_ray.execution.ending import Onlooker
 from ddoq_ray.execution.errors import NoWorkers
 
 Shape = tuple[tuple[str, float], ...]  # resources by Ray's names, sorted
@@ -120,56 +120,34 @@ def waiting_words(
     return f"{words}; pending are {', '.join(waits)}{f'; {scaling}' if scaling else ''}"
 
 
-class Patience:
+class Patience(Onlooker):
     """Ends a run whose work has no place on any node, wherever it waits: for a task, in Ray Data, in Ray Train.
 
     A pool does so by itself (`Waiting`). A demand that would fit some node if it were free is no reason.
 
     Attributes:
         give_up_s: So long nothing has moved, and in the latter half of it some demand fits no node that is there.
-        words: Why the run is ended; empty while it is not.
     """
 
+    error, code, every_s = NoWorkers, 3, LOOK_SECONDS
+
     def __init__(self, give_up_s: float, own_session: bool) -> None:
-        self.give_up_s, self.own_session, self.words = give_up_s, own_session, ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="patience", daemon=True)
-        self._runs_in_main = threading.current_thread() is threading.main_thread()
-        self._ended = contextlib.ExitStack()
+        super().__init__(own_session)
+        self.give_up_s = give_up_s
+        self._homeless_since: float | None = None
 
-    def __enter__(self) -> Patience:
-        self._ended.enter_context(signals.interruptible())
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._ended.close()
-        if self.words:  # of the interruption, whatever it became on its way
-            raise NoWorkers(self.words) from None
-
-    def _look(self) -> None:
-        homeless_since: float | None = None
-        while not self._over.wait(LOOK_SECONDS):
-            stage, still = console.at_rest()
-            shape = homeless() if still >= self.give_up_s / 2 else None
-            now = time.monotonic()
-            homeless_since = None if shape is None else homeless_since or now
-            if shape is not None and still >= self.give_up_s and now - (homeless_since or now) >= self.give_up_s / 2:
-                self._end(stage, shape, still)
-                return
-
-    def _end(self, stage: str, shape: Shape, still: float) -> None:
+    def look(self) -> str:
+        stage, still = console.at_rest()
+        shape = homeless() if still >= self.give_up_s / 2 else None
+        now = time.monotonic()
+        since = self._homeless_since = None if shape is None else self._homeless_since or now
+        if shape is None or since is None or still < self.give_up_s or now - since < self.give_up_s / 2:
+            return ""
         why = waiting_words(shape, ray.cluster_resources(), ray.available_resources(), session.demands(), autoscaler())
-        self.words = (
+        return (
             f"{stage}: nothing has moved for {still:.0f} s (cluster.give_up_s), and no node has room: {why}. What is "
             "published stays; the same command goes on with more nodes, smaller workers, or a longer cluster.give_up_s"
         )
-        if self._runs_in_main:
-            signals.interrupt()
-        if self.own_session and not self._over.wait(signals.GRACE_SECONDS):  # held up in a library
-            signals.tell(f"ddoq-ray: error: {self.words}")
-            signals.leave(3)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 import threadpoolctl
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddoq_ray.execution.console import Progress as Progress  # the stages know both from here
 from ddoq_ray.execution.console import say as say
@@ -56,8 +58,16 @@ def on_actor(spawn: Callable[[], Any], ask: Callable[[Any], Any], on_event: Call
     raise AssertionError(MAX_DEATHS)
 
 
-def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[int, Any]]:
-    """(number, result) of each job as it ends; at most `at_once` are with Ray at any time.
+def twice_the_room(num_cpus: float) -> Callable[[], int]:
+    """For `in_tasks`: twice as many tasks of `num_cpus` as the nodes have room for that are there at that time.
+
+    Those that wait are the demand that an autoscaler sees: on a cluster that begins with none it grows with the nodes.
+    """
+    return lambda: 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(0.25, num_cpus)))
+
+
+def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int | Callable[[], int]) -> Iterator[tuple[int, Any]]:
+    """(number, result) of each job as it ends; at most `at_once` are with Ray, a number or what is asked each time.
 
     Raises:
         ValueError: A worker's, for the user; the other tasks are cancelled.
@@ -65,7 +75,8 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
     waiting: dict[Any, int] = {}
     left = deque(enumerate(jobs))
     while left or waiting:
-        while left and len(waiting) < at_once:
+        most = at_once() if callable(at_once) else at_once
+        while left and len(waiting) < most:
             number, submit = left.popleft()
             waiting[submit()] = number
         ready, _ = ray.wait(list(waiting), num_returns=1)
@@ -78,6 +89,22 @@ def in_tasks(jobs: Sequence[Callable[[], Any]], at_once: int) -> Iterator[tuple[
                 with contextlib.suppress(ray.exceptions.RayError, ValueError):
                     ray.get(ref)
             raise plain_error(error) from None
+
+
+_turns = itertools.count()
+
+
+def on_a_working_node() -> dict[str, Any]:
+    """Options of a task that asks Ray for no CPU: a node that has some, another one each time; none where none has.
+
+    Ray sends a task that asks for nothing to the driver's own node, spread or not: the head of a cluster, which has no
+    CPUs so that nothing should come to it, and whose memory and disk are for the books of all.
+    """
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    if not nodes:
+        return {}
+    here = nodes[next(_turns) % len(nodes)]
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}  # soft: it may have left
 
 
 def in_background(jobs: Sequence[Callable[[], Any]], at_once: int = 64) -> None:
@@ -94,8 +121,14 @@ def in_background(jobs: Sequence[Callable[[], Any]], at_once: int = 64) -> None:
     if not jobs:
         return
     task = ray.remote(num_cpus=0)(_called)
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for _ in in_tasks([functools.partial(task.remote, job) for job in jobs], min(at_once, cpus)):
+
+    def most() -> int:
+        return min(at_once, max(1, int(ray.cluster_resources().get("CPU", 1))))
+
+    def submit(job: Callable[[], Any]) -> Any:
+        return task.options(**on_a_working_node()).remote(job)
+
+    for _ in in_tasks([functools.partial(submit, job) for job in jobs], most):
         pass
 
 

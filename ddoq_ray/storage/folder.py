@@ -82,7 +82,7 @@ class Folder:
                 with tempfile.NamedTemporaryFile() as held:
                     yield held
                     held.flush()
-                    fs.put_file(held.name, target)
+                    retried(self.path(name), lambda: fs.put_file(held.name, target), "write")  # whole, or not at all
                 return
             os.makedirs(os.path.dirname(target), exist_ok=True)
             temporary = f"{target}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
@@ -193,15 +193,20 @@ class Folder:
         return {n.removeprefix(root): int(found[n]["size"]) for n in sorted(found) if not n.endswith(TEMPORARY)}
 
     def remove(self, name: str = "") -> None:
-        """Remove a file, or a folder with all in it; what is not there, or goes meanwhile by another hand, is gone."""
+        """Remove a file, or a folder with all in it; what is not there, or goes meanwhile by another hand, is gone.
+
+        Raises:
+            ValueError: The disk or the store refuses it again and again.
+        """
         fs, target = self._fs(name)
-        while fs.exists(target):
-            try:
-                fs.rm(target, recursive=True)
-                return
-            except OSError as error:  # one of its files went, or came, while it was looked through: once more
-                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-                    raise
+
+        def request() -> None:
+            while fs.exists(target):
+                with contextlib.suppress(FileNotFoundError):  # one of its files went meanwhile: once more
+                    fs.rm(target, recursive=True)
+                    return
+
+        retried(self.path(name), request, "remove")  # NFS, too, refuses a folder in which another has a file open
 
     def check_writable(self) -> None:
         """Raise ValueError now, not after hours of work, when nothing can be written here."""
@@ -210,7 +215,7 @@ class Folder:
             self.publish(probe, bytes(1 << 16))  # a full disk takes an empty file
         except ValueError as error:
             raise ValueError(str(error).replace(self.path(probe), self.uri)) from error.__cause__
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.remove(probe)
 
 

@@ -116,19 +116,30 @@ def finished_files(labels: Folder, grid: LabelGrid, made_from: str) -> dict[int,
     """index -> record of the files that are there, whole in size and made from what they should be; two listings."""
     sizes = labels.sizes(layout.LABEL_FILES)
     records = set(labels.names(layout.LABEL_RECORDS))
-
-    def there(file: LabelFile) -> LabelRecord | None:
-        try:
-            record = read_record(labels, file)
-        except ValueError:
-            return None  # made anew
-        fits = record.made_from == made_from and record.bytes == sizes[file.name]
-        return record if fits else None
-
     published = [file for file in grid.all() if file.name in sizes and file.record in records]
     with ThreadPoolExecutor(AT_ONCE) as threads:
+        there = lambda file: _finished(labels, file, made_from, sizes[file.name])
         found = zip(published, threads.map(there, published), strict=True)
         return {file.index: record for file, record in found if record is not None}
+
+
+def finished_file(labels: Folder, file: LabelFile, made_from: str) -> LabelRecord | None:
+    """The record of a file that is there as `finished_files` has it, asked for by its name; None where it is not.
+
+    On NFS a listing may be half a minute old, while a name that was never asked for is looked up.
+    """
+    try:
+        return _finished(labels, file, made_from, labels.size(file.name))
+    except FileNotFoundError:
+        return None
+
+
+def _finished(labels: Folder, file: LabelFile, made_from: str, size: int) -> LabelRecord | None:
+    try:
+        record = read_record(labels, file)
+    except ValueError:
+        return None  # made anew
+    return record if record.made_from == made_from and record.bytes == size else None
 
 
 class OpenLabels:

@@ -13,6 +13,7 @@ Every file that is not one of this machine's own is read by `open_file`, `open_s
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import os
@@ -161,8 +162,7 @@ def read_file(url: str) -> bytes:
     """
     fs, root = _place(url)
     if _is_local(fs):
-        with open(root, "rb") as f:
-            return f.read()
+        return _of_disk(partial(_all_bytes, root))
 
     def request() -> bytes:
         size, data = fs.size(root), bytes(fs.cat_file(root))
@@ -188,7 +188,25 @@ def read_range(url: str, start: int, end: int) -> bytes:
             raise OSError(f"a short read: {len(data)} of the {end - start} bytes from byte {start} on")
         return data
 
-    return request() if _is_local(fs) else retried(url, request)
+    return _of_disk(request) if _is_local(fs) else retried(url, request)
+
+
+def _all_bytes(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def _of_disk(read: Callable[[], T]) -> T:
+    """`read()`, once more where NFS says that another machine has put a new file in the place of the one at hand.
+
+    A unit that is done twice publishes the same bytes twice; whoever is reading the first file then holds none.
+    """
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return read()
 
 
 def read_heads(root: str, names: Sequence[str], length: int) -> list[bytes]:
@@ -206,8 +224,11 @@ def read_heads(root: str, names: Sequence[str], length: int) -> list[bytes]:
     return retried(root, request) if paths else []
 
 
-def retried(url: str, call: Callable[[], T]) -> T:
+def retried(url: str, call: Callable[[], T], what: str = "read") -> T:
     """`call()`, again after a wait as long as it fails by what may pass: `len(WAITS)` times at most.
+
+    Args:
+        what: Is done with it, for the error.
 
     Raises:
         ValueError: When the last try failed too.
@@ -221,7 +242,7 @@ def retried(url: str, call: Callable[[], T]) -> T:
                 raise
             if wait is None:
                 raise ValueError(
-                    f"cannot read {url}: {len(WAITS) + 1} tries over {sum(WAITS):.0f} s or more failed, the last by "
+                    f"cannot {what} {url}: {len(WAITS) + 1} tries over {sum(WAITS):.0f} s or more failed, the last by "
                     f"{_words(error)}; when the store answers again, run again: what is done stays"
                 ) from error
             time.sleep(wait * random.SystemRandom().uniform(1, 1.5))  # else a thousand readers come back at once

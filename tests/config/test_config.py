@@ -147,6 +147,13 @@ def test_of_a_key_given_twice_the_last_counts() -> None:
     assert (config.ipc, config.quantizer.name) == (4, "kmeans")
 
 
+def test_students_of_several_ranks_have_whole_gpus() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.trainer\.num_gpus=0\.5 with 2 workers: NCCL"):
+        load_config(["cluster.trainer.workers=2", "cluster.trainer.num_gpus=0.5"])
+    for keys in (["cluster.trainer.num_gpus=0.5"], ["cluster.trainer.workers=2", "cluster.trainer.num_gpus=2"]):
+        assert load_config(keys).cluster.trainer.num_gpus
+
+
 def test_training_commands_read_values_in_the_same_way() -> None:
     command = load(TrainPriorConfig, ["out=1e5", "dataset.path=a,b=[c] é", "training.unet_widths=8,8"])
     assert (command.out, command.dataset.path, command.training.unet_widths) == ("1e5", "a,b=[c] é", (8, 8))

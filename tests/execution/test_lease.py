@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,20 @@ def test_a_stale_lease_is_replaced_and_never_absent(tmp_path: Path, monkeypatch:
         fast.release()
 
 
+def test_a_link_whose_first_answer_was_lost_is_this_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS asks again when an answer is lost, and is then told that the file is there: by its own first request."""
+    link = os.link
+
+    def answered_twice(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", answered_twice)
+    with held(Folder(str(tmp_path))):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> None:
     (tmp_path / "won").mkdir()
     (tmp_path / "run").mkdir()
@@ -154,6 +169,36 @@ def test_another_machines_silence_is_not_told_by_its_clock(tmp_path: Path, kind:
     with held(run):
         assert json.loads(run.read(LEASE))["token"] != "x"
     assert run.names("*") == run.names(".*") == []
+
+
+@pytest.mark.parametrize("kind", ["disk", "store"])
+@pytest.mark.parametrize("comes_back", [False, True], ids=["dead", "alive"])
+def test_a_silent_holder_is_waited_for(
+    tmp_path: Path, kind: str, comes_back: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is started again before the lease of the lost one has run out, as a RayJob's next attempt is."""
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
+    run = Folder(str(tmp_path) if kind == "disk" else f"memory://silent-{os.getpid()}-{comes_back}/run")
+    there = Lease(run).facts | {"token": "x", "machine": "another", "host": "lost", "renewed": time.time()}
+    run.publish(LEASE, json.dumps(there).encode())
+    _age(run, lease.STALE_SECONDS - 2)
+
+    def renew() -> None:
+        run.publish(LEASE, json.dumps(there | {"renewed": time.time() + 1}).encode())
+
+    renewal = threading.Timer(0.7, renew if comes_back else lambda: None)
+    renewal.start()
+    if comes_back:
+        with pytest.raises(ValueError, match=r"another run holds .* on lost"):
+            Lease(run).acquire()
+    else:
+        with held(run):
+            assert json.loads(run.read(LEASE))["token"] != "x"
+    renewal.join()
+    said = capfd.readouterr().err
+    assert "has not renewed its lease for 118 s: this run waits up to 2 s" in said
+    assert comes_back or "not renewed for 12" in said.splitlines()[-1]
 
 
 def _age(run: Folder, seconds: float) -> None:

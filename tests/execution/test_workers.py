@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from ddoq_ray.execution.workers import in_background, on_actor
+from ddoq_ray.execution.places import each_node, look_here, versions_here
+from ddoq_ray.execution.workers import in_background, in_tasks, on_actor, twice_the_room
+from ddoq_ray.storage.folder import Folder
 
 
 @ray.remote(num_cpus=1)
@@ -64,6 +68,31 @@ class TestOnActor:
 
 
 @pytest.mark.usefixtures("ray_here")
+class TestInTasks:
+    def test_more_are_submitted_when_nodes_have_joined(self) -> None:
+        """How many there is room for is asked again and again: a cluster that grows from nothing begins with two."""
+        task, submitted, room = ray.remote(num_cpus=0)(lambda number: number), [], [2]
+
+        def submit(number: int) -> Any:
+            submitted.append(number)
+            return task.remote(number)
+
+        ended = 0
+        for number, result in in_tasks([functools.partial(submit, i) for i in range(12)], lambda: room[0]):
+            assert result == number and len(submitted) - ended <= room[0]
+            ended += 1
+            if ended == 3:
+                room[0] = 6
+        assert ended == len(submitted) == 12
+
+    def test_room_is_that_of_the_nodes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        most = twice_the_room(0.5)
+        assert most() == 8  # of two CPUs
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})  # a head without CPUs
+        assert most() == 4
+
+
+@pytest.mark.usefixtures("ray_here")
 class TestInBackground:
     def test_jobs_without_a_cpu_start_no_more_processes_than_there_are_cpus(self, tmp_path: Path) -> None:
         def note_process(number: int) -> None:
@@ -80,3 +109,20 @@ class TestInBackground:
 
         with pytest.raises(ValueError, match=r"^photos is missing$"):
             in_background([refuse])
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver whose package is on its own machine alone: workers find no module of it."""
+    here = types.ModuleType("only_here")
+    exec("def look():\n    return 1", here.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", here)
+    with pytest.raises(ValueError, match=r"node \S+ \(\S+\) has no module only_here: every node needs .*--working-dir"):
+        list(each_node(ray.nodes(), here.look))
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_node_is_asked_for_what_it_sees_and_for_its_versions(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    ((_, (missing, versions)),) = each_node(ray.nodes(), look_here, Folder(str(tmp_path)), "token", [("a", "/none")])
+    assert missing == [("a", "/none")] and versions == versions_here() and {"torch", "numpy"} <= versions.keys()

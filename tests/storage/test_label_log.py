@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
+from support.stale_listing import stale_listings
 
 from ddoq_ray.data import soft_labels
 from ddoq_ray.data.soft_labels import EpochFile, SoftLabels
@@ -18,7 +19,7 @@ from ddoq_ray.storage import label_grid
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.label_grid import LabelGrid
-from ddoq_ray.storage.label_log import LabelStore, Making, check_file, finished_files, write_labels
+from ddoq_ray.storage.label_log import LabelStore, Making, check_file, finished_file, finished_files, write_labels
 
 MADE_FROM = digest_of({"views": 1})
 
@@ -111,6 +112,18 @@ def test_what_is_missing_is_made_and_files_are_the_same_bytes(tmp_path: Path) ->
     labels.publish("labels-000002.parquet", before["labels-000002.parquet"][:-1])
     labels.publish("labels-000003.json", labels.read("labels-000003.json").replace(b'"bytes": ', b'"bytes": 1'))
     assert list(finished_files(labels, planned, MADE_FROM)) == [0]
+
+
+def test_a_file_is_found_by_its_name_where_listings_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that other machines have published just now, of which NFS may tell in half a minute."""
+    folder, of = Folder(str(tmp_path)), grid()
+    stale_listings(monkeypatch)
+    assert finished_files(folder, of, MADE_FROM) == {} and finished_file(folder, of.file(0), MADE_FROM) is None
+    store(folder, of, only=[0, 1])
+    assert finished_files(folder, of, MADE_FROM) == {}
+    record = finished_file(folder, of.file(0), MADE_FROM)
+    assert record is not None and record.bytes == folder.size(of.file(0).name)
+    assert finished_file(folder, of.file(1), "another") is None and finished_file(folder, of.file(2), MADE_FROM) is None
 
 
 def test_every_byte_of_a_file_is_checked_by_readers_and_beforehand(tmp_path: Path) -> None:

@@ -201,10 +201,24 @@ def test_a_store_that_stays_away_fails_the_shard_by_name(store: Store) -> None:
 def test_a_store_that_stays_away_fails_a_file_by_name(store: Store) -> None:
     folder = Folder(f"{store.scheme}://{BUCKET}/away")
     store.wire.faults = [-1] * 50
-    with pytest.raises(ValueError, match=rf"cannot write {folder.uri}/x: .*choose another run_dir"):
+    with pytest.raises(ValueError, match=rf"cannot write {folder.uri}/x: 6 tries .*what is done stays"):
         folder.publish("x", b"1")
     store.wire.faults.clear()
     assert not folder.exists("x")
+
+
+def test_a_busy_store_is_asked_again_to_write_and_to_remove(store: Store) -> None:
+    """Thousands of workers that publish at once are told to slow down (503): nothing is lost, and the run goes on."""
+    folder = Folder(f"{store.scheme}://{BUCKET}/busy")
+    large = np.random.default_rng(1).bytes(6 << 20)
+    for name, data in (("a", b"1"), ("b", large)):
+        store.wire.faults = [-1] * 3
+        folder.publish(name, data)
+        assert store.wire.seen and folder.read(name) == data
+    for name in ("a", ""):
+        store.wire.faults, store.wire.seen = [-1] * 3, 0
+        folder.remove(name)
+        assert store.wire.seen and not folder.exists(name)
 
 
 def test_a_run_directory_in_the_store(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tarfile
 import threading
@@ -242,6 +243,29 @@ def test_a_whole_file_and_a_range_of_it_through_faults(url: str, faults: list[An
         assert read() == expected and not Flaky.faults
     with Folder("flaky://store").reading("x.tar") as f:
         assert f.read() == CONTENT
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_machine_replaces_meanwhile_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """NFS answers a read of a file that is no longer there, though one of its name is, with ESTALE."""
+    left = [times]
+
+    class Replaced(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return super().read(size)
+
+    (tmp_path / "x").write_bytes(CONTENT)
+    monkeypatch.setattr(transport, "open", lambda path, mode: Replaced(path, mode), raising=False)
+    if times == 1:
+        assert read_file(str(tmp_path / "x")) == CONTENT and left == [-1]
+    else:
+        with pytest.raises(OSError, match="Stale"):
+            read_file(str(tmp_path / "x"))
 
 
 def test_a_file_that_stays_short_or_is_not_there(url: str) -> None:

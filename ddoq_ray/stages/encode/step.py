@@ -126,6 +126,7 @@ def run(run: Run, on_shard: Callable[[int], None]) -> LatentsManifest:
         refused = 0
         for record in done_records_of(run, finished, batch):
             latents.publish(f"{layout.shard_name(record.shard)}/{layout.DONE}", record.dumps())
+            finished.add(record.shard)
             (latents / layout.PARTS / layout.shard_name(record.shard)).remove()
             refused += record.refused
             encoded = record.classes.total
@@ -133,18 +134,23 @@ def run(run: Run, on_shard: Callable[[int], None]) -> LatentsManifest:
             if refused > config.max_bad_fraction * max(1, expected):
                 break  # no need to spend the rest of the hours; the final check below says why
             on_shard(record.shard)
-    return _finish(run, artifact, facts, batch, start)
+    return _finish(run, artifact, facts, finished, batch, start)
 
 
-def _finish(run: Run, artifact: Artifact, facts: dict[str, Any], batch: int, start: float) -> LatentsManifest:
+def _finish(
+    run: Run, artifact: Artifact, facts: dict[str, Any], finished: set[int], batch: int, start: float
+) -> LatentsManifest:
     """Count what the done records say, and publish the manifest.
+
+    Args:
+        finished: The shards that have one; a listing may lack folders that other machines have just made (NFS).
 
     Raises:
         ValueError: More than `max_bad_fraction` of the samples are refused, or all.
     """
     latents, quarantine = artifact.folder, run.dir / layout.QUARANTINE
     encoded, refused, digests = 0, 0, []
-    for done in done_records(latents, sorted(done_shards(latents))):
+    for done in done_records(latents, sorted(finished)):
         encoded += done.classes.total
         refused += done.refused
         digests.append([c.sha256 for c in done.chunks])

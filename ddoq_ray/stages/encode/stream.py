@@ -20,6 +20,7 @@ from ddoq_ray.config.cluster import ClusterConfig
 from ddoq_ray.execution.errors import plain_error
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
+from ddoq_ray.execution.workers import on_a_working_node
 from ddoq_ray.stages.encode.reader import CHUNK_BYTES, READER_BYTES, chunk_rows, read_tables, reader_tasks
 from ddoq_ray.stages.encode.worker import Encoder, EncoderSettings, join_chunks, search_batch
 from ddoq_ray.storage import layout
@@ -31,7 +32,7 @@ MAX_JOINS = 16  # shards that wait to be joined; more, and the stream waits for 
 SEARCH_SECONDS = 0.3  # for each micro-batch that is tried
 
 # No CPU of its own: it must find room while readers hold every one, and it mostly waits for files.
-_join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(join_chunks)
+_join = ray.remote(num_cpus=0)(join_chunks)
 
 
 def file_rows(config: RunConfig, networks: Networks) -> int:
@@ -100,7 +101,8 @@ def done_records_of(run: Run, finished: set[int], batch: int) -> Iterator[ShardD
             if count == 1:
                 yield shard_done(shard, [parts[0]], refused)
             else:
-                joins[_join.remote(latents, shard, [parts[i] for i in range(count)])] = shard, refused
+                join = _join.options(**on_a_working_node())
+                joins[join.remote(latents, shard, [parts[i] for i in range(count)])] = shard, refused
         yield from _joined(joins, wait=len(joins) > MAX_JOINS)
     while joins:
         yield from _joined(joins, wait=True)

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from ddoq_ray.data.image_set import load_image_arrays
+from ddoq_ray.execution.workers import on_a_working_node
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.layout import image_tar
@@ -49,9 +50,9 @@ def shared_images(images: Folder, shards: Sequence[ImageShard], size: int, side:
         shards: Of its manifest.
         size, side: As `load_image_arrays` has them.
     """
-    # No CPU: teachers may hold all there are, and wait for this.
-    task = ray.remote(num_cpus=0)(decoded)
-    return SharedImages(lambda: task.remote(images, list(shards), size, side))
+    # No CPU: teachers may hold all there are, and wait for this. Again however often nodes are lost that hold it.
+    task = ray.remote(num_cpus=0, max_retries=-1)(decoded)
+    return SharedImages(lambda: task.options(**on_a_working_node()).remote(images, list(shards), size, side))
 
 
 def decoded(images: Folder, shards: Sequence[ImageShard], size: int, side: int) -> np.ndarray:

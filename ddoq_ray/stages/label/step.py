@@ -31,7 +31,7 @@ from ddoq_ray.stages.label.teacher_check import check_teacher
 from ddoq_ray.stages.step import Ask, ImageSetStep, Step
 from ddoq_ray.storage.artifact import digest_of
 from ddoq_ray.storage.label_grid import LabelGrid
-from ddoq_ray.storage.label_log import finished_files
+from ddoq_ray.storage.label_log import finished_file, finished_files
 from ddoq_ray.storage.layout import HEAD, LabelKey, Place
 from ddoq_ray.storage.manifests import ImagesManifest, LabelsManifest
 
@@ -195,7 +195,11 @@ def label(parts: Sequence[tuple[Run, Sequence[Label]]], teachers: Mapping[str | 
 def _stored(run: Run, step: Label, grid: LabelGrid) -> dict[str, Any]:
     """What a manifest says of stored labels: all that a reader needs."""
     labels = run.dir / step.place
-    records = finished_files(labels, grid, digest_of(step.identity(run)))
+    made_from = digest_of(step.identity(run))
+    records = finished_files(labels, grid, made_from)
+    for file in grid.all():  # what other machines have published since the disk was listed
+        if file.index not in records and (record := finished_file(labels, file, made_from)) is not None:
+            records[file.index] = record
     missing = [file.name for file in grid.all() if file.index not in records]
     if missing:
         raise RuntimeError(f"{len(missing)} label files of {step.place} are gone after they were made: {missing[:3]}")

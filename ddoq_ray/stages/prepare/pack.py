@@ -28,7 +28,7 @@ from ddoq_ray.data.collections import survey_of
 from ddoq_ray.data.collections.listing import HARMLESS, Listing, Source, Survey, extension_of, no_image
 from ddoq_ray.data.shard_index import index_shard, picture_digest
 from ddoq_ray.data.tar_writing import add_member, tar_to
-from ddoq_ray.execution.workers import Progress, in_tasks
+from ddoq_ray.execution.workers import Progress, in_tasks, twice_the_room
 from ddoq_ray.stages.prepare.given_shards import same_images
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.artifact import NotAsWritten, checked, digest_of, with_check
@@ -167,7 +167,7 @@ def pack(config: RunConfig, source: Source, survey: Survey, plans: Sequence[Plan
     """
     data = run / layout.DATA
     resources = {"num_cpus": config.cluster.reader.num_cpus}
-    at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(0.25, resources["num_cpus"])))
+    at_once = twice_the_room(resources["num_cpus"])
     shared = ray.put(source)
 
     def open_job(container: int) -> Callable[[], Any]:

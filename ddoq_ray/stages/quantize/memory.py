@@ -172,26 +172,39 @@ class Census:
         return most
 
 
-def check_memory(needs: Sequence[int]) -> None:
-    """Refuse what the cluster's nodes cannot hold, naming the formula.
+def check_memory(needs: Sequence[int], *, cpus: float = 0.0, may_grow: bool = False) -> str:
+    """Refuse what the cluster's nodes cannot hold, naming the formula; where nodes may join, only say it.
 
     Args:
         needs: Bytes of every actor, of all codebooks.
+        cpus: That each of them asks for: a node that has fewer, as a cluster's head may, takes none.
+        may_grow: A pending actor is the demand that an autoscaler sees, and starts when a node joins.
+
+    Returns:
+        What will be waited for; empty where there is room for all.
 
     Raises:
-        ValueError: When the actors do not fit the memory of the nodes that are there.
+        ValueError: When the actors do not fit the memory of the nodes that are there, and none will join.
     """
-    nodes = [n["Resources"].get("memory", 0.0) for n in ray.nodes() if n["Alive"]]
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [room.get("memory", 0.0) for room in there if room.get("CPU", 0.0) >= cpus]
     free = sorted(nodes, reverse=True)
     for need in sorted(needs, reverse=True):
         at = next((i for i, room in enumerate(free) if room >= need), None)
         if at is None:
-            most = ", ".join(f"{n / GIB:.1f}" for n in sorted(needs, reverse=True)[:8])
-            raise ValueError(
-                f"{len(needs)} quantizer actors need {most}{', ...' if len(needs) > 8 else ''} GiB of memory, and the "
-                f"nodes offer {', '.join(f'{n / GIB:.1f}' for n in nodes)} GiB. An actor needs 240 MiB + one chunk + "
-                "(clvq) 4 x D x max(buffer, ipc) bytes for each class that is open at one time - all of its classes "
-                "when the shards are class-mixed - or (exact algorithms) 512 MiB of latents and one class. Choose more "
-                "quantizer.num_shards on more nodes, class-sorted shards, quantizer.buffer=ipc, or a smaller ipc"
-            )
+            break
         free[at] -= need
+    else:
+        return ""
+    most = ", ".join(f"{n / GIB:.1f}" for n in sorted(needs, reverse=True)[:8])
+    offer = f"offer {', '.join(f'{n / GIB:.1f}' for n in nodes)} GiB" if nodes else "have no CPUs for them"
+    words = (
+        f"{len(needs)} quantizer actors need {most}{', ...' if len(needs) > 8 else ''} GiB of memory, and the nodes "
+        f"{offer}. An actor needs 240 MiB + one chunk + (clvq) 4 x D x max(buffer, ipc) bytes for each class that is "
+        "open at one time - all of its classes when the shards are class-mixed - or (exact algorithms) 512 MiB of "
+        "latents and one class. Choose more quantizer.num_shards on more nodes, class-sorted shards, "
+        "quantizer.buffer=ipc, or a smaller ipc"
+    )
+    if not may_grow:
+        raise ValueError(words)
+    return words

@@ -22,8 +22,7 @@ from ddoq_ray.data.image_set import NewImage, write_images
 from ddoq_ray.data.picked_samples import PassedOver, picked_pictures
 from ddoq_ray.data.pictures import RefusedPicture, Resize, reframe
 from ddoq_ray.data.samples import decode_rgb, encode_png
-from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress, in_tasks
+from ddoq_ray.execution.workers import Progress, in_tasks, twice_the_room
 from ddoq_ray.stages.select.choice import Choice, Picks, Selection
 from ddoq_ray.stages.select.excerpts import Excerpts, Pick, finished_excerpts, write_excerpt
 from ddoq_ray.stages.synthesize.jobs import ClassRange, ImageUnit, Job
@@ -140,7 +139,7 @@ def _make_excerpts(sets: Sequence[Unmade]) -> None:
     choice = sets[0].choice
     with Progress(choice.method, count, "shards") as progress:
         progress.already(count - len(jobs))
-        for _ in in_tasks(jobs, _at_once(choice.run)):
+        for _ in in_tasks(jobs, twice_the_room(choice.run.config.cluster.reader.num_cpus)):
             progress.advance()
 
 
@@ -206,7 +205,7 @@ def _composed(sets: Sequence[Unmade]) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     with Progress(choice.method, sum(len(job.unit) for _, job in jobs), "images") as progress:
         submits = [partial(_submit_shard, unmade, job) for unmade, job in jobs]
-        for number, record in in_tasks(submits, _at_once(choice.run)):
+        for number, record in in_tasks(submits, twice_the_room(choice.run.config.cluster.reader.num_cpus)):
             records[jobs[number][1].name] = record
             progress.advance(record["images"])
     return records
@@ -244,10 +243,6 @@ def _compose(
         data = files[0] if shape is None else encode_png(mosaic([np.asarray(decode_rgb(f)) for f in files], *shape))
         made.append(NewImage(c, k, weight, prompt, seed, data))
     return publish_record(run_dir, job, write_images(images, job.unit.name, made))
-
-
-def _at_once(run: Run) -> int:
-    return 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(0.25, run.config.cluster.reader.num_cpus)))
 
 
 def not_encoded(latents: Folder) -> dict[int, PassedOver]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
-from ddoq_ray.execution.errors import cause_of
+from ddoq_ray.execution.errors import cause_of, device_memory
 
 # What a living rank says when another one dies in the middle of a collective: torch's own errors are of these kinds.
 _COLLATERAL = (RuntimeError, OSError)
@@ -24,8 +24,9 @@ def failures(error: BaseException) -> list[BaseException]:
 
 
 def own_words(error: BaseException) -> str | None:
-    """The text of a ValueError of our own among the failures: it is the user's to mend, in its own words."""
-    return next((str(e) for e in failures(error) if type(e) is ValueError), None)
+    """Of what is the user's to mend among the failures: a ValueError of our own in its words, or a GPU's memory."""
+    told = (str(e) if type(e) is ValueError else device_memory(e) for e in failures(error))
+    return next((words for words in told if words is not None), None)
 
 
 def worth_retrying(error: BaseException, workers: int) -> bool:

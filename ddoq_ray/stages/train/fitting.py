@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,59 +12,74 @@ import ray.train
 from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.execution.workers import DEATHS, MAX_DEATHS
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.storage.folder import Folder
 
 if TYPE_CHECKING:  # torch: not in a driver that trains nothing
     from ray.train.torch import TorchTrainer
 
 # A death by itself is that of Ray Train's controller.
 FAILED: tuple[type[BaseException], ...] = (ray.train.TrainingFailedError, *DEATHS)
-RAY_TRAIN = "train"  # Ray Train's own folder in its storage, where nothing else is said
+RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's, in its own folder
+RAY_TRAIN = "train"  # Ray Train's own folder, where nothing else is said
 
 
 def fit(
     loop: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
     resources: TrainerResources,
-    storage: str,
+    folder: Folder,
     lost: Callable[[str, int], None],
     *,
-    name: str = RAY_TRAIN,
+    reached: Callable[[], object] = lambda: None,
 ) -> None:
     """Run a loop on every worker; after a death once more. Ray Train itself would try any exception again.
+
+    Only deaths between which nothing was reached count together: a training of days on nodes that may vanish has many.
 
     Args:
         loop: what a worker does with the settings; it takes up what it left.
         settings: small and picklable.
         resources: of the workers.
-        storage: the folder in which Ray Train has its own.
-        lost: told the reason of each death, and how many there were.
-        name: of Ray Train's folder there.
+        folder: Ray Train's own.
+        lost: told the reason of each death, and how many there were since something was reached.
+        reached: another value when more of the work is safe than before; Ray Train's own checkpoints are seen here.
 
     Raises:
         ValueError: A worker's, in its own words.
     """
-    for deaths in range(MAX_DEATHS + 1):
+    deaths, before = 0, None
+    while True:
         try:
-            _trainer(loop, settings, resources, storage, name).fit()
+            _trainer(loop, settings, resources, folder).fit()
             return
         except FAILED as error:
             told = own_words(error)
             if told is not None:
                 raise ValueError(told) from None
-            if deaths == MAX_DEATHS or not worth_retrying(error, resources.max_workers or resources.workers):
+            now = (reached(), _recorded(folder))
+            deaths = deaths + 1 if now == before else 1
+            before = now
+            if deaths > MAX_DEATHS or not worth_retrying(error, resources.max_workers or resources.workers):
                 raise
-            lost(type(error).__name__, deaths + 1)
+            lost(type(error).__name__, deaths)
+
+
+def _recorded(folder: Folder) -> bytes:
+    """Ray Train's record of its checkpoints: one that a death has cut off is not in it."""
+    with contextlib.suppress(ValueError, OSError):  # none yet, or the store is away
+        return folder.read(RECORD)
+    return b""
 
 
 def _trainer(
     loop: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
     resources: TrainerResources,
-    storage: str,
-    name: str,
+    folder: Folder,
 ) -> TorchTrainer:
     from ray.train.torch import TorchTrainer  # torch: not in a driver that trains nothing
 
+    storage, name = posixpath.split(folder.uri)
     bounds = (resources.min_workers, resources.max_workers)
 
     return TorchTrainer(

@@ -100,8 +100,10 @@ class Sets:
 
     def _distilled(self, name: str, digest: object) -> Set:
         images, size = self.run / name, self.config.student.image_size
-        shards = [images.path(n) for n in images.names(layout.IMAGE_SHARDS)]
         manifest = Artifact(images, "synthesize").manifest() or {}
+        # By the manifest: on NFS a listing may be of a time when some of them were not there yet.
+        names = [layout.image_tar(s["name"]) for s in manifest.get("shards", ())] or images.names(layout.IMAGE_SHARDS)
+        shards = [images.path(n) for n in sorted(names)]
         where = self._place(name, int(manifest.get("items", 0)) * 3 * max(size, self._side) ** 2)
         if where == "file":
             shape = common_shape(shards, size, self._side)

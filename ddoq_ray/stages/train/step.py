@@ -221,12 +221,13 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
 
         def lost(reason: str, deaths: int) -> None:
             run.events.add("worker lost", stage="train", reason=reason, deaths=deaths)
-            say(f"train      a worker was lost ({deaths} of at most {MAX_DEATHS}); its students go on elsewhere")
+            count = f"{deaths} of at most {MAX_DEATHS} before more is reached"
+            say(f"train      a worker was lost ({count}); its students go on elsewhere")
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _fit_groups(run, students, jobs, shares, groups, lost)
+            _fit_groups(run, jobs, shares, groups, lost, lambda: len(left))
         finally:
             stop.set()
             watcher.join()
@@ -238,11 +239,11 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
 
 def _fit_groups(
     run: Run,
-    students: Folder,
     jobs: Sequence[Job],
     shares: Sequence[Sequence[Dealt]],
     groups: Sequence[int],
     lost: Callable[[str, int], None],
+    reached: Callable[[], object],
 ) -> None:
     """Fit the groups side by side; one that fails lets the others finish all students but the one that it was at.
 
@@ -253,7 +254,8 @@ def _fit_groups(
 
     def fit_one(group: int) -> None:
         settings = {"jobs": tuple(replace(job, group=group) for job in jobs), "dealing": dealing}
-        fit(train_loop, settings, run.config.cluster.trainer, students.uri, lost, name=_own_folder(group))
+        folder = run.dir / layout.STUDENTS / _own_folder(group)
+        fit(train_loop, settings, run.config.cluster.trainer, folder, lost, reached=reached)
 
     if len(groups) == 1:  # in the main thread, where Ray Train also hears Ctrl-C
         fit_one(groups[0])

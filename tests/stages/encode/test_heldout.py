@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.stale_listing import stale_listings
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.compose import load_config
@@ -151,6 +152,17 @@ def test_a_second_report_encodes_nothing_and_a_cut_off_one_goes_on(case: tuple[C
     assert (heldout / "shard-000000").read("done.json") == kept
     times = {p.name: p.stat().st_mtime_ns for p in Path(heldout.uri).glob("shard-000002/*")}
     assert times == {p.name: t for p, t in before.items() if p.parent.name == "shard-000002"}
+
+
+def test_none_is_left_out_where_listings_are_old(
+    case: tuple[Case, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other machines have made the folders of the shards, of which NFS may tell the driver half a minute later."""
+    made = dataclasses.replace(case[0], run=Folder(str(tmp_path)))
+    stale_listings(monkeypatch)
+    assert made.start().wait() == case[1]
+    digest = (made.run / "heldout").read_json("manifest.json")["digest"]
+    assert digest == (case[0].run / "heldout").read_json("manifest.json")["digest"]
 
 
 def test_latents_that_were_not_kept_are_made_again(case: tuple[Case, dict]) -> None:

@@ -26,6 +26,7 @@ from support.latent_logs import (
 )
 
 from ddoq_ray.core.pooling import Pooling
+from ddoq_ray.core.sizing import GIB
 from ddoq_ray.stages.prepare.step import Data
 from ddoq_ray.stages.quantize.memory import Census, check_memory, plan_memory
 from ddoq_ray.storage.artifact import Artifact, digest_of, with_check
@@ -128,6 +129,20 @@ class TestMemory:
             check_memory(made.needs)
         for words in ("quantizer actors need", "GiB", "class-sorted", "quantizer.num_shards", "quantizer.buffer=ipc"):
             assert words in str(error.value)
+        waits = check_memory(made.needs, may_grow=True)  # a node that holds them may join
+        assert waits == str(error.value)
+
+    def test_a_head_without_cpus_is_no_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A cluster of which only the head is there yet: its memory counts for none, and the others are waited for."""
+        head = {"Alive": True, "Resources": {"memory": 64.0 * GIB}}
+        monkeypatch.setattr(ray, "nodes", lambda: [head])
+        assert check_memory([GIB]) == ""
+        assert "have no CPUs for them" in check_memory([GIB], cpus=1.0, may_grow=True)
+        worker = {"Alive": True, "Resources": {"memory": 2.0 * GIB, "CPU": 1.0}}
+        monkeypatch.setattr(ray, "nodes", lambda: [head, worker])
+        assert check_memory([GIB, GIB], cpus=1.0) == ""
+        with pytest.raises(ValueError, match=r"need 2\.0, 2\.0 GiB of memory, and the nodes offer 2\.0 GiB"):
+            check_memory([2 * GIB, 2 * GIB], cpus=1.0)
 
 
 @pytest.mark.parametrize(

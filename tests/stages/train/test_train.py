@@ -18,15 +18,19 @@ from ray.train import ControllerError, WorkerGroupError
 from support import ranks
 from support.students import EPOCHS, IMAGES, Apart, small_job
 
+from ddoq_ray.config.cluster import TrainerResources
 from ddoq_ray.core.labels import CODECS, make_codec
 from ddoq_ray.data.soft_labels import SoftLabels, load_head
+from ddoq_ray.execution.errors import device_memory
 from ddoq_ray.execution.networks import Networks
 from ddoq_ray.execution.run import Run
 from ddoq_ray.execution.workers import Events
 from ddoq_ray.models.classifiers import build_classifier
 from ddoq_ray.models.training.student import StudentTraining
 from ddoq_ray.stages.prepare.step import Data
+from ddoq_ray.stages.train import fitting
 from ddoq_ray.stages.train.failures import own_words, worth_retrying
+from ddoq_ray.stages.train.fitting import RECORD
 from ddoq_ray.stages.train.memory import Room
 from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.sets import Real
@@ -260,7 +264,7 @@ def test_a_student_that_breaks_at_its_last_step_has_diverged_too(
 
 def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
     ours, dead, bug = ValueError("mend this"), RayActorError(), KeyError("x")
-    broken = RuntimeError("Connection closed by peer")
+    broken, small = RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")
     cases: list[tuple[dict[int, Exception], int, str | None, bool]] = [
         ({0: ours}, 1, "mend this", False),
         ({0: broken, 1: ours}, 2, "mend this", False),
@@ -270,13 +274,51 @@ def test_what_is_tried_again_and_in_whose_words_it_fails() -> None:
         ({0: broken}, 1, None, False),
         ({0: bug}, 1, None, False),
         ({0: bug, 1: broken}, 2, None, False),
-        ({0: torch.OutOfMemoryError()}, 2, None, False),
+        ({0: broken, 1: small}, 2, device_memory(small), False),
     ]
     for found, workers, words, again in cases:
         error = WorkerGroupError("", found)
         assert (own_words(error), worth_retrying(error, workers)) == (words, again), found
     assert own_words(ControllerError(ours)) == "mend this" and not worth_retrying(ControllerError(ours), 1)
     assert own_words(RayActorError()) is None and worth_retrying(RayActorError(), 1)  # Ray Train's own controller died
+
+
+class Dies:
+    """Ray Train where the workers of each attempt die, with so much reached before."""
+
+    def __init__(self, folder: Folder, reached: list[bytes]) -> None:
+        self.folder, self.reached = folder, list(reached)
+
+    def fit(self) -> None:
+        if not self.reached:
+            return
+        if record := self.reached.pop(0):
+            self.folder.publish(RECORD, record)
+        raise WorkerGroupError("", {0: RayActorError()})
+
+
+@pytest.mark.parametrize(
+    "reached, told",
+    [
+        ([b""] * 3, [1, 2, 3]),
+        ([b"1", b"1", b"1"], [1, 2, 3]),
+        ([b"1", b"1", b"2", b"2", b"3", b"3", b"4"], [1, 2, 1, 2, 1, 2, 1]),  # days on nodes that may vanish
+    ],
+)
+def test_only_deaths_between_checkpoints_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: list[bytes], told: list[int]
+) -> None:
+    folder, deaths = Folder(str(tmp_path)), []
+    dies = Dies(folder, reached)
+    monkeypatch.setattr(fitting, "_trainer", lambda *_: dies)
+    fitting.fit(print, {}, TrainerResources(), folder, lambda _, count: deaths.append(count))
+    assert deaths == told
+
+    dies.reached, done = [b"5", *[b""] * 3], iter([1, 1, 1, 1])
+    with pytest.raises(WorkerGroupError):
+        fitting.fit(print, {}, TrainerResources(), folder, lambda *_: None, reached=lambda: next(done))
+    dies.reached, done = [b"6", *[b""] * 4], iter([1, 1, 1, 2, 2])  # a short student has no checkpoint: it is done
+    fitting.fit(print, {}, TrainerResources(), folder, lambda *_: None, reached=lambda: next(done))
 
 
 # The driver
