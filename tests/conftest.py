@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> None:
+def ray_here() -> Iterator[None]:
     """A Ray of two CPUs in this process, shared by all modules that ask for it: starting one costs seconds.
 
     address="local", so that no other Ray on the machine is joined.
@@ -79,6 +80,8 @@ def ray_here() -> None:
         # A GPU in name only: what asks Ray for one is placed, and finds none.
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address="local", num_cpus=2, num_gpus=1, **quiet)
+    yield
+    gc.collect()  # what an error's traceback refers to in circles may be actors that hold a CPU
 
 
 @pytest.fixture(scope="session", autouse=True)
