@@ -100,7 +100,6 @@ def starts(rows: Sequence[Row]) -> dict[str, str]:
     def settings(row: Row) -> str:
         told = [f"{key} {row[key]:g}" for key in keys if key in row] + (["rescaled"] if row["rescale"] else [])
         told += ["of the cell"] if row["keep"] == "cell" else []
-        told += ["from a real image of the cell"] if row.get("begin") == "member" else []
         told += [f"guidance {row['guidance']:g}"] if row.get("guidance", 3) != 3 else []
         told += ["float32"] if row["arithmetic"].startswith("float32") else []
         return ", ".join(told) or "-"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,24 +73,6 @@ def even(images: UInt8, class_ids: Int64) -> Distilled:
     return Distilled(images, class_ids, 1.0 / np.bincount(class_ids)[class_ids])
 
 
-class Codebook(NamedTuple):
-    """Of a class.
-
-    Attributes:
-        centroids: float32 [K, D].
-        weights: [K], the shares of their cells.
-        distortion: mean squared distance to the nearest centroid.
-        nearest: int64 [K], rows of the images nearest to the centroids.
-        members: float32 [K, D], the latents of a real image of each cell, drawn at random.
-    """
-
-    centroids: Float32
-    weights: npt.NDArray[np.float64]
-    distortion: float
-    nearest: Int64
-    members: Float32
-
-
 @dataclass
 class Codebooks:
     """The latents of the training images under one prior, kept in a folder, and codebooks of them.
@@ -104,7 +86,7 @@ class Codebooks:
     prior: Prior
     train: Split
     folder: Path
-    _made: dict[int, dict[int, Codebook]] = field(default_factory=dict)
+    _made: dict[int, dict[int, tuple[Float32, npt.NDArray[np.float64], float, Int64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         file = self.folder / f"latents-{self.prior.id}.npy"
@@ -116,8 +98,8 @@ class Codebooks:
             write_whole(file, lambda f: np.save(f, np.concatenate(parts)))
         self.latents = np.load(file, mmap_mode="r")
 
-    def of(self, ipc: int, seed: int = 0) -> dict[int, Codebook]:
-        """class_id -> its codebook."""
+    def of(self, ipc: int, seed: int = 0) -> dict[int, tuple[Float32, npt.NDArray[np.float64], float, Int64]]:
+        """class_id -> (centroids [K, D], weights [K], distortion, rows int64 [K] of the images nearest to them)."""
         if ipc not in self._made:
             self._made[ipc] = {}
             for c in range(len(CIFAR10)):
@@ -125,13 +107,8 @@ class Codebooks:
                 z = np.asarray(self.latents[rows], np.float32)
                 centroids, counts = gram_kmeans(z, ipc, seed=seed, class_id=c)
                 squared = np.square(z).sum(1)[:, None] - 2 * z @ centroids.T + np.square(centroids).sum(1)[None]
-                cells = squared.argmin(1)
-                drawn = philox("member", seed, c).permutation(len(z))
-                first = [drawn[cells[drawn] == k][:1] for k in range(ipc)]
-                members = np.stack([z[at[0]] if len(at) else centroids[k] for k, at in enumerate(first)])
                 distortion = float(squared.min(1).mean())
-                nearest = rows[squared.argmin(0)]
-                self._made[ipc][c] = Codebook(centroids, counts / counts.sum(), distortion, nearest, members)
+                self._made[ipc][c] = (centroids, counts / counts.sum(), distortion, rows[squared.argmin(0)])
         return self._made[ipc]
 
 

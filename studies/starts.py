@@ -28,19 +28,7 @@ from ddoq_ray.models.priors.base import Prior, Sampling
 from ddoq_ray.models.priors.load import load_prior
 from ddoq_ray.models.synthesis import Asked, Synthesizer
 from studies.assets import CIFAR10, write_cifar10_teacher
-from studies.small_images import (
-    CLASSES,
-    Codebook,
-    Codebooks,
-    Distilled,
-    Float32,
-    Split,
-    chosen,
-    cifar10,
-    even,
-    protocol,
-    top1,
-)
+from studies.small_images import CLASSES, Codebooks, Distilled, Split, chosen, cifar10, even, protocol, top1
 
 STEPS = 25
 REAL = ("random", "random-ae", "medoids")
@@ -48,14 +36,9 @@ REAL = ("random", "random-ae", "medoids")
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a method of real images, or settings of the synthesizer.
-
-    Attributes:
-        begin: "member": a real image of each cell, drawn at random, is what is noised, in place of the cell's centroid.
-    """
+    """A row: a method of real images, or settings of the synthesizer."""
 
     method: str = "ddoq"
-    begin: str | None = None
     start: str | None = None
     strength: float | None = None
     guidance: float | None = None
@@ -110,7 +93,7 @@ def case_of(words: str) -> Case:
     1
     """
     given = dict(word.split("=", 1) for word in words.split())
-    texts = ("method", "begin", "start", "keep")
+    texts = ("method", "start", "keep")
     typed: dict[str, Any] = {key: value if key in texts else json.loads(value) for key, value in given.items()}
     return Case(**typed)
 
@@ -141,27 +124,20 @@ class Seat:
             return even(images, train.class_ids[rows])
         books = self.codebooks.of(ipc)
         if case.method == "medoids":
-            rows = np.concatenate([book.nearest for book in books.values()])
+            rows = np.concatenate([book[3] for book in books.values()])
             return even(train.images[rows], train.class_ids[rows])
         asked = Asked(
-            np.concatenate([_begun(case, book) for book in books.values()]),
-            [CLASSES[c] for c, book in books.items() for _ in book.centroids],
-            [k for book in books.values() for k in range(len(book.centroids))],
+            np.concatenate([rescaled(*book[:3]) if case.rescale else book[0] for book in books.values()]),
+            [CLASSES[c] for c, book in books.items() for _ in book[0]],
+            [k for book in books.values() for k in range(len(book[0]))],
         )
         candidates = Candidates(case.candidates, self.judge, case.keep) if case.candidates > 1 else None  # type: ignore[arg-type]
         made = Synthesizer(self.maker, seed, 50, candidates).pictures(
-            asked, case.sampling(), {c: book.centroids for c, book in books.items()}
+            asked, case.sampling(), {c: book[0] for c, book in books.items()}
         )
-        class_ids = np.repeat(np.arange(len(CIFAR10)), [len(book.centroids) for book in books.values()])
-        weights = np.concatenate([book.weights for book in books.values()])
+        class_ids = np.repeat(np.arange(len(CIFAR10)), [len(book[0]) for book in books.values()])
+        weights = np.concatenate([book[1] for book in books.values()])
         return Distilled(np.ascontiguousarray(made.pictures.transpose(0, 3, 1, 2)), class_ids, weights)
-
-
-def _begun(case: Case, book: Codebook) -> Float32:
-    """float32 [K, D]: the latents that are noised."""
-    if case.begin == "member":
-        return book.members
-    return rescaled(book.centroids, book.weights, book.distortion) if case.rescale else book.centroids
 
 
 def main() -> None:
@@ -219,8 +195,8 @@ def main() -> None:
             mean, std = float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else None
             rows.append(facts | {"seeds": len(scores), "top1_mean": mean, "top1_std": std, "top1": scores})
             print(f"ipc {ipc} {case.facts}: {mean:.2f} {scores}", flush=True)
-    columns = ["ipc", "method", "begin", "start", "strength", "guidance", "guide_until", "guide_scale", "guide_pool",
-               "rescale", "candidates", "keep", "top1_mean", "top1_std", "seeds"]  # fmt: skip
+    columns = ["ipc", "method", "start", "strength", "guidance", "guide_until", "guide_scale", "guide_pool", "rescale",
+               "candidates", "keep", "top1_mean", "top1_std", "seeds"]  # fmt: skip
     finish(rows, columns, asked.json)
 
 
