@@ -67,6 +67,7 @@ from ddoq_ray.stages.train.worker import Job
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.codebook import parts_with_classes
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.json_rows import Rows, digest_of_each
 from ddoq_ray.storage.latent_index import done_records, latent_index
 from ddoq_ray.storage.prepared import Data, Packed, summary
 from ddoq_ray.storage.records import shard_lines
@@ -194,8 +195,10 @@ def draw_images(w: World) -> None:
 def plan_images(w: World) -> None:
     jobs = synthesize.image_jobs(w.run, "", w.config.synthesizer.shard_images)
     assert not synthesize.published(w.run, jobs)
-    records = {j.name: shard_record(j.unit.name, len(j.unit), b"") for j in jobs}
-    digest_of([records[j.name]["sha256"] for j in jobs])
+    records = Rows(len(jobs))
+    for job in jobs:
+        records.put(job.unit.index, shard_record(job.unit.name, len(job.unit), b""))
+    digest_of_each(record["sha256"] for record in records)
 
 
 def plan_heldout(w: World) -> None:

@@ -63,6 +63,7 @@ COLUMNS = [
 ]  # fmt: skip
 SAMPLES = 1000  # of a shard
 SHARD_BYTES = 84 << 20  # 1.2 TB in 14,200
+IPC = 50  # and the images of an image shard
 CPUS = 6  # of the simulated cluster: readers take one each, encoders a fifth
 
 
@@ -201,8 +202,8 @@ def scaling(stage: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
     def load(workers: int, death: bool = False) -> Load:
         units = workers * given.units_per_worker
-        # Image shards are of 50 images: as many classes of one shard each as there are units.
-        return Load(stage, workers, units, given.unit_s, units, 50, death)
+        # As many classes of one image shard each as there are units.
+        return Load(stage, workers, units, given.unit_s, units, IPC, death)
 
     loads = [load(workers) for workers in given.workers] + [load(given.death_workers, death=True)]
     rows = apart(loads, given.scratch)
@@ -216,12 +217,12 @@ def scaling(stage: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def keys(stage: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """A tenth of the data, and all of it."""
+    """A tenth of the data, and all of it, of the same classes."""
     workers, rows = given.workers_of_keys, []
     for part in (10, 1):
-        units = given.shards // part if stage == "encode" else given.classes // part
-        classes = given.classes if stage == "encode" else units
-        rows += apart([Load(stage, workers, units, given.unit_s_of_keys, classes, 50)], given.scratch)
+        ipc = IPC if stage == "encode" else IPC // part
+        units = given.shards // part if stage == "encode" else -(-given.classes * ipc // IPC)
+        rows += apart([Load(stage, workers, units, given.unit_s_of_keys, given.classes, ipc)], given.scratch)
         rows[-1] |= {"part": "keys"}
     rows[-1]["growth"] = rows[-1]["driver_peak_bytes"] / rows[0]["driver_peak_bytes"]
     return rows

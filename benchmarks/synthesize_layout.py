@@ -46,8 +46,8 @@ def write_codebook(codebook: Folder, classes: int, ipc: int) -> int:
 def lay_out(place: str, shard_images: int) -> dict[str, Any]:
     before, start = peak_bytes(field="VmRSS"), time.perf_counter()
     jobs = image_jobs(Folder(place), "", shard_images)
+    assert sum(len(job.unit) for job in jobs) == jobs.images
     seconds = time.perf_counter() - start
-    assert sum(len(job.unit) for job in jobs)
     return {"shards": len(jobs), "seconds": seconds, "start_bytes": before, "peak_bytes": peak_bytes()}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -74,7 +74,7 @@ class Elastic:
 
 def run_elastic(
     spawn: Callable[[], Any],
-    units: Sequence[Any],
+    units: Collection[Any],
     how: Elastic,
     *,
     name: Callable[[Any], str] = str,
@@ -91,7 +91,7 @@ def run_elastic(
 
     Args:
         spawn: Makes an actor with a method ``run(unit)``; called again after a death.
-        units: What is to be done; small, picklable.
+        units: What is to be done; small, picklable. Each is asked for when it is given, in order.
         how: How large the pool is.
         name: A unit's name, for events and errors.
         on_event: Called with ``"worker joined"``, ``"worker lost"``, ``"unit requeued"``, ``"unit set aside"`` and
@@ -103,7 +103,7 @@ def run_elastic(
         NoWorkers: When there was no room for any worker for `give_up_s`.
         RayTaskError: When our own code fails in a worker.
     """
-    pool = _Pool(spawn, how, on_event, deque(_Unit(unit, name(unit)) for unit in units))
+    pool = _Pool(spawn, how, on_event, _Queue(units, name))
     try:
         while pool.queue or pool.running:
             pool.grow()
@@ -136,6 +136,31 @@ class _Unit:
         return self.copies == 1 and not self.deaths
 
 
+class _Queue:
+    """Units that wait: those that lost their worker, then those that none has had, made when they are given."""
+
+    def __init__(self, units: Collection[Any], name: Callable[[Any], str]) -> None:
+        self.again: deque[_Unit] = deque()
+        self.fresh = (_Unit(unit, name(unit)) for unit in units)
+        self.left = len(units)
+
+    def __len__(self) -> int:
+        return len(self.again) + self.left
+
+    def pop(self) -> _Unit:
+        if self.again:
+            return self.again.popleft()
+        self.left -= 1
+        return next(self.fresh)
+
+    def put_back(self, unit: _Unit) -> None:
+        self.again.appendleft(unit)
+
+    @property
+    def next_has_deaths(self) -> bool:
+        return bool(self.again and self.again[0].deaths)
+
+
 @dataclass(eq=False)
 class _Worker:
     """An actor, and the units it was given.
@@ -158,7 +183,7 @@ class _Pool:
     spawn: Callable[[], Any]
     how: Elastic
     on_event: Callable[..., None]
-    queue: deque[_Unit]
+    queue: _Queue
     starting: dict[Any, _Worker] = field(default_factory=dict)  # by the ref of its being ready
     workers: list[_Worker] = field(default_factory=list)
     running: dict[Any, tuple[_Worker, _Unit]] = field(default_factory=dict)  # by result ref
@@ -208,12 +233,12 @@ class _Pool:
                 self.workers.remove(worker)
                 self._ask(worker)
             else:
-                self._hand(self.queue.popleft(), worker)
+                self._hand(self.queue.pop(), worker)
         for level in range(1, self.how.ahead + 1):
             for worker in [w for w in self.workers if len(w.units) == level and not w.units[0].deaths]:
-                if len(self.queue) <= len(self.workers) or self.queue[0].deaths:
+                if len(self.queue) <= len(self.workers) or self.queue.next_has_deaths:
                     return
-                self._hand(self.queue.popleft(), worker)
+                self._hand(self.queue.pop(), worker)
 
     def copy_slow(self) -> None:
         """Begin the unit that is longest at work on an idle worker too, when it takes long and no other is left."""
@@ -252,7 +277,7 @@ class _Pool:
             _, unit = self.running.pop(ref)
             unit.copies -= 1
             if not unit.done and not unit.copies:
-                self.queue.appendleft(unit)
+                self.queue.put_back(unit)
 
     def close(self) -> None:
         for worker in [*self.starting.values(), *self.workers]:
@@ -316,7 +341,7 @@ class _Pool:
         if unit.copies:
             return
         if unit.deaths < MAX_DEATHS:
-            self.queue.appendleft(unit)
+            self.queue.put_back(unit)
             self.on_event("unit requeued", unit=unit.name, deaths=unit.deaths)
             return
         self.aside.append((unit, _reason(error)))

@@ -16,15 +16,11 @@ from typing import Any, Literal
 from ddoq_ray.storage import layout
 from ddoq_ray.storage.fitting_facts import Facts, misfit, other_version
 from ddoq_ray.storage.folder import Folder
+from ddoq_ray.storage.json_rows import Rows, canonical, digest_of_record
 
 Status = Literal["new", "open", "done"]
 CHECK = "check"  # in a record: sha256 of the rest of it
 FILES = "files"  # in a record: name -> bytes and sha256 of files beside it that have no record of their own
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def digest_of(value: Any) -> str:
@@ -36,18 +32,19 @@ def digest_of(value: Any) -> str:
 def with_check(row: Mapping[str, Any]) -> dict[str, Any]:
     """A record with a digest of itself, of what JSON gives back of it."""
     rest = {key: value for key, value in row.items() if key != CHECK}
-    text = canonical(rest)
     if not _as_read(rest):  # else not taken apart: a manifest may hold 20,000 rows
-        rest = json.loads(text)
-        text = canonical(rest)
-    return rest | {CHECK: digest_of(text.encode())}
+        kept = {key: value for key, value in rest.items() if isinstance(value, Rows)}
+        rest = json.loads(canonical({key: value for key, value in rest.items() if key not in kept})) | kept
+    return rest | {CHECK: digest_of_record(rest)}
 
 
 def _as_read(value: Any) -> bool:
     """Whether JSON gives a value back as it is."""
     if isinstance(value, dict):
         return all(type(key) is str and _as_read(each) for key, each in value.items())
-    return all(map(_as_read, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+    if type(value) is list:
+        return all(map(_as_read, value))
+    return type(value) in (str, int, float, bool, type(None), Rows)
 
 
 class NotAsWritten(Exception):
@@ -211,7 +208,7 @@ class Artifact:
         return status
 
     def finish(self, identity: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-        """Publish the manifest: the identity, its digest, and facts such as seconds, items, bytes and digest.
+        """Publish the manifest: the identity, its digest, and facts such as seconds, items, bytes, digest and `Rows`.
 
         The output is complete then, so what killed or late writers left behind is removed first.
         """

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import glob
 import hashlib
-import io
 import json
 import os
 import posixpath
@@ -18,6 +17,7 @@ from typing import IO, Any
 import fsspec
 
 from ddoq_ray.config.paths import plain_path
+from ddoq_ray.storage.json_rows import printed
 from ddoq_ray.storage.transport import is_store_error, open_file, read_file, read_range, retried
 
 TEMPORARY = ".tmp"
@@ -110,12 +110,11 @@ class Folder:
                             os.unlink(os.path.join(place, file))
 
     def publish_json(self, name: str, value: Any) -> None:
-        encoder = json.JSONEncoder(indent=1, sort_keys=True, default=str, allow_nan=False)  # NaN is no JSON
-        text = io.BytesIO()
-        for piece in encoder.iterencode(value):  # `dumps` keeps all pieces until the last: ten times the file
-            text.write(piece.encode())
-        text.write(b"\n")
-        self.publish(name, text.getvalue())
+        """Write a value as JSON, a line a fact, never held whole as text; a record may have `Rows`."""
+        with self.writing(name) as f:
+            for piece in printed(value):
+                f.write(piece.encode())
+            f.write(b"\n")
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.

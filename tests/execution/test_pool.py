@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,21 @@ class TestPool:
         done = list(run_elastic(Worker.remote, units(*range(2, 13)), Elastic("test", 1, 2)))
         assert Counter(u[0] for u, _ in done) == Counter(range(2, 13))
         assert all(result == unit[0] ** 2 for unit, result in done)
+
+    def test_units_are_made_when_they_are_given(self) -> None:
+        made: list[int] = []
+
+        class Lazy(list[int]):
+            def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+                for number in range(len(self)):
+                    made.append(number)
+                    yield number, 0
+
+        done = 0
+        for _ in run_elastic(Worker.remote, Lazy([0] * 12), Elastic("test", 1, 2, ahead=1)):
+            done += 1
+            assert len(made) <= done + 2 * 2, "two workers with two units each"
+        assert done == 12 and made == list(range(12))
 
     def test_no_units_need_no_worker(self) -> None:
         def spawn() -> Any:

@@ -5,7 +5,7 @@ A damaged prior often gives them (black, or the grey of a decoder that answers n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def constant_facts(pictures: Iterable[tuple[Key, npt.NDArray[np.uint8]]]) -> dic
     return {"constant": len(found), "first_constant": list(found[0]) if found else None}
 
 
-def check_constant(place: str, shards: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+def check_constant(place: str, shards: Collection[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
     """The facts of a whole set; said in a line where some of its images are constant.
 
     Args:

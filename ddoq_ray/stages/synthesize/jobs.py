@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.synthesizer import SynthesizerConfig
@@ -83,12 +86,63 @@ class Job:
         return digest_of([self.identity, self.unit.index, self.unit.ranges])
 
 
+@dataclass(frozen=True, eq=False)
+class ImageJobs(Sequence[Job]):
+    """The image shards of a codebook, in order; each job is made when it is asked for, since there may be 20,000.
+
+    Attributes:
+        folder, identity, how: As of each `Job`.
+        shard_images: Images of each shard but the last.
+        names: Of the codebook's parts.
+        class_ids, counts, part_of: int32 [C], int64 [C], int32 [C]; of each class in order: its id, images, and part.
+    """
+
+    folder: str
+    identity: str
+    how: Making | None
+    shard_images: int
+    names: Sequence[str]
+    class_ids: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+    part_of: npt.NDArray[np.int32]
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Of each class, in images of the whole set."""
+        return np.cumsum(self.counts)
+
+    @property
+    def images(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __len__(self) -> int:
+        return -(-self.images // self.shard_images)
+
+    @overload
+    def __getitem__(self, index: int) -> Job: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Job]: ...
+    def __getitem__(self, index: int | slice) -> Job | list[Job]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        first = index * self.shard_images
+        last = min(first + self.shard_images, self.images)
+        # The classes that the shard's first and last image are in.
+        a, b = np.searchsorted(self.ends, first, side="right"), np.searchsorted(self.ends, last - 1, side="right") + 1
+        begins = self.ends[a:b] - self.counts[a:b]
+        low, high = np.maximum(begins, first) - begins, np.minimum(self.ends[a:b], last) - begins
+        ranges = tuple(map(ClassRange, self.class_ids[a:b].tolist(), low.tolist(), high.tolist()))
+        parts = tuple(self.names[part] for part in range(self.part_of[a], self.part_of[b - 1] + 1))
+        return Job(self.folder, ImageUnit(index, ranges), parts, self.identity, self.how)
+
+
 def image_jobs(
     run_dir: Folder, folder: str, shard_images: int, identity: str = "", how: Making | None = None
-) -> list[Job]:
+) -> ImageJobs:
     """The image shards of a codebook: fixed lists of (class_id, centroid_id), with the parts that hold them."""
     names: list[str] = []
-    classes, counts, holders = [], [], []
+    classes, counts, holders = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
     book = how.book if how is not None and how.book is not None else Place(folder)
     tiles = how.tiles if how is not None else 1
     for part in open_parts(run_dir / book.codebook):
@@ -96,22 +150,16 @@ def image_jobs(
         counts.append(-(-part.rows // tiles))
         holders.append(np.full(len(part.rows), len(names), np.int32))
         names.append(part.name)
-    if not names:
-        return []
-    class_ids, part_of = np.concatenate(classes), np.concatenate(holders)
-    ends = np.cumsum(np.concatenate(counts))  # of each class, in rows of the whole codebook
-    starts = ends - np.concatenate(counts)
-    firsts = np.arange(0, ends[-1] if len(ends) else 0, shard_images)
-    lasts = np.minimum(firsts + shard_images, ends[-1] if len(ends) else 0)
-    # The classes that a shard's first and last row are in.
-    begins, stops = np.searchsorted(ends, firsts, side="right"), np.searchsorted(ends, lasts - 1, side="right") + 1
-    jobs = []
-    for i, (first, last, a, b) in enumerate(zip(*(x.tolist() for x in (firsts, lasts, begins, stops)), strict=True)):
-        low, high = np.maximum(starts[a:b], first) - starts[a:b], np.minimum(ends[a:b], last) - starts[a:b]
-        ranges = tuple(map(ClassRange, class_ids[a:b].tolist(), low.tolist(), high.tolist()))
-        parts = tuple(names[part] for part in range(part_of[a], part_of[b - 1] + 1))
-        jobs.append(Job(folder, ImageUnit(i, ranges), parts, identity, how))
-    return jobs
+    return ImageJobs(
+        folder,
+        identity,
+        how,
+        shard_images,
+        names,
+        np.concatenate(classes),
+        np.concatenate(counts),
+        np.concatenate(holders),
+    )
 
 
 def judge_of(config: RunConfig) -> str | None:

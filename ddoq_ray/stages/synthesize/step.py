@@ -7,9 +7,8 @@ is never made again.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,9 +27,10 @@ from ddoq_ray.stages.step import Ask, ImageSetStep
 from ddoq_ray.stages.synthesize.card import CardFacts, dataset_card, title_of
 from ddoq_ray.stages.synthesize.constant_images import check_constant
 from ddoq_ray.stages.synthesize.decoder import Decoder
-from ddoq_ray.stages.synthesize.jobs import Job, Making, image_jobs, judge_of
+from ddoq_ray.stages.synthesize.jobs import ImageJobs, Job, Making, image_jobs, judge_of
 from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.storage.artifact import Artifact, digest_of
+from ddoq_ray.storage.json_rows import Rows, digest_of_each
 from ddoq_ray.storage.layout import CARD, Place
 
 OWN = "ddoq"  # the method of the run's own set: others that share it differ by its weights in the loss alone
@@ -105,7 +105,7 @@ def run(of: Sequence[tuple[Run, Synthesize]]) -> None:
         for run, step in of
         if step.artifact(run.dir).begin(facts[step], overwrite=run.config.overwrite) != "done"
     ]
-    jobs = {
+    sets = {
         step: image_jobs(
             run.dir,
             step.at.root,
@@ -115,19 +115,35 @@ def run(of: Sequence[tuple[Run, Synthesize]]) -> None:
         )
         for run, step in todo
     }
-    shards = _synthesized(todo[0][0], [job for made in jobs.values() for job in made]) if todo else {}
+    records = _synthesized(todo[0][0], list(sets.values())) if todo else []
     seconds = time.time() - start
-    total = max(1, sum(s["images"] for s in shards.values()))
-    for run, step in todo:
-        ordered = [shards[job.name] for job in jobs[step]]
-        share = sum(s["images"] for s in ordered) / total  # the sets share the workers
-        _finish(run, step, facts[step], ordered, seconds * share)
+    total = max(1, sum(jobs.images for jobs in sets.values()))
+    for (run, step), jobs, shards in zip(todo, sets.values(), records, strict=True):
+        share = jobs.images / total  # the sets share the workers
+        _finish(run, step, facts[step], shards, seconds * share)
 
 
-def _synthesized(run: Run, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """The records of all jobs, by their names, once the shards that were not there are made."""
+@dataclass(frozen=True)
+class _Left(Collection[Job]):
+    """The jobs of some sets of which no shard is there."""
+
+    sets: Sequence[ImageJobs]
+    missing: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.missing))
+
+    def __iter__(self) -> Iterator[Job]:
+        return (jobs[index] for jobs, missing in zip(self.sets, self.missing, strict=True) for index in missing)
+
+    def __contains__(self, job: object) -> bool:
+        return any(job == mine for mine in self)
+
+
+def _synthesized(run: Run, sets: Sequence[ImageJobs]) -> list[Rows]:
+    """The records of each set's shards, once those that were not there are made."""
     config, resources = run.config, run.config.cluster.decoder
-    shards = published(run.dir, jobs)
+    records = {jobs.folder: Rows(len(jobs)) for jobs in sets}
     listed = ray.put(run.data.classes)  # once, not with each worker: what an actor was made with stays in the driver
 
     def spawn() -> Any:
@@ -136,11 +152,16 @@ def _synthesized(run: Run, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_concurrency=2)
         return options.remote(config, run.dir, listed)
 
-    with Progress("synthesize", sum(len(j.unit) for j in jobs), "images") as progress:
-        progress.already(sum(s["images"] for s in shards.values()))
-        for job, result in run_elastic(
+    with Progress("synthesize", sum(jobs.images for jobs in sets), "images") as progress:
+        for jobs in sets:
+            there = published(run.dir, jobs)
+            progress.already(sum(record["images"] for record in there.values()))
+            for job in jobs if there else ():
+                if job.name in there:
+                    records[job.folder].put(job.unit.index, there[job.name])
+        for job, record in run_elastic(
             spawn,
-            [job for job in jobs if job.name not in shards],
+            _Left(sets, [records[jobs.folder].missing() for jobs in sets]),
             Elastic.of(
                 config.cluster,
                 "synthesize",
@@ -153,16 +174,15 @@ def _synthesized(run: Run, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
             on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
             progress=progress,
         ):
-            # Each message brings keys of its own: a third of what 20,000 records would take.
-            shards[job.name] = {sys.intern(key): value for key, value in result.items()}
-            progress.advance(result["images"], bytes=result["bytes"])
-    return shards
+            records[job.folder].put(job.unit.index, record)
+            progress.advance(record["images"], bytes=record["bytes"])
+    return list(records.values())
 
 
-def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict[str, Any]], seconds: float) -> None:
+def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: Rows, seconds: float) -> None:
     images = sum(s["images"] for s in shards)
     constant = check_constant(step.at.root or "the run", shards, [c.prompt for c in run.data.classes])
-    digest = digest_of([s["sha256"] for s in shards])
+    digest = digest_of_each(s["sha256"] for s in shards)
     (run.dir / step.place).publish(CARD, _card(run, step, shards, digest).encode())
     step.artifact(run.dir).finish(
         facts,
@@ -178,7 +198,7 @@ def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: list[dict
     run.events.add("stage finished", stage="synthesize", folder=step.at.root, images=images)
 
 
-def _card(run: Run, step: Synthesize, shards: list[dict[str, Any]], digest: str) -> str:
+def _card(run: Run, step: Synthesize, shards: Rows, digest: str) -> str:
     config, networks = run.config, run.networks
     return dataset_card(
         CardFacts(
