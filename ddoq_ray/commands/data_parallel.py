@@ -123,7 +123,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     if ranks.decide(lambda: told.exists() and "facts" in json.loads(told.read_text())):
         return
 
-    def tell(phase: str, step: int, steps: int, loss: float) -> None:
+    def tell(phase: str, step: int, steps: int, loss: float | None) -> None:
         _write(told, {"phase": phase, "step": step, "steps": steps, "loss": loss})
 
     facts = job.prepare(job.command)(job.images.open(), ranks, tell)

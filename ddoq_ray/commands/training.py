@@ -66,18 +66,23 @@ def _say_slow(command: Any, name: str) -> None:
 
 
 class StepBars:
-    """Progress of the training functions, which report (phase, step, steps, loss)."""
+    """Progress of the training functions, which report (phase, step, steps, loss).
+
+    A phase that ends by time has as many steps as its newest report expects.
+    """
 
     def __init__(self) -> None:
         self.phase, self.seen = "", 0
         self.bar: Progress | None = None
 
-    def __call__(self, phase: str, step: int, steps: int, loss: float) -> None:
+    def __call__(self, phase: str, step: int, steps: int, loss: float | None) -> None:
         if phase != self.phase:
             self.close()
-            self.phase, self.bar, self.seen = phase, Progress(phase[:10], steps, "steps"), 0
+            unit = "images" if loss is None else "steps"
+            self.phase, self.bar, self.seen = phase, Progress(phase[:10], steps, unit), 0
         assert self.bar is not None
-        self.bar.advance(step - self.seen, f"loss {loss:.4g}")
+        self.bar.expect(steps)
+        self.bar.advance(step - self.seen, "" if loss is None else f"loss {loss:.4g}")
         self.seen = step
 
     def close(self) -> None:

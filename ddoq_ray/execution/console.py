@@ -106,6 +106,12 @@ class Progress(_Activity):
             self.bar.n += n
             self.bar.refresh()
 
+    def expect(self, total: int) -> None:
+        """There are so many items in all, as is known by now."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.total = total
+
     def advance(self, n: int = 1, note: str = "", **more: float) -> None:
         """`n` items are done; `more` came with them, and is added up in `measured`."""
         global _moved

@@ -61,6 +61,13 @@ def test_a_line_says_rate_workers_and_time_left(
     assert told[-2] == "synthesize 21,100 of 50,000 images, 10.0 a second, 3 workers, 1100 s, 48 min left"
 
 
+def test_a_total_may_be_known_later(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Progress("denoiser", 1000, "steps") as line:
+        line.expect(865)
+        line.advance(865)
+    assert "865 of 865 steps" in capsys.readouterr().err
+
+
 def test_json_lines_have_the_words_and_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     progress.lines_as("json")
     try:

@@ -66,7 +66,7 @@ def train_prior(images, class_ids, classes, out, teacher=None, extra=None, **how
 def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
     images, ids = data()
     config = PriorTraining(denoiser=denoiser, flip=denoiser == "dit", **TINY)
-    seen: list[tuple[str, int, int, float]] = []
+    seen: list[tuple[str, int, int, float | None]] = []
     shuffled = np.random.default_rng(5).permutation(len(images))
     in_file = mapped(tmp_path / "images", images[shuffled], ids[shuffled])  # shards may come in any order
     assert in_file.order()[1] == TrainingSet(images, ids, CLASSES).order()[1]
@@ -76,8 +76,11 @@ def test_a_trained_prior_loads_and_is_reproducible(tmp_path, denoiser):
         torch.rand(3)
     a, b = load_prior(tmp_path / "a"), load_prior(tmp_path / "b")
     assert a.id == b.id and a.classes == CLASSES and a.image_size == 8 and a.latent_shape == (4, 4, 4)
-    assert {phase for phase, *_ in seen} == {"autoencoder", "denoiser"}
-    assert all(step <= steps and np.isfinite(loss) for _, step, steps, loss in seen)
+    assert list(dict.fromkeys(phase for phase, *_ in seen)) == ["autoencoder", "latents", "denoiser"]
+    assert all(step <= steps and (loss is None or np.isfinite(loss)) for _, step, steps, loss in seen)
+    # As long as training's phases where images are many: it is not left silent.
+    encoded = 32 * (2 if config.flip else 1)
+    assert [rest for phase, *rest in seen if phase == "latents"][-1] == [encoded, encoded, None]
     assert a.denoiser.dtype == torch.float32
     # Latents have unit deviation, and decode to what they were.
     pixels = torch.from_numpy(images).float() / 127.5 - 1

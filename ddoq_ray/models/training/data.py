@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from ddoq_ray.data.image_file import Images, image_key, order_of
 
-# Called with (phase, step, steps, loss) now and then.
-Progress = Callable[[str, int, int, float], None]
+# Called with (phase, step, steps, loss) now and then; the phases latents and judge have images for steps, and no loss.
+Progress = Callable[[str, int, int, float | None], None]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Phases:
         if self.ranks.rank == 0:
             self.checkpoints.save({**state, "facts": self.facts})
 
-    def _report(self, phase: str, step: int, steps: int, loss: float) -> None:
+    def report(self, phase: str, step: int, steps: int, loss: float | None = None) -> None:
         if self._told is not None and self.ranks.rank == 0:
             self._told(phase, step, steps, loss)
 
@@ -99,14 +99,14 @@ class Phases:
             running = {key: loss + 0.99 * (running.get(key, loss) - loss) for key, loss in losses.items()}
             made = number + 1
             if made % _REPORT_EVERY == 0:
-                self._report(name, made, course.expected, running["loss"])
+                self.report(name, made, course.expected, running["loss"])
             if made % self.every == 0:
                 now = {"phase": name, "training": training.state(), "course": {"done": made, "spent": course.spent},
                        "losses": running}  # fmt: skip
                 self._save({**self.state, "running": now})
             if self.ranks.rank == 0:
                 self.watch(made)
-        self._report(name, course.done, course.done, running.get("loss", float("nan")))
+        self.report(name, course.done, course.done, running.get("loss", float("nan")))
         self.facts |= {
             f"{name}_steps": course.done, f"{name}_seconds": round(course.spent), f"{name}_losses": running,
         }  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -37,7 +38,7 @@ from ddoq_ray.models.training.phases import Phases
 from ddoq_ray.models.training.pictures import Pictures
 from ddoq_ray.models.training.ranks import Alone, Part, Ranks, check_parts
 from ddoq_ray.models.training.samples import draw, grid
-from ddoq_ray.models.training.seen_by import Classifiers
+from ddoq_ray.models.training.seen_by import LOOKED_AT, Classifiers
 
 _ENCODED_AT_ONCE = 256
 
@@ -92,6 +93,8 @@ def train_prior(
     prior = ClassConditionalPrior(
         vae, denoiser, scheduler_of(config), classes=list(data.classes), how=Loading(device=training.device)
     )
+    if seen_by.any:
+        phases.report("judge", 0, min(LOOKED_AT, len(data.images)))
     record = {**identity, "images": len(data.images), **phases.facts, **seen_by.judged(prior, data), **out.extra}
     with published_folder(out.folder, overwrite=out.overwrite) as work:
         prior.save(work, {**out.run_by, "training": record}, dtype=config.dtype)
@@ -180,7 +183,7 @@ class _Training:
         """(float16 [sides N, C, h, w] in a file, mean, std float32 [C]); encoded once, mirrored ones behind."""
         file, state = self.phases.checkpoints.folder / "latents.npy", self.phases.state
         if not self.ranks.decide(lambda: "moments" in state and file.exists()):
-            moments = write_latents(vae, self.data, sides, file, self.ranks)
+            moments = write_latents(vae, self.data, sides, file, self.ranks, partial(self.phases.report, "latents"))
             state["moments"] = [torch.from_numpy(m) for m in moments]
             self.phases.save()
         mean, std = (m.numpy() for m in state["moments"])
@@ -189,9 +192,17 @@ class _Training:
 
 @torch.inference_mode()
 def write_latents(
-    vae: AutoencoderKL, data: Pictures, sides: int, file: Path, ranks: Ranks
+    vae: AutoencoderKL,
+    data: Pictures,
+    sides: int,
+    file: Path,
+    ranks: Ranks,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Encode all images into the file, chunks dealt to the ranks; mean and deviation by channel, float32 [C] each."""
+    """Encode all images into the file, chunks dealt to the ranks; mean and deviation by channel, float32 [C] each.
+
+    `told` is called with how many are encoded, by this rank's pace, and how many there are.
+    """
     n, device = len(data), torch.device(ranks.device)
     chunks = [(side, first) for side in range(sides) for first in range(0, n, _ENCODED_AT_ONCE)]
     sums = []
@@ -205,6 +216,7 @@ def write_latents(
             written.write(z.astype("<f2").tobytes())
             z64 = z.astype(np.float64)
             sums.append((number, z64.sum((0, 2, 3)), np.square(z64).sum((0, 2, 3)), z[:, 0].size))
+            told(min(len(sums) * ranks.world * _ENCODED_AT_ONCE, sides * n), sides * n)
         written.flush()
         os.fsync(written.fileno())
     total, squares, count = 0.0, 0.0, 0

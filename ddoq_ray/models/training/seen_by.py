@@ -35,6 +35,10 @@ class Classifiers:
     perceptual: Classifier | None = None
     judge: Classifier | None = None
 
+    @property
+    def any(self) -> bool:
+        return self.perceptual is not None or self.judge is not None
+
     def judged_autoencoder(self, autoencoder: Autoencoder, data: TrainingSet) -> dict[str, Any]:
         """What the judge says of reconstructions; of held-out images where there are some."""
         judge = self.judge or self.perceptual
