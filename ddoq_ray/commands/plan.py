@@ -35,6 +35,7 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.prepared import Data
 
 GB = 10**9
+SHARED = 10**9  # bytes of pixels from which on it is said where they lie
 CONTEXT = 600_000_000  # of a GPU's memory, that CUDA and its libraries take in each process, about
 # What is measured -> the group of the workers that do it.
 WORKERS = {"encode": "encoder", "decode": "decoder", "denoise": "decoder", "label": "teacher", "train": "trainer"}
@@ -167,6 +168,12 @@ def _bytes(made: Plan, config: RunConfig, steps: Sequence[Step], sizes: Sizes) -
         made.say(
             "labels", f"{sizes.epochs:,} epochs of {sizes.centroids:,} images a set: {by_codec}; codec {sizes.codec}"
         )
+        if (shared := sizes.pixels) > SHARED:
+            made.say(
+                "labels",
+                f"teachers of a node share {_size(shared)} of pixels a set in Ray's object store (30 % of its "
+                "memory if nothing else is asked for); what is beyond that lies on its disk",
+            )
     made.say("bytes", f"in all     {_size(sum(made.written.values()))}")
 
 

@@ -23,12 +23,12 @@ def bfloat16_words(amx: bool, avx512_bf16: bool, channels_last: bool) -> str:
     >>> bfloat16_words(False, False, False)
     'a processor without AMX or AVX512-BF16, where bfloat16 is 1.1 to 4.5 times slower than float32'
     >>> bfloat16_words(False, True, True)
-    'a processor without AMX, where bfloat16 in channels_last takes 0.5 to 4 times as long as float32, by network'
+    'a processor without AMX, where bfloat16 in channels_last takes 0.5 to 4 times as long as float32'
     """
     if amx or (avx512_bf16 and not channels_last):
         return ""
     if avx512_bf16:
-        return "a processor without AMX, where bfloat16 in channels_last takes 0.5 to 4 times as long as float32, by network"
+        return "a processor without AMX, where bfloat16 in channels_last takes 0.5 to 4 times as long as float32"
     return "a processor without AMX or AVX512-BF16, where bfloat16 is 1.1 to 4.5 times slower than float32"
 
 

@@ -72,6 +72,11 @@ class Sizes:
         return round(made[step.name]()) if step.name in made else 0
 
     @property
+    def pixels(self) -> int:
+        """Of a set at the student's resolution, uint8, as teachers are given it."""
+        return self.centroids * 3 * self.config.protocol.stored_side(self.config.student.image_size) ** 2
+
+    @property
     def checkpoints(self) -> int:
         """Of the students that are at work: weights, the optimizer's two moments, an average; the new beside the old.
 

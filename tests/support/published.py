@@ -27,16 +27,20 @@ def evenly(images: int, classes: int) -> tuple[ShardInfo, ...]:
     return tuple(ShardInfo(f"/{c}.tar", n, 1, ClassCounts({c: n}), "") for c, n in enumerate(counts.tolist()))
 
 
-def planned(experiment: str, ipc: int) -> tuple[dict[str, float], float]:
-    """(GB by kind of step, GB of one set's labels as logits)."""
+def sizes_of(experiment: str, ipc: int) -> Sizes:
+    """Of the experiment on data and networks of its published shapes."""
     images, classes, val, shape, side = SHAPES[experiment]
     keys = [f"experiment={experiment}", "dataset.path=/a/*.tar", "dataset.val_path=/b/*.tar", f"ipc={ipc}"]
     config = load_config(keys)
     listed = tuple(ClassInfo(c, str(c), str(c)) for c in range(classes))
     data = Data(Folder("/none"), listed, evenly(images, classes), evenly(val, classes))
     known = Networks("p", shape, side, None, classes, "t", "resnet18", None, classes, 512, {})
-    sizes = Sizes(config, data, known)
-    made: dict[str, float] = {}
-    for step in pipeline.steps(config):
+    return Sizes(config, data, known)
+
+
+def planned(experiment: str, ipc: int) -> tuple[dict[str, float], float]:
+    """(GB by kind of step, GB of one set's labels as logits)."""
+    sizes, made = sizes_of(experiment, ipc), dict[str, float]()
+    for step in pipeline.steps(sizes.config):
         made[step.name] = made.get(step.name, 0.0) + sizes.of(step) / 1e9
     return made, sizes.labels(sizes.codec_bytes["logits"]) / 1e9

@@ -7,6 +7,7 @@ whose manifest is published is never trained again. What a worker does is in wor
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ from ddoq_ray.storage.folder import Folder
 from ddoq_ray.storage.manifests import LabelsManifest, StudentManifest
 
 # Keys of cluster.trainer that change a student's bytes.
+LOOK_SECONDS = 1.0  # between two looks for students that are published
 ARITHMETIC = ("workers", "min_workers", "max_workers", "precision", "channels_last", "compile", "micro_batch")
 
 
@@ -216,8 +218,11 @@ def _fit(run: Run, jobs: Sequence[Job], shares: Sequence[Sequence[Dealt]], ahead
                     say(words)
 
         def watch() -> None:
-            while not stop.wait(1.0):
+            seconds = LOOK_SECONDS
+            while not stop.wait(seconds):
+                begun = time.monotonic()
                 look()
+                seconds = max(LOOK_SECONDS, 10 * (time.monotonic() - begun))  # a store is asked once for each student
 
         def lost(reason: str, deaths: int) -> None:
             run.events.add("worker lost", stage="train", reason=reason, deaths=deaths)
