@@ -61,6 +61,7 @@ from ddoq_ray.stages.report import step as report
 from ddoq_ray.stages.select import images as select
 from ddoq_ray.stages.select.random import draw
 from ddoq_ray.stages.synthesize import step as synthesize
+from ddoq_ray.stages.synthesize.shard_records import published
 from ddoq_ray.stages.train.sets import Real
 from ddoq_ray.stages.train.step import Train
 from ddoq_ray.stages.train.worker import Job
@@ -194,7 +195,7 @@ def draw_images(w: World) -> None:
 
 def plan_images(w: World) -> None:
     jobs = synthesize.image_jobs(w.run, "", w.config.synthesizer.shard_images)
-    assert not synthesize.published(w.run, jobs)
+    assert not published(w.run, jobs)
     records = Rows(len(jobs))
     for job in jobs:
         records.put(job.unit.index, shard_record(job.unit.name, len(job.unit), b""))

@@ -17,15 +17,14 @@ from ray.actor import ActorClass
 from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import MethodSpec
 from ddoq_ray.config.schema import plain
-from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress
 from ddoq_ray.stages.recover.worker import Recoverer
 from ddoq_ray.stages.select.choice import wanted_images
 from ddoq_ray.stages.step import Ask, ImageSetStep
 from ddoq_ray.stages.synthesize.jobs import ClassRange, ImageUnit, Job
-from ddoq_ray.stages.synthesize.shard_records import published
+from ddoq_ray.stages.synthesize.shard_pool import made_shards
 from ddoq_ray.storage.artifact import digest_of
+from ddoq_ray.storage.json_rows import Rows, digest_of_each
 from ddoq_ray.storage.layout import Place
 
 
@@ -87,8 +86,7 @@ def run(run: Run, step: Recover) -> None:
         return
     images = wanted_images(run.config, run.data.counts)
     jobs = recovery_jobs(step.at, images, run.config.recovery.batch, digest_of(facts))
-    made = _recovered(run, step, jobs, images)
-    shards = [made[job.name] for job in jobs]
+    shards = _recovered(run, step, jobs, images)
     total = sum(s["images"] for s in shards)
     artifact.finish(
         facts,
@@ -97,38 +95,19 @@ def run(run: Run, step: Recover) -> None:
         unit="images",
         bytes=sum(s["bytes"] for s in shards),
         shards=shards,
-        digest=digest_of([s["sha256"] for s in shards]),
+        digest=digest_of_each(s["sha256"] for s in shards),
         environment=run.networks.environment,
     )
     run.events.add("stage finished", stage="recover", folder=step.at.root, images=total)
 
 
-def _recovered(run: Run, step: Recover, jobs: Sequence[Job], images: Mapping[int, int]) -> dict[str, dict[str, Any]]:
-    """The records of all jobs, by their names, once the shards that were not there are made."""
-    config, resources = run.config, run.config.cluster.decoder
-    shards = published(run.dir, jobs)
+def _recovered(run: Run, step: Recover, jobs: Sequence[Job], images: Mapping[int, int]) -> Rows:
+    """The records of all jobs, once the shards that were not there are made."""
+    resources = run.config.cluster.decoder
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Recoverer)  # mypy does not see what a decorator makes of a class
         options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
-        return options.remote(config, run.dir, run.data.classes, dict(images), step.method.curriculum)
+        return options.remote(run.config, run.dir, run.data.classes, dict(images), step.method.curriculum)
 
-    with Progress(step.method.name, sum(len(j.unit) for j in jobs), "images") as progress:
-        progress.already(sum(s["images"] for s in shards.values()))
-        for job, record in run_elastic(
-            spawn,
-            [job for job in jobs if job.name not in shards],
-            Elastic.of(
-                config.cluster,
-                "recover",
-                "decoder",
-                min_workers=config.synthesizer.min_workers,
-                max_workers=config.synthesizer.max_workers,
-            ),
-            name=lambda job: job.name,
-            on_event=lambda event, **f: run.events.add(event, stage="recover", **f),
-            progress=progress,
-        ):
-            shards[job.name] = record
-            progress.advance(record["images"])
-    return shards
+    return made_shards(run, "recover", step.method.name, [jobs], spawn)[0]

@@ -8,7 +8,7 @@ is never made again.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,16 +19,14 @@ from ddoq_ray.config import RunConfig
 from ddoq_ray.config.methods import SPECS, MethodSpec
 from ddoq_ray.config.schema import plain
 from ddoq_ray.data.image_set import EXTENSIONS
-from ddoq_ray.execution.pool import Elastic, run_elastic
 from ddoq_ray.execution.run import Run
-from ddoq_ray.execution.workers import Progress
 from ddoq_ray.stages.cells import own_set
 from ddoq_ray.stages.step import Ask, ImageSetStep
 from ddoq_ray.stages.synthesize.card import CardFacts, dataset_card, title_of
 from ddoq_ray.stages.synthesize.constant_images import check_constant
 from ddoq_ray.stages.synthesize.decoder import Decoder
-from ddoq_ray.stages.synthesize.jobs import ImageJobs, Job, Making, image_jobs, judge_of
-from ddoq_ray.stages.synthesize.shard_records import published
+from ddoq_ray.stages.synthesize.jobs import ImageJobs, Making, image_jobs, judge_of
+from ddoq_ray.stages.synthesize.shard_pool import made_shards
 from ddoq_ray.storage.artifact import Artifact, digest_of
 from ddoq_ray.storage.json_rows import Rows, digest_of_each
 from ddoq_ray.storage.layout import CARD, Place
@@ -123,60 +121,18 @@ def run(of: Sequence[tuple[Run, Synthesize]]) -> None:
         _finish(run, step, facts[step], shards, seconds * share)
 
 
-@dataclass(frozen=True)
-class _Left(Collection[Job]):
-    """The jobs of some sets of which no shard is there."""
-
-    sets: Sequence[ImageJobs]
-    missing: Sequence[Sequence[int]]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.missing))
-
-    def __iter__(self) -> Iterator[Job]:
-        return (jobs[index] for jobs, missing in zip(self.sets, self.missing, strict=True) for index in missing)
-
-    def __contains__(self, job: object) -> bool:
-        return any(job == mine for mine in self)
-
-
 def _synthesized(run: Run, sets: Sequence[ImageJobs]) -> list[Rows]:
     """The records of each set's shards, once those that were not there are made."""
-    config, resources = run.config, run.config.cluster.decoder
-    records = {jobs.folder: Rows(len(jobs)) for jobs in sets}
+    resources = run.config.cluster.decoder
     listed = ray.put(run.data.classes)  # once, not with each worker: what an actor was made with stays in the driver
 
     def spawn() -> Any:
         actor = cast(ActorClass[Any], Decoder)  # mypy does not see what a decorator makes of a class
         # Two units: one is read, encoded and published while the other has the prior.
         options = actor.options(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_concurrency=2)
-        return options.remote(config, run.dir, listed)
+        return options.remote(run.config, run.dir, listed)
 
-    with Progress("synthesize", sum(jobs.images for jobs in sets), "images") as progress:
-        for jobs in sets:
-            there = published(run.dir, jobs)
-            progress.already(sum(record["images"] for record in there.values()))
-            for job in jobs if there else ():
-                if job.name in there:
-                    records[job.folder].put(job.unit.index, there[job.name])
-        for job, record in run_elastic(
-            spawn,
-            _Left(sets, [records[jobs.folder].missing() for jobs in sets]),
-            Elastic.of(
-                config.cluster,
-                "synthesize",
-                "decoder",
-                min_workers=config.synthesizer.min_workers,
-                max_workers=config.synthesizer.max_workers,
-                ahead=1,
-            ),
-            name=lambda job: job.name,
-            on_event=lambda event, **f: run.events.add(event, stage="synthesize", **f),
-            progress=progress,
-        ):
-            records[job.folder].put(job.unit.index, record)
-            progress.advance(record["images"], bytes=record["bytes"])
-    return list(records.values())
+    return made_shards(run, "synthesize", "synthesize", sets, spawn, ahead=1)
 
 
 def _finish(run: Run, step: Synthesize, facts: dict[str, Any], shards: Rows, seconds: float) -> None:
