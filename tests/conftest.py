@@ -77,7 +77,7 @@ def ray_here() -> Iterator[None]:
     # What Ray measures of itself takes time of all its processes: seldom, but for what runs report, which a test reads.
     os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
     os.environ.setdefault("RAY_metrics_report_interval_ms", "4000")  # Ray's is ten seconds
-    # Ray ends a process that has had no task for a second, where there are more than CPUs; the next task starts another.
+    # Ray ends a process that had no task for a second, where there are more than CPUs; the next task starts another.
     os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else pages of it in every failure
     ray.data.DataContext.get_current().enable_progress_bars = False
