@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-processes test-rest test-fast fast-half fast-rest test-all lint lock clean
+.PHONY: run test test-ray test-rest test-fast fast-half fast-rest test-all lint lock clean
 
 # The stamp is renewed when the lock or the package's metadata change.
 $(VENV)/.installed: requirements.lock pyproject.toml
@@ -18,16 +18,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=1 quantizer=gram" changes it
 	$(BIN)/ddoq-ray $(ARGS)
 
-# Beside each other: what starts Ray or Python processes waits for them much of its time, and what starts neither does not.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not assets'
-test: $(VENV)/.installed  ## the default suite: 12 minutes on two cores, some 20 on the two threads of one
-	@$(MAKE) --no-print-directory -k -j2 test-processes test-rest
-test-processes: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'processes and not slow and not assets'
+# Beside each other: what shares one Ray, and the rest, with the processes that tests start for themselves.
+test: $(VENV)/.installed  ## the default suite: 9 and 6 minutes of a core's time, beside each other
+	@$(MAKE) --no-print-directory -k -j2 test-ray test-rest
+test-ray: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'ray and not slow and not assets'
 test-rest: $(VENV)/.installed
-	$(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not slow and not assets'
 
 # Two halves of about the same time, a core each.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not assets'
 HALF := tests/config tests/storage tests/data tests/execution tests/commands
 test-fast: $(VENV)/.installed  ## what starts neither Ray nor a Python process
 	@$(MAKE) --no-print-directory -j2 fast-half fast-rest

@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_here" in getattr(item, "fixturenames", ()):
             item.add_marker("processes")
+            item.add_marker("ray")
     items.sort(key=lambda item: "ray_here" not in getattr(item, "fixturenames", ()))
 
 
@@ -73,7 +74,11 @@ def ray_here() -> Iterator[None]:
     import ray
     import ray.data
 
-    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # for those that read them; Ray's is ten seconds
+    # What Ray measures of itself takes time of all its processes: seldom, but for what runs report, which a test reads.
+    os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "4000")  # Ray's is ten seconds
+    # Ray ends a process that had no task for a second, where there are more than CPUs; the next task starts another.
+    os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else pages of it in every failure
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():

@@ -32,7 +32,10 @@ from ddoq_ray.storage.folder import Folder
 pytestmark = pytest.mark.usefixtures("ray_here")
 NAMES = ["zero", "one", "two"]
 GOOD = {0: 8, 1: 8, 2: 4}  # usable images a class; ipc=5, so that the last class is small
-FEW = ["quantizer.num_shards=1", "synthesizer.max_workers=1", "labels.workers=1", "report.heldout_images=0"]  # workers
+FEW = [  # workers
+    "quantizer.num_shards=1", "synthesizer.max_workers=1", "labels.workers=1", "report.heldout_images=0",
+    "cluster.reader.num_cpus=1",
+]  # fmt: skip
 UP_TO_IMAGES = "stages=[prepare,encode,quantize,synthesize]"
 
 
@@ -141,7 +144,8 @@ def test_labels_outside_the_class_list(corpus: Path, run_dir: Path) -> None:
 def test_a_mapping_that_the_networks_do_not_cover_can_be_mended(corpus: Path, tmp_path: Path) -> None:
     classes = tmp_path / "classes.json"
     run = tmp_path / "run"
-    command = [f"dataset.classes={classes}", "small_class=cap", "stages=[prepare,label]"]
+    # All stages: of these networks the comparison's and the main job's tests ask the same, and the answer is kept.
+    command = [f"dataset.classes={classes}", "small_class=cap"]
 
     def give(**last: object) -> None:
         known = [{"name": n, "prior_label": i, "teacher_index": i} for i, n in enumerate(NAMES[:2])]
@@ -157,12 +161,12 @@ def test_a_mapping_that_the_networks_do_not_cover_can_be_mended(corpus: Path, tm
     with refused(run, "class 2 (cat)", "teacher_index", "the teacher has no output of that name"):
         go(run, corpus, *command)
     give(name="cat", prior_label=2, teacher_index=2)
-    go(run, corpus, *command[:-1], "stages=[prepare]")
+    go(run, corpus, *command, "stages=[prepare]")
     resolved = json.loads((run / "data/classes.json").read_text())
     assert [(c["prior_label"], c["name"]) for c in resolved] == [(0, "zero"), (1, "one"), (2, "cat")]
     give(name="dog", prior_label=2, teacher_index=2)
     with refused(run, "another class list", "cat", "dog", "overwrite=true"):
-        go(run, corpus, *command[:-1], "stages=[prepare]")
+        go(run, corpus, *command, "stages=[prepare]")
 
 
 def test_a_run_directory_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
@@ -214,7 +218,7 @@ def test_a_small_class_is_refused_before_encoding(corpus: Path, run_dir: Path) -
 def test_too_many_bad_samples_stop_the_run_and_what_is_encoded_stays(corpus: Path, run_dir: Path) -> None:
     # Of 13 or of 23: whether a good shard is done before the bad one is for Ray to say.
     words = ["3 of ", "3 samples refused", "max_bad_fraction=0.01", "undecodable image: 1", "no label (.cls): 2"]
-    with refused(run_dir, *words):
+    with refused(run_dir, *words, str(run_dir / "quarantine"), "mend the shards", "run again"):
         go(run_dir, corpus, "small_class=cap", "stages=[prepare,encode]")
     assert list(run_dir.glob("latents/shard-*/done.json"))
     assert not (run_dir / "latents/manifest.json").exists()
@@ -222,7 +226,9 @@ def test_too_many_bad_samples_stop_the_run_and_what_is_encoded_stays(corpus: Pat
 
 def test_bad_samples_are_quarantined_and_the_good_ones_all_used(corpus: Path, run_dir: Path) -> None:
     before = files(run_dir)
+    kept = {p: p.stat().st_mtime_ns for p in run_dir.glob("latents/shard-*/done.json")}
     go(run_dir, corpus, "small_class=cap", "max_bad_fraction=0.2", "stages=[encode,quantize,synthesize,report]")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert {n: b for n, b in files(run_dir).items() if n in before and "/shard-" in n} == {
         n: b for n, b in before.items() if "/shard-" in n
     }  # what the stopped run had encoded was not made again

@@ -201,9 +201,9 @@ signal.pause()
 # A run outlasts the start of the second node, which the script does not wait for.
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = -c ] && exec {python} "$@"
+trap 'echo "run stopped" >> "$TOLD"; kill $! 2> /dev/null; exit 143' TERM
 echo "python $*" >> "$TOLD"
 until grep -q -- --nodelist=two "$TOLD"; do sleep 0.05; done
-trap 'echo "run stopped" >> "$TOLD"; kill $!; exit 143' TERM
 [ -n "$RUN_SECONDS" ] && {{ sleep "$RUN_SECONDS" & wait $!; }}
 exit "$RUN_CODE"
 """
@@ -265,7 +265,6 @@ def test_a_signal_ends_the_run_in_words_and_a_job_whose_time_is_over_is_queued_a
     while "python -m ddoq_ray" not in told.read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    time.sleep(0.2)  # until the stand-in has set its trap
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "run stopped" in told.read_text()

@@ -24,6 +24,7 @@ TINY = [
     "methods=[ddoq,random,full]", "ipcs=[1,2]", "students=[convnet3-w8@16]", "num_seeds=2", "protocol.steps=4",
     "protocol.eval_every=4", "hard_labels=true", "synthesizer.shard_images=8", "cluster.trainer.groups=2",
     "cluster.trainer.num_cpus=0.5", "quantizer.num_shards=1", "synthesizer.max_workers=1", "labels.workers=1",
+    "cluster.reader.num_cpus=1",
 ]  # fmt: skip
 
 

@@ -45,6 +45,7 @@ SMALL = [
     "synthesizer.max_workers=1",
     "labels.workers=1",
     "cluster.trainer.groups=1",
+    "cluster.reader.num_cpus=1",
 ]
 
 

@@ -59,8 +59,10 @@ def test_the_driver_and_actors_of_three_stages_die_in_one_run(tmp_path: Path) ->
     done, tars = "latents/*/done.json", "images/images-*.tar"
 
     def keys(place: Path) -> list[str]:
+        # One worker of each kind, which loads torch for seconds: the matrix above has two.
+        few = ["baselines=[]", "quantizer.num_shards=1", "synthesizer.max_workers=1", "dataset.shard_samples=25"]
         stages = "stages=[prepare,encode,quantize,synthesize]"
-        return [*KEYS, f"dataset.path={tmp_path / 'photos'}", f"run_dir={place}", stages]
+        return [*KEYS, *few, f"dataset.path={tmp_path / 'photos'}", f"run_dir={place}", stages]
 
     def run(place: Path) -> None:
         pipeline.run(load_config(keys(place)))
@@ -68,9 +70,9 @@ def test_the_driver_and_actors_of_three_stages_die_in_one_run(tmp_path: Path) ->
     here = [*keys(place), "cluster.encoder.num_gpus=0", "cluster.decoder.num_gpus=0"]  # a Ray of its own has no GPU
     kill_when(lambda: any(place.glob(done)), here, tmp_path / "log")
     kept = stamps(place, done)
-    assert 1 <= len(kept) < 8
+    assert 1 <= len(kept) < 16  # of 40
     work = InThread(lambda: run(place))
-    for word, units, least, most in (("Encoder", done, 1, 8), ("Quantizer", done, 9, 16), ("Decoder", tars, 1, 10)):
+    for word, units, least, most in (("Encoder", done, 1, 16), ("Quantizer", done, 18, 32), ("Decoder", tars, 1, 10)):
         number = len(kept) + int(rng.integers(1, 3)) if word == "Encoder" else int(rng.integers(least, most))
         work.wait_for(lambda units=units, number=number: len(list(place.glob(units))) >= number)
         work.kill(node, word, lambda there: int(rng.choice(there)))

@@ -144,8 +144,8 @@ def test_flip_is_an_exact_mirror():
     assert torch.equal(mirrored, plain.flip(3))
 
 
-@pytest.mark.parametrize("height,size", [(16, 16), (24, 16), (40, 8)])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("height", "size"), [(16, 16), pytest.param(24, 16, marks=pytest.mark.slow), (40, 8)])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("options", [{}, {"cutmix": False, "mixup": 0.8, "patches": 3, "cutout": 0.5}])
 def test_same_bits_for_any_split_and_order(height, size, threads, options, monkeypatch):
     images, spec = make_images(60, height, height + 3 * (height > 16)), ViewSpec(size=size, **options)

@@ -10,7 +10,10 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import pytest
@@ -92,14 +95,13 @@ def _lose(tmp_path: Path, ctrl_c: Any) -> None:
     assert json.loads((tmp_path / LEASE).read_text())["token"] == "x"
 
 
-def _race(place: str, start: float, out: str) -> None:
+def _race(place: str, start: float, out: str, tried: Barrier) -> None:
     time.sleep(max(0.0, start - time.time()))
-    try:
+    with suppress(ValueError):
         Lease(Folder(place)).acquire()
-    except ValueError:
-        os._exit(0)
-    Path(out, str(os.getpid())).touch()
-    time.sleep(2.0)
+        Path(out, str(os.getpid())).touch()
+    with suppress(BrokenBarrierError):
+        tried.wait(60)  # a holder that has ended may be followed
     os._exit(0)
 
 
@@ -147,7 +149,7 @@ def test_of_runs_that_start_at_the_same_moment_one_has_it(tmp_path: Path) -> Non
     (tmp_path / "run" / LEASE).write_text(json.dumps(dead))  # to be taken over by one of them
     context = multiprocessing.get_context("fork")
     start = time.time() + 0.5
-    places = (str(tmp_path / "run"), start, str(tmp_path / "won"))
+    places = (str(tmp_path / "run"), start, str(tmp_path / "won"), context.Barrier(6))
     racers = [context.Process(target=_race, args=places) for _ in range(6)]
     for racer in racers:
         racer.start()

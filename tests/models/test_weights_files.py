@@ -56,8 +56,12 @@ def test_wrapped_weights_are_found(tmp_path: Path, wrap: Callable[[Mapping[str, 
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet18", "swin_t", "densenet121", "vgg11", "shufflenet_v2_x0_5", "efficientnet_b0"]
-)
+    "arch",
+    [
+        "resnet18", "swin_t", "shufflenet_v2_x0_5",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("densenet121", "vgg11", "efficientnet_b0")),
+    ],
+)  # fmt: skip
 def test_torchvisions_own_names(tmp_path: Path, arch: str) -> None:
     network = torchvision.models.get_model(arch, num_classes=3)
     config = build_classifier(arch, 3, 64).config()

@@ -94,7 +94,8 @@ class InThread:
 def start(keys: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """The command with these keys, in a Ray of its own; and the mark of its processes."""
     mark = uuid.uuid4().hex
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: mark}
+    # With Ray's own settings, not those of the tests' Ray.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {MARK: mark}
     line = [sys.executable, "-m", "ddoq_ray", *keys]
     with log.open("ab") as out:
         return subprocess.Popen(line, cwd=CHECKOUT, env=environment, stdout=out, stderr=out), mark

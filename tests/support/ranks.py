@@ -15,7 +15,8 @@ from ddoq_ray.stages.train.ranks import Ranks
 from ddoq_ray.stages.train.worker import Trainer
 from ddoq_ray.storage.artifact import Artifact
 
-SLOW_TO_IMPORT = ["ddoq_ray.stages.train.worker", "ddoq_ray.models.training.student"]
+# The last is what optimizers import with their first step.
+SLOW_TO_IMPORT = ["ddoq_ray.stages.train.worker", "ddoq_ray.models.training.student", "torch._dynamo"]
 KEYS = ("protocol.batch=5", "protocol.optimizer=sgd", "protocol.steps=6", "cluster.trainer.micro_batch=3")
 
 

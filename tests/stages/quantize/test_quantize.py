@@ -64,7 +64,9 @@ def test_options_reach_the_algorithm(log: tuple[Path, dict[int, np.ndarray]]) ->
         check_class(books[c], stream[c], centroids, counts)
 
 
-@pytest.mark.parametrize(("num_shards", "order"), [(1, "shuffled"), (3, "reversed")])
+@pytest.mark.parametrize(
+    ("num_shards", "order"), [(1, "shuffled"), pytest.param(3, "reversed", marks=pytest.mark.slow)]
+)
 def test_neither_order_nor_number_of_actors_matters(
     log: tuple[Path, dict[int, np.ndarray]], reference: dict[str, bytes], num_shards: int, order: str
 ) -> None:
@@ -170,7 +172,7 @@ def test_shrunk_codebooks_are_exact_too(log: tuple[Path, dict[int, np.ndarray]])
             check_class(books[c], x, expected, own[1])
 
 
-@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("shrink", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pooled_codebooks_are_means_of_the_whole_latents_of_their_cells(
     log: tuple[Path, dict[int, np.ndarray]], shrink: bool
 ) -> None:
