@@ -38,7 +38,7 @@ def all_cpus_come_back() -> bool:
 @pytest.mark.usefixtures("ray_here")
 class TestWaiting:
     def test_without_room_it_says_why_and_gives_up(self, capsys: pytest.CaptureFixture[str]) -> None:
-        how = Elastic("decode", max_workers=3, room={"CPU": 1, "GPU": 4}, key="cluster.decoder", wait_s=1, give_up_s=6)
+        how = Elastic("decode", max_workers=3, room={"CPU": 1, "GPU": 4}, key="cluster.decoder", wait_s=3, give_up_s=6)
         spawn = lambda: Echo.options(num_gpus=4).remote()
         with pytest.raises(
             NoWorkers, match=r"decode: no worker could be placed for \d s \(cluster\.give_up_s\)"
