@@ -188,6 +188,7 @@ def test_latents_are_what_the_prior_gives(encoded: Path, corpus: Corpus, prior: 
     np.testing.assert_allclose(np.stack([found[k][1] for k in keys]), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_two_encoders_write_the_same_bytes(encoded: Path, corpus: Corpus, prior: Prior, tmp_path: Path) -> None:
     config = dataclasses.replace(settings(corpus, workers=2), max_bad_fraction=0.3)
     run_encode(config, tmp_path, prior)
