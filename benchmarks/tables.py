@@ -268,6 +268,7 @@ SOURCES: tuple[tuple[str, str, Callable[[list[Row]], dict[str, str]]], ...] = (
     ("docs/results.md", "studies/results/cifar10.json", compared("cifar10-compare")),
     ("docs/results.md", "studies/results/cifar10_ipc50.json", compared("cifar10-ipc50")),
     ("docs/results.md", "studies/results/fashion_mnist.json", compared("fashion-mnist-compare")),
+    ("docs/results.md", "studies/results/fashion_mnist_ipc50.json", compared("fashion-mnist-ipc50")),
     ("docs/theory.md", "studies/results/theory.json", theory_figures.tables),
 )
 
