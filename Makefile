@@ -19,7 +19,7 @@ run: $(VENV)/.installed  ## distil the digits and measure the result; ARGS="ipc=
 	$(BIN)/ddoq-ray $(ARGS)
 
 # Beside each other: what shares one Ray, and the rest, with the processes that tests start for themselves.
-test: $(VENV)/.installed  ## the default suite: 9 and 6 minutes of a core's time, beside each other
+test: $(VENV)/.installed  ## the default suite: 13 minutes on two cores, or less
 	@$(MAKE) --no-print-directory -k -j2 test-ray test-rest
 test-ray: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'ray and not slow and not assets'

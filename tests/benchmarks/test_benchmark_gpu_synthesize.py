@@ -16,7 +16,6 @@ def run(monkeypatch: pytest.MonkeyPatch, target: Path, *words: str) -> list[dict
     return json.loads(target.read_text())
 
 
-@pytest.mark.slow
 def test_every_row_is_measured_with_small_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ("--tiny", "--seconds", "0", "--matrix", "32", "--form", "eager", "channels_last", "--dtype", "bfloat16")
     rows = run(monkeypatch, tmp_path / "out.json", *words)
